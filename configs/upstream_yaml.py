@@ -1,0 +1,14 @@
+"""An upstream Wall-X configuration, read as it is.
+
+python -m wallx_jax.train --config=configs/upstream_yaml.py:workspace/lerobot_example/config_qact.yml
+
+Says which of its keys have no meaning here. Every setting can be overridden as usual, e.g. --config.num_epoch=1.
+"""
+
+from wallx_jax.upstream_yaml import read_upstream_yaml
+
+
+def get_config(arg: str = ""):
+    config, report = read_upstream_yaml(arg)
+    print(report)
+    return config

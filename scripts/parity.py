@@ -1,0 +1,345 @@
+"""Runs recorded PyTorch inputs through this model and compares every recorded output.
+
+    python scripts/parity.py --model DIR --golden FILE.npz [--json OUT]
+
+DIR holds config.json and model.safetensors in upstream's or Hugging Face's layout; FILE holds `in.*` and `out.*` arrays.
+A name's suffix selects the semantics: none for bidirectional action attention and Qwen's M-RoPE, `.causal` for causal
+action tokens, `.cuda` for causal action tokens and the rotary layout of upstream's kernel. Prints a line per output;
+exit code 1 when one differs by more than 1e-4 of its largest magnitude (gradients and updated parameters 1e-3), when
+integers differ at all, or when an output is not one that this script computes.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wallx_jax.models import flow, losses
+from wallx_jax.models.config import WallXConfig
+from wallx_jax.models.positions import next_position, position_ids
+from wallx_jax.models.vision_plan import Grid, token_count
+from wallx_jax.models.wallx import FlowTarget, LossSums, Prefix, bind
+from wallx_jax.run_config import OptimConfig
+from wallx_jax.training.optimizer import clip, global_norm, make_optimizer, schedule
+from wallx_jax.weights.load import load_params
+from wallx_jax.weights.names import torch_tensors
+
+SEMANTICS = {
+    "": {"action_attention": "bidirectional", "mrope_layout": "qwen"},
+    "causal": {"action_attention": "causal", "mrope_layout": "qwen"},
+    "cuda": {"action_attention": "causal", "mrope_layout": "upstream_cuda"},
+}
+FLOAT32 = {"param_dtype": "float32", "compute_dtype": "float32", "masked_dims": "drift", "flow_loss": "all"}
+
+# The optimizer behind adamw_*: see the golden arrays' README.
+ADAMW = OptimConfig(
+    learning_rate=9e-5,
+    min_lr=5e-5,
+    warmup_steps=2,
+    action_expert_learning_rate=None,
+    weight_decay=0.1,
+    max_grad_norm=1.0,
+    freeze_vlm=False,
+    train_action_expert_only=False,
+    train_action_heads=True,
+)
+DECAY_STEPS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Rows of the recorded batch with equal grids, which can run as one batch.
+
+    blocks: per visual block, in the order of the prompt, ("image" or "video", grid, seconds per frame).
+    patches: float32 [B, P, patch_dim] in that order.
+    """
+
+    rows: tuple[int, ...]
+    blocks: tuple[tuple[str, Grid, float], ...]
+    patches: np.ndarray
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        return tuple(grid for _, grid, _ in self.blocks)
+
+    @property
+    def seconds(self) -> tuple[float, ...]:
+        return tuple(seconds for _, _, seconds in self.blocks)
+
+
+def group_rows(inputs: dict[str, np.ndarray], config: WallXConfig) -> list[Group]:
+    """Deals the recorded patches, which are concatenated over all rows, out to the rows."""
+    ids = {config.tokens.image: "image", config.tokens.video: "video"}
+    patches = {"image": inputs.get("pixel_values"), "video": inputs.get("pixel_values_videos")}
+    grids = {"image": inputs.get("image_grid_thw"), "video": inputs.get("video_grid_thw")}
+    seconds = {"image": None, "video": inputs.get("second_per_grid_ts")}
+    used, start = {"image": 0, "video": 0}, {"image": 0, "video": 0}
+    groups: dict[tuple, tuple[list[int], list[np.ndarray]]] = {}
+    for row, tokens in enumerate(inputs["input_ids"]):
+        blocks, parts, at = [], [], 0
+        while at < len(tokens):
+            kind = ids.get(int(tokens[at]))
+            if kind is None:
+                at += 1
+                continue
+            grid = tuple(int(n) for n in grids[kind][used[kind]])
+            per_frame = float(seconds[kind][used[kind]]) if seconds[kind] is not None else float(kind == "video")
+            blocks.append((kind, grid, per_frame))
+            parts.append(patches[kind][start[kind] : start[kind] + np.prod(grid)])
+            used[kind] += 1
+            start[kind] += np.prod(grid)
+            at += token_count(grid, config.vision)
+        rows, stacks = groups.setdefault(tuple(blocks), ([], []))
+        rows.append(row)
+        stacks.append(np.concatenate(parts) if parts else np.zeros((0, config.vision.patch_dim), np.float32))
+    return [Group(tuple(rows), blocks, np.stack(stacks)) for blocks, (rows, stacks) in groups.items()]
+
+
+class Case:
+    """One golden file on one model; every `out.*` array has a method or a branch that computes it."""
+
+    def __init__(self, config: WallXConfig, params, inputs: dict[str, np.ndarray]):
+        self.config, self.params, self.inputs = config, params, inputs
+        self.groups = group_rows(inputs, config)
+        self.mask = inputs["attention_mask"].astype(bool)
+        self.horizon = int(inputs["moe_token_types"][0].sum()) if "moe_token_types" in inputs else 0
+        self.prefix_length = self.mask.shape[1] - self.horizon
+        self.labels = inputs.get("labels")
+
+    def config_for(self, semantics: str) -> WallXConfig:
+        return self.config.replace(numerics=SEMANTICS[semantics])
+
+    def rows(self, name: str, group: Group) -> np.ndarray:
+        return self.inputs[name][list(group.rows)]
+
+    def scatter(self, per_group: list[np.ndarray], axis: int = 0) -> np.ndarray:
+        """Group results back in row order along `axis`."""
+        order = np.argsort(np.concatenate([group.rows for group in self.groups]))
+        return np.take(np.concatenate(per_group, axis=axis), order, axis=axis)
+
+    # The model's inputs for one group
+
+    def prefix(self, net, group: Group) -> Prefix:
+        length = self.prefix_length
+        features = net.encode_patches(group.patches, group.grids) if group.blocks else None
+        state = (None, None)
+        if "proprioception" in self.inputs:
+            state = tuple(jnp.asarray(self.rows(name, group)[:, 0]) for name in ("proprioception", "agent_pos_mask"))
+        tokens = jnp.asarray(self.rows("input_ids", group)[:, :length], jnp.int32)
+        mask = jnp.asarray(self.mask[list(group.rows), :length])
+        return net.embed_prefix(tokens, mask, features, group.grids, *state, seconds_per_frame=group.seconds)
+
+    def flow_target(self, group: Group) -> FlowTarget | None:
+        if not self.horizon:
+            return None
+        return FlowTarget(*(jnp.asarray(self.rows(name, group)) for name in ("action_chunk", "dof_mask", "noise", "time")))
+
+    # What the golden files ask for
+
+    @functools.cached_property
+    def features(self) -> dict[str, np.ndarray]:
+        """Vision features of all images, and of all videos, in row order."""
+        found: dict[str, list[tuple[int, np.ndarray]]] = {"image": [], "video": []}
+        for group in self.groups:
+            if not group.blocks:
+                continue
+            encode = jax.jit(lambda p, x, grids=group.grids: bind(self.config, p).encode_patches(x, grids))
+            out = np.asarray(encode(self.params, group.patches))
+            for row, features in zip(group.rows, out, strict=True):
+                at = 0
+                for kind, grid, _ in group.blocks:
+                    count = token_count(grid, self.config.vision)
+                    found[kind].append((row, features[at : at + count]))
+                    at += count
+        return {
+            kind: np.concatenate([features for _, features in sorted(parts, key=lambda part: part[0])])
+            for kind, parts in found.items()
+            if parts
+        }
+
+    @functools.cached_property
+    def positions(self) -> np.ndarray:
+        """int [3, B, S], action tokens included."""
+
+        def of(group: Group) -> np.ndarray:
+            tokens, mask = jnp.asarray(self.rows("input_ids", group), jnp.int32), jnp.asarray(self.mask[list(group.rows)])
+            return position_ids(tokens, mask, group.grids, self.config.vision, self.config.tokens, group.seconds)
+
+        return self.scatter([np.asarray(of(group)) for group in self.groups], axis=1)
+
+    @functools.cache  # noqa: B019
+    def hidden(self, semantics: str) -> dict[str, np.ndarray]:
+        """Hidden states [B, S, D], those of every layer [L, B, S, D], and logits [B, S, V]."""
+        config = self.config_for(semantics)
+
+        def run(params, group: Group):
+            net = bind(config, params)
+            suffix = None
+            if (target := self.flow_target(group)) is not None:
+                suffix = (flow.interpolate(target.actions, target.noise, target.time), target.mask, target.time)
+            out = net.forward(self.prefix(net, group), suffix, keep_layers=True)
+            return out.hidden, out.layers, net.logits(out.hidden)
+
+        results = [jax.jit(functools.partial(run, group=group))(self.params) for group in self.groups]
+        return {
+            "hidden": self.scatter([np.asarray(r[0]) for r in results]),
+            "hidden_layers": self.scatter([np.asarray(r[1]) for r in results], axis=1),
+            "logits": self.scatter([np.asarray(r[2]) for r in results]),
+        }
+
+    def loss(self, params, semantics: str):
+        """(loss, its parts), with the means taken over all rows."""
+        net = bind(self.config_for(semantics), params)
+        sums, counts = LossSums(jnp.float32(0), jnp.float32(0)), LossSums(jnp.float32(0), jnp.float32(0))
+        for group in self.groups:
+            labels = np.zeros((len(group.rows), 0), np.int32)
+            if self.labels is not None:
+                labels = self.rows("labels", group)[:, 1 : self.prefix_length].astype(np.int32)
+            target = self.flow_target(group)
+            part = net.loss_sums(self.prefix(net, group), jnp.asarray(labels), target)
+            flow_count = losses.flow_count(target.mask, "all") if target is not None else jnp.float32(0)
+            sums = jax.tree.map(jnp.add, sums, part)
+            counts = jax.tree.map(jnp.add, counts, LossSums(losses.label_count(labels), flow_count))
+        parts = jax.tree.map(lambda s, c: s / jnp.maximum(c, 1), sums, counts)
+        return parts.cross_entropy + parts.flow, parts
+
+    @functools.cache  # noqa: B019
+    def grad_fn(self, semantics: str):
+        return jax.jit(jax.value_and_grad(functools.partial(self.loss, semantics=semantics), has_aux=True))
+
+    @functools.cache  # noqa: B019
+    def loss_and_grads(self, semantics: str):
+        (loss, parts), grads = self.grad_fn(semantics)(self.params)
+        return loss, parts, torch_tensors(self.config, grads)
+
+    def euler(self, semantics: str, steps: int) -> np.ndarray:
+        config = self.config_for(semantics)
+
+        def run(params, group: Group):
+            net = bind(config, params)
+            noise, mask = (jnp.asarray(self.rows(name, group)) for name in ("euler_noise", "dof_mask"))
+            return net.sample_actions(self.prefix(net, group), noise, mask, steps)
+
+        return self.scatter([np.asarray(jax.jit(functools.partial(run, group=g))(self.params)) for g in self.groups])
+
+    @functools.cache  # noqa: B019
+    def adamw(self, semantics: str, updates: int) -> dict[str, object]:
+        optimizer, rate = make_optimizer(ADAMW, DECAY_STEPS), schedule(ADAMW.learning_rate, ADAMW, DECAY_STEPS)
+        params, state = self.params, optimizer.init(self.params)
+        seen = []
+
+        @jax.jit
+        def update(params, state, grads):
+            norm = global_norm(grads)
+            changes, state = optimizer.update(clip(grads, norm, ADAMW.max_grad_norm), state, params)
+            return jax.tree.map(jnp.add, params, changes), state, norm
+
+        for step in range(updates):
+            (loss, _), grads = self.grad_fn(semantics)(params)
+            params, state, norm = update(params, state, grads)
+            seen.append((loss, norm, rate(step)))
+        lost, norms, rates = (np.array(column, np.float64) for column in zip(*seen, strict=True))
+        return {"losses": lost, "grad_norms": norms, "lrs": rates, "param": torch_tensors(self.config, params)}
+
+    def compute(self, name: str, updates: int) -> np.ndarray | None:
+        """The array called out.NAME, or None when it is not one that this script knows; `updates` AdamW steps are run
+        for those that need them."""
+        head, _, tensor = name.partition("/")
+        base, _, semantics = head.partition(".")
+        if semantics not in SEMANTICS:
+            return None
+        if base in ("vision", "image_features", "video_features"):
+            return self.features.get("video" if base == "video_features" else "image")
+        if base == "position_ids":
+            return self.positions
+        if base == "rope_deltas":
+            after = next_position(jnp.asarray(self.positions), jnp.asarray(self.mask))
+            return np.asarray(after)[:, None] - self.mask.shape[1]
+        if base in ("hidden", "hidden_layers", "logits"):
+            return self.hidden(semantics)[base]
+        if base in ("loss", "cross_entropy_loss", "flow_loss"):
+            loss, parts, _ = self.loss_and_grads(semantics)
+            return np.asarray({"loss": loss, "cross_entropy_loss": parts.cross_entropy, "flow_loss": parts.flow}[base])
+        if base == "grad":
+            return self.loss_and_grads(semantics)[2].get(tensor)
+        if base.startswith("euler") and base[5:].isdigit():
+            return self.euler(semantics, int(base[5:]))
+        if base.startswith("adamw_"):
+            done, kind = self.adamw(semantics, updates), base.removeprefix("adamw_")
+            return done["param"].get(tensor) if kind == "param" else done.get(kind)
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One line of the report. Errors are over unpadded places; relative is to the largest recorded magnitude."""
+
+    name: str
+    ok: bool
+    max_abs: float | None = None
+    max_rel: float | None = None
+    note: str = ""
+
+    def line(self) -> str:
+        errors = f"abs {self.max_abs:.2e}  rel {self.max_rel:.2e}" if self.max_abs is not None else self.note
+        return f"{'ok  ' if self.ok else 'FAIL'}  {self.name:<72} {errors}"
+
+
+def compare(name: str, expected: np.ndarray, actual: np.ndarray | None, mask: np.ndarray) -> Comparison:
+    if actual is None:
+        return Comparison(name, False, note="not computed by this script")
+    if actual.shape != expected.shape:
+        return Comparison(name, False, note=f"shape {actual.shape}, recorded {expected.shape}")
+    base = name.split("/")[0].split(".")[0]
+    if base in ("position_ids", "hidden_layers"):
+        expected, actual = expected[:, mask], actual[:, mask]
+    elif base in ("hidden", "logits"):
+        expected, actual = expected[mask], actual[mask]
+    error = np.abs(actual.astype(np.float64) - expected).max(initial=0.0)
+    scale = np.abs(expected).max(initial=0.0)
+    relative = error / scale if scale else error
+    tolerance = 0.0 if expected.dtype.kind in "iu" else 1e-3 if base in ("grad", "adamw_param") else 1e-4
+    return Comparison(name, bool(relative <= tolerance), float(error), float(relative))
+
+
+def run(model_dir: Path, golden: Path) -> list[Comparison]:
+    """Compares every out.* array of a golden file with what this model computes from its in.* arrays."""
+    with np.load(golden) as file:
+        meta = json.loads(str(file["meta"])) if "meta" in file else {}
+        inputs = {key.removeprefix("in."): file[key] for key in file.files if key.startswith("in.")}
+        expected = {key.removeprefix("out."): file[key] for key in file.files if key.startswith("out.")}
+    if not expected:
+        raise SystemExit(f"{golden} holds no out.* arrays")
+    config, params = load_params(model_dir, numerics=FLOAT32)
+    ids = {"propri": meta.get("propri_token_id"), "action": meta.get("action_token_id")}
+    config = config.replace(tokens={name: number for name, number in ids.items() if number is not None})
+    case = Case(config, jax.tree.map(jnp.asarray, params), inputs)
+    updates = len(expected.get("adamw_losses", ()))
+    return [compare(name, array, case.compute(name, updates), case.mask) for name, array in sorted(expected.items())]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="directory with config.json and model.safetensors")
+    parser.add_argument("--golden", type=Path, required=True, help="file of recorded in.* and out.* arrays")
+    parser.add_argument("--json", type=Path, help="also write the report here")
+    arguments = parser.parse_args()
+    jax.config.update("jax_default_matmul_precision", "highest")
+    results = run(arguments.model, arguments.golden)
+    for result in results:
+        print(result.line())
+    failed = sum(not result.ok for result in results)
+    print(f"{len(results) - failed} of {len(results)} arrays agree")
+    if arguments.json:
+        arguments.json.write_text(json.dumps([dataclasses.asdict(result) for result in results], indent=1))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""A strict environment for every test: CPU, four virtual devices, exact float32 products, no network."""
+
+import os
+import socket
+
+# Before jax is imported anywhere.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no warning when worker processes fork
+
+import jax
+import pytest
+from absl import flags
+
+jax.config.update("jax_default_matmul_precision", "highest")
+flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network():
+    """Connections leave the machine for nobody: a test that needs the network fails where it asks for it."""
+    patch = pytest.MonkeyPatch()
+    real_connect = socket.socket.connect
+    real_lookup = socket.getaddrinfo
+
+    def connect(self, address):
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"tests have no network: connection to {address}")
+        return real_connect(self, address)
+
+    def lookup(host, *args, **kwargs):
+        if host not in (None, "", "127.0.0.1", "::1", "localhost"):
+            raise socket.gaierror(f"tests have no network: lookup of {host}")
+        return real_lookup(host, *args, **kwargs)
+
+    patch.setattr(socket.socket, "connect", connect)
+    patch.setattr(socket, "getaddrinfo", lookup)
+    yield
+    patch.undo()

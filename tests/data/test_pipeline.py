@@ -1,0 +1,174 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import synthetic
+
+from wallx_jax.data.batch import Batch, stack
+from wallx_jax.data.lerobot import LeRobotSource
+from wallx_jax.data.pipeline import eval_batches, split_frames, stack_samples, train_iterator
+
+HORIZON = 3
+pytestmark = pytest.mark.filterwarnings("ignore:The video decoding and encoding capabilities of torchvision")
+
+
+class PlainProcessor:
+    """Stands in for the processor: passes the sample on, with its place in the dataset as tokens."""
+
+    def encode(self, images, state, instruction, actions, action_is_pad):
+        if state[0] == 12345:
+            raise ValueError("state is odd")
+        ones, rows = np.ones_like, np.zeros(4, np.int32)
+        return Batch(tuple(images), rows, rows > 0, rows[:0], state, ones(state), actions, ones(actions), action_is_pad)
+
+
+@pytest.fixture(scope="module")
+def source(dataset_info):
+    return LeRobotSource(dataset_info, HORIZON, list(synthetic.CAMERAS))
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def assert_same(a, b):
+    for x, y in zip(a, b, strict=True):
+        for name in ("state", "actions", "action_is_pad"):
+            np.testing.assert_array_equal(getattr(x, name), getattr(y, name))
+        for image, other in zip(x.images, y.images, strict=True):
+            np.testing.assert_array_equal(image, other)
+
+
+def episodes(count, length=10):
+    lengths = np.full(count, length)
+    return type("Info", (), {"num_episodes": count, "num_frames": lengths.sum(), "episode_lengths": lengths})
+
+
+def test_episode_split_keeps_episodes_whole(dataset_info):
+    train, val = split_frames(dataset_info, 0.5)
+    first = sum(synthetic.LENGTHS[:2])
+    assert train.tolist() == list(range(first))
+    assert val.tolist() == list(range(first, dataset_info.num_frames))
+
+
+@pytest.mark.parametrize(
+    ("count", "ratio", "held_out"), [(85, 0.95, 5), (4, 0.95, 1), (2, 0.1, 1), (1, 0.95, 0), (10, 1.0, 0), (1, 0.1, 0)]
+)
+def test_episode_split_sizes(count, ratio, held_out):
+    train, val = split_frames(episodes(count), ratio)
+    assert len(val) == 10 * held_out and len(train) == 10 * (count - held_out)
+
+
+@pytest.mark.filterwarnings("ignore:Length of split")
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 41])
+def test_frame_split_is_torchs_random_split(count):
+    torch = pytest.importorskip("torch")
+    info = episodes(count, 11)
+    frames = range(11 * int(count * 0.95))
+    expected = torch.utils.data.random_split(frames, [0.95, 0.05], torch.Generator().manual_seed(42))
+    for got, subset in zip(split_frames(info, 0.95, "frame", seed=42), expected, strict=True):
+        assert got.tolist() == list(subset.indices)
+
+
+def test_bad_splits():
+    with pytest.raises(ValueError, match="train_test_split is 0"):
+        split_frames(episodes(3), 0)
+    with pytest.raises(ValueError, match="choose 'episode' or 'frame'"):
+        split_frames(episodes(3), 0.9, "random")
+
+
+def test_stack_agrees_with_the_contract():
+    sample = PlainProcessor().encode(
+        [np.ones((2, 3, 3), np.uint8)], np.ones(4), "x", np.ones((3, 4)), np.zeros(3, bool)
+    )
+    ours, reference = stack_samples([sample, sample]), stack([sample, sample])
+    for f in dataclasses.fields(Batch):
+        np.testing.assert_array_equal(np.asarray(getattr(ours, f.name)), np.asarray(getattr(reference, f.name)))
+
+
+def test_an_epoch_sees_every_frame_once_and_epochs_differ(dataset_info):
+    source = LeRobotSource(dataset_info, HORIZON, [], frames=np.arange(12))
+    iterator = train_iterator(source, PlainProcessor(), 4, seed=1)
+    first, second = (np.concatenate([b.state for b in take(iterator, 3)]) for _ in range(2))
+    expected = np.stack([source.low_dim(i).state for i in range(12)])
+    order = np.lexsort(expected.T)
+    for epoch in (first, second):
+        np.testing.assert_array_equal(epoch[np.lexsort(epoch.T)], expected[order])
+    assert not np.array_equal(first, second)
+
+
+def test_seed_fixes_order_and_content(source):
+    assert_same(*(take(train_iterator(source, PlainProcessor(), 4, seed=3), 4) for _ in range(2)))
+    other = take(train_iterator(source, PlainProcessor(), 4, seed=4), 1)[0]
+    assert not np.array_equal(other.state, next(train_iterator(source, PlainProcessor(), 4, seed=3)).state)
+
+
+def test_resume_is_exact(source):
+    iterator = train_iterator(source, PlainProcessor(), 4, seed=3)
+    take(iterator, 5)
+    state = iterator.get_state()
+    expected = take(iterator, 4)
+    again = train_iterator(source, PlainProcessor(), 4, seed=3)
+    again.set_state(state)
+    assert_same(take(again, 4), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_workers_change_nothing_and_resume_exactly(source):
+    alone = take(train_iterator(source, PlainProcessor(), 4, seed=3), 7)
+    iterator = train_iterator(source, PlainProcessor(), 4, seed=3, num_workers=2)
+    try:
+        assert_same(take(iterator, 3), alone[:3])
+        state = iterator.get_state()
+        assert_same(take(iterator, 2), alone[3:5])
+    finally:
+        iterator.close()
+    again = train_iterator(source, PlainProcessor(), 4, seed=3, num_workers=2)
+    try:
+        again.set_state(state)
+        assert_same(take(again, 4), alone[3:])
+    finally:
+        again.close()
+
+
+def test_hosts_share_the_samples(source):
+    whole = take(train_iterator(source, PlainProcessor(), 4, seed=3), 2)
+    shares = [
+        take(train_iterator(source, PlainProcessor(), 2, 3, process_index=i, process_count=2), 2) for i in range(2)
+    ]
+    for step in range(2):
+        states = np.stack([shares[0][step].state, shares[1][step].state], axis=1).reshape(4, -1)
+        np.testing.assert_array_equal(states, whole[step].state)
+
+
+def test_errors_reach_the_caller(dataset_info, source):
+    with pytest.raises(ValueError, match="training split has no frames"):
+        train_iterator(LeRobotSource(dataset_info, HORIZON, [], frames=[]), PlainProcessor(), 4, seed=0)
+
+    class Odd(PlainProcessor):
+        def encode(self, images, state, *rest):
+            return super().encode(images, state * 0 + 12345, *rest)
+
+    with pytest.raises(ValueError, match="episode \\d, frame \\d: state is odd"):
+        next(train_iterator(source, Odd(), 4, seed=0))
+
+
+def test_eval_batches_are_fixed(source):
+    batches = list(eval_batches(source, PlainProcessor(), 8))
+    states = np.concatenate([b.state for b in batches])
+    assert len(batches) == 3
+    np.testing.assert_array_equal(states, [source.low_dim(i).state for i in range(24)])
+    assert_same(eval_batches(source, PlainProcessor(), 8), batches)
+
+
+def test_eval_limit_spreads_over_the_source(source):
+    (batch,) = eval_batches(source, PlainProcessor(), 2, limit=1)
+    np.testing.assert_array_equal(batch.state, [source.low_dim(i).state for i in (0, len(source) - 1)])
+
+
+def test_eval_of_a_source_smaller_than_a_batch(dataset_info):
+    source = LeRobotSource(dataset_info, HORIZON, [], frames=[3, 5])
+    (batch,) = eval_batches(source, PlainProcessor(), 4)
+    np.testing.assert_array_equal(batch.state, [source.low_dim(i).state for i in (0, 1, 0, 1)])
+    assert list(eval_batches(LeRobotSource(dataset_info, HORIZON, [], frames=[]), PlainProcessor(), 4)) == []

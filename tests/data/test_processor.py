@@ -1,0 +1,246 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import synthetic
+from PIL import Image
+
+from wallx_jax.data import images as image_ops
+from wallx_jax.data.batch import Batch
+from wallx_jax.data.fast import FastTokenizer
+from wallx_jax.data.lerobot import LeRobotSource
+from wallx_jax.data.normalize import NormStats, Stats
+from wallx_jax.data.pipeline import train_iterator
+from wallx_jax.data.processor import Processor, ProcessorConfig, required_prompt_length
+from wallx_jax.data.stats import compute_stats
+from wallx_jax.data.tokenizer import Tokenizer
+
+HORIZON, FAST_SIZE = 6, 400
+VIEWS, RESOLUTIONS = ("face_view", "left_wrist_view"), (84, -1)
+SIZES = tuple(
+    image_ops.target_size(*size, resolution)
+    for size, resolution in zip(synthetic.CAMERAS.values(), RESOLUTIONS, strict=True)
+)
+FAST_BUDGET = 120
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from qwen_vocab import tokenizer_dir
+
+    tokenizer = Tokenizer.from_dir(tokenizer_dir())
+    tokenizer.add_wallx_tokens(FAST_SIZE)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def stats():
+    rng = np.random.default_rng(0)
+
+    def part(dims):
+        low, high = rng.uniform(-2, -1, dims), rng.uniform(1, 2, dims)
+        return Stats((low + high) / 2, high - low, low, high, low, high)
+
+    return NormStats(part(synthetic.DIMS), part(synthetic.DIMS), synthetic.STATE, synthetic.ACTION)
+
+
+@pytest.fixture(scope="module")
+def fast():
+    chunks = np.cumsum(np.random.default_rng(1).normal(scale=0.1, size=(64, HORIZON, synthetic.DIMS)), axis=1)
+    return FastTokenizer.fit(np.clip(chunks, -1, 1), FAST_SIZE, 10)
+
+
+def config(tokenizer, **changes):
+    counts = [image_ops.image_token_count(*size) for size in SIZES]
+    budget = FAST_BUDGET if changes.get("objective") == "fast" else 0
+    length = required_prompt_length(tokenizer, synthetic.TASKS, VIEWS, counts, budget)
+    window = budget + 2 if budget else 0
+    base = ProcessorConfig(VIEWS, tuple(synthetic.CAMERAS), RESOLUTIONS, SIZES, HORIZON, length, window)
+    return dataclasses.replace(base, **changes)
+
+
+@pytest.fixture(scope="module")
+def flow(tokenizer, stats):
+    return Processor(config(tokenizer), tokenizer, stats)
+
+
+@pytest.fixture
+def observation():
+    rng = np.random.default_rng(2)
+    pictures = [rng.integers(0, 256, (*size, 3), np.uint8) for size in synthetic.CAMERAS.values()]
+    return {"images": pictures, "state": rng.normal(size=synthetic.DIMS), "instruction": synthetic.TASKS[0]}
+
+
+@pytest.fixture
+def actions():
+    return np.random.default_rng(3).normal(scale=0.5, size=(HORIZON, synthetic.DIMS))
+
+
+def assert_equal(a, b):
+    for f in dataclasses.fields(Batch):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        for left, right in zip(x, y, strict=True) if f.name == "images" else [(x, y)]:
+            np.testing.assert_array_equal(left, right)
+            assert left.dtype == right.dtype
+
+
+def test_shapes_and_dtypes_keep_the_contract(flow, observation, actions):
+    sample = flow.encode(**observation, actions=actions, action_is_pad=np.arange(HORIZON) > 3)
+    length = flow.config.prompt_length
+    expected = {
+        "tokens": ((length,), np.int32), "token_mask": ((length,), bool), "labels": ((0,), np.int32),
+        "state": ((20,), np.float32), "state_mask": ((20,), np.float32), "actions": ((HORIZON, 20), np.float32),
+        "action_mask": ((HORIZON, 20), np.float32), "action_is_pad": ((HORIZON,), bool),
+    }  # fmt: skip
+    assert {name: (getattr(sample, name).shape, getattr(sample, name).dtype) for name in expected} == expected
+    assert [x.shape for x in sample.images] == [(*size, 3) for size in SIZES]
+    assert sample.action_is_pad.tolist() == [False] * 4 + [True] * 2
+    assert sample.state_mask.tolist() == [1.0] * 14 + [0.0] * 6
+    np.testing.assert_array_equal(sample.state, flow.state.normalize(observation["state"]))
+
+
+def test_prompt_holds_one_token_per_image_block(flow, tokenizer, observation):
+    sample = flow.encode(**observation)
+    text = tokenizer.decode(sample.tokens[sample.token_mask])
+    assert f"Instruction: {synthetic.TASKS[0]}\nPredict" in text and text.endswith("assistant\n")
+    assert text.count("<|image_pad|>") == sum(flow.config.image_tokens)
+    assert text.index("front view") < text.index("left wrist view")
+
+
+def test_acting_and_training_see_the_same_observation(flow, observation, actions):
+    training, acting = flow.encode(**observation, actions=actions), flow.encode(**observation)
+    for name in ("tokens", "token_mask", "state", "state_mask", "action_mask"):
+        np.testing.assert_array_equal(getattr(training, name), getattr(acting, name))
+    assert not acting.actions.any() and not acting.action_is_pad.any()
+
+
+def test_actions_come_back(flow, observation, actions):
+    sample = flow.encode(**observation, actions=actions)
+    assert not sample.actions[:, synthetic.DIMS :].any()
+    low, high = flow.stats.action.q01, flow.stats.action.q99
+    np.testing.assert_allclose(flow.decode_actions(sample.actions), np.clip(actions, low, high), atol=1e-6)
+
+
+def test_missing_action_values_are_masked(flow, observation, actions):
+    actions[2, 5] = np.nan
+    sample = flow.encode(**observation, actions=actions)
+    assert sample.action_mask[2, 5] == 0 and sample.actions[2, 5] == 0
+    assert sample.action_mask.sum() == HORIZON * synthetic.DIMS - 1
+
+
+def test_dims_that_are_not_used_are_masked(tokenizer, stats, observation, actions):
+    off = tuple(dim != 3 for dim in range(synthetic.DIMS))
+    processor = Processor(config(tokenizer, observed=off, predicted=off), tokenizer, stats)
+    observation["state"][3] = np.nan
+    sample = processor.encode(**observation, actions=actions)
+    assert sample.state_mask[3] == sample.state[3] == 0
+    assert not sample.action_mask[:, 3].any() and not sample.actions[:, 3].any()
+    with pytest.raises(ValueError, match="predicted has 3 flags, but the norm stats have 14"):
+        Processor(config(tokenizer, predicted=(True,) * 3), tokenizer, stats)
+
+
+def test_pillow_images(flow, observation):
+    as_pillow = {**observation, "images": [Image.fromarray(x) for x in observation["images"]]}
+    assert_equal(flow.encode(**as_pillow), flow.encode(**observation))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("instruction", "  ", "instruction is '  '"),
+        ("instruction", None, "instruction is None"),
+        ("state", np.zeros(13), "state has shape \\(13,\\); this robot's has \\(14,\\)"),
+        ("state", np.array([0.0] * 5 + [np.nan] * 9), "state is not finite at dims \\[5, 6"),
+        ("images", [np.zeros((64, 96, 3), np.uint8)], "got 1 images; expected 2, in order \\['face_view'"),
+        ("images", [np.zeros((64, 96, 3))] * 2, "face_view: dtype float64"),
+        ("images", [np.zeros((96, 64, 3), np.uint8)] * 2, "face_view: an image of .* \\(96, 64\\) becomes .* 84, not"),
+        ("actions", np.zeros((3, 14)), "actions have shape \\(3, 14\\); expected \\(6, 14\\)"),
+        ("instruction", "pick up " * 50, "raise it to at least"),
+    ],
+)
+def test_bad_input_is_named_and_leaves_the_processor_usable(flow, observation, field, value, message):
+    with pytest.raises(ValueError, match=message):
+        flow.encode(**{**observation, field: value})
+    flow.encode(**observation)
+
+
+def test_fast_labels_say_the_actions(tokenizer, stats, fast, observation, actions):
+    processor = Processor(config(tokenizer, objective="fast"), tokenizer, stats, fast)
+    sample = processor.encode(**observation, actions=actions)
+    answer = sample.labels[sample.labels != -100]
+    window = processor.config.label_window
+    np.testing.assert_array_equal(sample.tokens[-window:][sample.labels != -100], answer)
+    assert tokenizer.decode(answer[-2:]) == "<|im_end|>\n"
+    expected = fast.encode(processor.action.normalize(actions)[:, : synthetic.DIMS])
+    assert (answer[:-2] - tokenizer.fast_start).tolist() == list(expected)
+    decoded = processor.decode_action_tokens(answer[:-2])
+    assert decoded.shape == actions.shape
+    np.testing.assert_allclose(decoded, np.clip(actions, stats.action.q01, stats.action.q99), atol=0.5)
+    acting = processor.encode(**observation)
+    assert (acting.labels == -100).all()
+    with pytest.raises(ValueError, match="are not action tokens"):
+        processor.decode_action_tokens(answer)
+
+
+def test_fast_leaves_out_masked_dims(tokenizer, stats, fast, observation, actions):
+    used = tuple(dim < 7 for dim in range(synthetic.DIMS))
+    processor = Processor(config(tokenizer, objective="fast", predicted=used), tokenizer, stats, fast)
+    labels = processor.encode(**observation, actions=actions).labels
+    ids = labels[labels != -100][:-2]
+    normalised = processor.action.normalize(actions)[:, :7]
+    assert (ids - tokenizer.fast_start).tolist() == list(fast.encode(normalised))
+    assert processor.decode_action_tokens(ids).shape == actions.shape
+
+
+def test_fast_needs_its_tokenizer(tokenizer, stats, fast):
+    with pytest.raises(ValueError, match="needs an action tokenizer"):
+        Processor(config(tokenizer, objective="fast"), tokenizer, stats)
+    from qwen_vocab import tokenizer_dir
+
+    plain = Tokenizer.from_dir(tokenizer_dir())
+    plain.add_wallx_tokens(None)
+    with pytest.raises(ValueError, match=f"has {fast.vocab_size} tokens, but the vocabulary has 0"):
+        Processor(config(tokenizer, objective="fast"), plain, stats, fast)
+
+
+@pytest.mark.parametrize("objective", ["flow", "fast"])
+def test_saved_directory_encodes_the_same(tokenizer, stats, fast, observation, actions, tmp_path, objective):
+    predicted = tuple(dim != 3 for dim in range(synthetic.DIMS))
+    settings = config(tokenizer, objective=objective, predicted=predicted)
+    before = Processor(settings, tokenizer, stats, fast if objective == "fast" else None)
+    before.save(tmp_path / "processor")
+    after = Processor.from_dir(tmp_path / "processor")
+    assert after.config == before.config
+    for given in (actions, None):
+        assert_equal(before.encode(**observation, actions=given), after.encode(**observation, actions=given))
+    chunk = np.random.default_rng(0).normal(size=(2, HORIZON, 20))
+    np.testing.assert_array_equal(before.decode_actions(chunk), after.decode_actions(chunk))
+
+
+def test_broken_directories(flow, tmp_path):
+    with pytest.raises(FileNotFoundError, match="processor.json is missing"):
+        Processor.from_dir(tmp_path)
+    flow.save(tmp_path)
+    file = tmp_path / "processor.json"
+    fields = json.loads(file.read_text())
+    file.write_text(json.dumps({**{k: v for k, v in fields.items() if k != "horizon"}, "colour": 1}))
+    with pytest.raises(ValueError, match="unknown fields \\['colour'\\], missing fields \\['horizon'\\]"):
+        Processor.from_dir(tmp_path)
+
+
+def test_one_entry_per_camera(tokenizer):
+    with pytest.raises(ValueError, match="one entry per camera.*'resolutions': 1"):
+        config(tokenizer, resolutions=(84,))
+
+
+@pytest.mark.filterwarnings("ignore:The video decoding and encoding capabilities of torchvision")
+def test_dataset_to_batch(dataset_info, tokenizer):
+    processor = Processor(config(tokenizer), tokenizer, compute_stats(dataset_info))
+    source = LeRobotSource(dataset_info, HORIZON, processor.config.camera_keys)
+    batch = next(train_iterator(source, processor, 3, seed=0))
+    assert batch.tokens.shape == (3, processor.config.prompt_length)
+    assert [x.shape for x in batch.images] == [(3, *size, 3) for size in SIZES]
+    assert np.abs(batch.actions).max() <= 1
+    decoded = processor.decode_actions(batch.actions)
+    np.testing.assert_allclose(decoded[..., synthetic.CONSTANT_DIM], 0.25)

@@ -1,0 +1,63 @@
+"""The recorded numbers of the PyTorch models, through scripts/parity.py."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FIXTURES = ROOT / "tests" / "fixtures"
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import parity  # noqa: E402
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["flow", "flow_ce", "fast"])
+def test_wall_x(case):
+    results = parity.run(FIXTURES / "golden", FIXTURES / "golden" / f"{case}.npz")
+    assert len(results) > 15
+    assert [result.line() for result in results if not result.ok] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["image", "mixed_padded", "text", "video"])
+def test_qwen(case):
+    results = parity.run(FIXTURES / "golden_qwen", FIXTURES / "golden_qwen" / f"{case}.npz")
+    assert [result.line() for result in results if not result.ok and result.name != "gen_tokens"] == []
+
+
+def test_command_fails_on_wrong_weights_and_unknown_outputs(tmp_path):
+    with np.load(FIXTURES / "golden_qwen" / "text.npz") as file:
+        arrays = {key: file[key] for key in file.files if key.startswith("in.") or key == "out.position_ids"}
+    golden, report = tmp_path / "case.npz", tmp_path / "report.json"
+    command = [sys.executable, ROOT / "scripts" / "parity.py", "--model", FIXTURES / "golden_qwen"]
+    command += ["--golden", golden, "--json", report]
+
+    np.savez(golden, **arrays)
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+
+    arrays["out.position_ids"] = arrays["out.position_ids"] + 1
+    arrays["out.unheard_of"] = np.zeros(3)
+    np.savez(golden, **arrays)
+    assert subprocess.run(command, cwd=ROOT).returncode == 1
+    failed = {row["name"] for row in json.loads(report.read_text()) if not row["ok"]}
+    assert failed == {"position_ids", "unheard_of"}
+
+
+def test_wrong_weights_fail(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(FIXTURES / "golden_qwen", tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("layers.3.input_layernorm.weight"))
+    tensors[name] = tensors[name] * 1.01
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with np.load(FIXTURES / "golden_qwen" / "text.npz") as file:
+        np.savez(tmp_path / "case.npz", **{k: file[k] for k in file.files if k != "out.gen_tokens"})
+    failed = {result.name for result in parity.run(tmp_path / "model", tmp_path / "case.npz") if not result.ok}
+    assert {"hidden_layers", "logits"} <= failed

@@ -1,0 +1,112 @@
+"""The Qwen2.5-VL part against transformers' own PyTorch class on random tiny weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from wallx_jax.models.vision import patchify
+from wallx_jax.models.wallx import bind
+from wallx_jax.weights.load import load_params
+
+VISION_START, VISION_END, IMAGE, VIDEO, PAD = 90, 91, 92, 93, 94
+VOCABULARY = 120
+
+
+def qwen_config(heads: int, kv_heads: int, depth: int, full: list[int], layers: int) -> Qwen2_5_VLConfig:
+    width = 16 * heads
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": VOCABULARY, "hidden_size": width, "intermediate_size": 72, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+            "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "max_position_embeddings": 2048,
+            "use_sliding_window": False, "tie_word_embeddings": True,
+        },
+        vision_config={
+            "depth": depth, "hidden_size": 32, "intermediate_size": 40, "num_heads": 4, "out_hidden_size": width,
+            "fullatt_block_indexes": full, "window_size": 112, "patch_size": 14, "spatial_merge_size": 2,
+            "tokens_per_second": 2,
+        },
+        image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=VISION_START, vision_end_token_id=VISION_END,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+def random_model(config, tmp_path, seed: int):
+    torch.manual_seed(seed)
+    config._attn_implementation = "eager"
+    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.3 if "norm" in name else 0.08) + ("norm" in name))
+    model.save_pretrained(tmp_path)
+    return model
+
+
+def prompt(rng, grids, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random text with an image per grid, left padded to `length`."""
+    ids = list(rng.integers(0, 90, 3))
+    for _, rows, columns in grids:
+        ids += [VISION_START, *[IMAGE] * (rows * columns // 4), VISION_END, *rng.integers(0, 90, 2)]
+    ids += list(rng.integers(0, 90, rng.integers(2, 6)))
+    pad = length - len(ids)
+    return np.array([PAD] * pad + ids), np.arange(length) >= pad
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "depth", "full", "layers", "grids"),
+    [
+        (4, 2, 4, [1, 3], 2, ((1, 12, 10), (1, 4, 6))),
+        (6, 1, 3, [1], 3, ((1, 8, 8),)),
+        (2, 2, 2, [], 1, ((1, 18, 14), (1, 18, 14), (1, 10, 22))),
+        (4, 4, 3, [0, 1, 2], 2, ((1, 2, 2),)),
+    ],
+)
+def test_forward(tmp_path, heads, kv_heads, depth, full, layers, grids):
+    rng = np.random.default_rng(heads)
+    torch_model = random_model(qwen_config(heads, kv_heads, depth, full, layers), tmp_path, seed=heads)
+    config, params = load_params(tmp_path, numerics={"param_dtype": "float32", "compute_dtype": "float32"})
+    assert config.tokens.image == IMAGE
+
+    batch, length = 3, sum(g[1] * g[2] // 4 + 4 for g in grids) + 12
+    rows = [prompt(rng, grids, length) for _ in range(batch)]
+    tokens, mask = np.stack([r[0] for r in rows]), np.stack([r[1] for r in rows])
+    assert not mask.all(), "the case must have padding"
+    images = [rng.integers(0, 256, (batch, 14 * g[1], 14 * g[2], 3), dtype=np.uint8) for g in grids]
+    patches = jnp.concatenate([patchify(jnp.asarray(image), config.vision) for image in images], axis=1)
+
+    with torch.no_grad():
+        expected = torch_model(
+            input_ids=torch.tensor(tokens),
+            attention_mask=torch.tensor(mask.astype(int)),
+            pixel_values=torch.tensor(np.asarray(patches).reshape(-1, config.vision.patch_dim)),
+            image_grid_thw=torch.tensor(grids * batch),
+            output_hidden_states=True,
+        )
+
+    @jax.jit
+    def run(params, tokens, mask, images):
+        net = bind(config, params)
+        features, seen = net.encode_images(images)
+        assert seen == grids
+        out = net.forward(net.embed_prefix(tokens, mask, features, seen), keep_layers=True)
+        return net.logits(out.hidden), out.layers
+
+    logits, hidden = run(params, jnp.asarray(tokens), jnp.asarray(mask), images)
+    for layer in range(layers - 1):  # transformers' last hidden state is after the final norm
+        np.testing.assert_allclose(hidden[layer][mask], expected.hidden_states[layer + 1].numpy()[mask], atol=2e-4, rtol=2e-4)
+    np.testing.assert_allclose(np.asarray(logits)[mask], expected.logits.numpy()[mask], atol=2e-4, rtol=2e-4)
+
+
+def test_patchify_equals_the_image_processor():
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+
+    from wallx_jax.models.config import VisionConfig
+
+    image = np.random.default_rng(0).integers(0, 256, (84, 140, 3), dtype=np.uint8)
+    expected = Qwen2VLImageProcessor()(image, return_tensors="np")
+    ours = patchify(jnp.asarray(image[None]), VisionConfig())
+    assert expected["image_grid_thw"].tolist() == [[1, 6, 10]]
+    np.testing.assert_allclose(np.asarray(ours)[0], expected["pixel_values"], atol=2e-6)

@@ -1,0 +1,184 @@
+"""Wall-X's own parts: prefix cache, flow, flags, losses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from wallx_jax import tree
+from wallx_jax.models import flow, losses
+from wallx_jax.models.attention import sequence_mask
+from wallx_jax.models.config import PRESETS, TINY, WallXConfig
+from wallx_jax.models.vision import segments
+from wallx_jax.models.wallx import FlowTarget, abstract_params, bind, init_params
+
+HORIZON, LENGTH = 5, 24
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Random parameters, larger than at initialisation so that differences show."""
+    return jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, init_params(TINY, seed=0))
+
+
+def inputs(seed: int = 0):
+    """Tokens with one 4x4-patch image and one state token, the second row left padded, and flow targets."""
+    rng = np.random.default_rng(seed)
+    ids = TINY.tokens
+    tokens = rng.integers(0, 600, (2, LENGTH))
+    tokens[:, 8:12], tokens[:, 18] = ids.image, ids.propri
+    mask = np.ones((2, LENGTH), bool)
+    mask[1, :5] = False
+    image = rng.integers(0, 256, (2, 56, 56, 3), dtype=np.uint8)
+    state = rng.uniform(-1, 1, (2, 20)).astype(np.float32)
+    channels = (np.arange(20) < 14).astype(np.float32)
+    actions = rng.uniform(-1, 1, (2, HORIZON, 20)).astype(np.float32) * channels
+    noise = rng.normal(size=(2, HORIZON, 20)).astype(np.float32)
+    mask_a = np.broadcast_to(channels, actions.shape)
+    target = FlowTarget(actions, mask_a, noise, np.array([0.2, 0.7], np.float32))
+    return tokens, mask, image, state, np.broadcast_to(channels, state.shape), target
+
+
+def prefix_of(net, data):
+    tokens, mask, image, state, state_mask, _ = data
+    features, grids = net.encode_images([image])
+    return net.embed_prefix(jnp.asarray(tokens), jnp.asarray(mask), features, grids, state, state_mask)
+
+
+@pytest.mark.parametrize("action_attention", ["bidirectional", "causal"])
+@pytest.mark.parametrize("mrope_layout", ["qwen", "upstream_cuda"])
+def test_prefix_cache_equals_full_recomputation(params, action_attention, mrope_layout):
+    config = TINY.replace(numerics={"action_attention": action_attention, "mrope_layout": mrope_layout})
+    net, data = bind(config, params), inputs()
+    target = data[-1]
+    noisy = flow.interpolate(target.actions, target.noise, target.time)
+    prefix = prefix_of(net, data)
+    full = net.action.velocity(net.forward(prefix, (noisy, target.mask, target.time)).hidden[:, LENGTH:])
+    cache, hidden = net.encode_prefix(prefix)
+    np.testing.assert_allclose(net.suffix_velocity(cache, noisy, target.mask, target.time), full, atol=5e-5)
+    np.testing.assert_allclose(hidden[0], net.forward(prefix).hidden[0], atol=5e-5)
+
+
+def test_prefix_never_sees_actions_and_padding_is_inert(params):
+    net, data = bind(TINY, params), inputs()
+    tokens, mask, *rest, target = data
+    noisy = flow.interpolate(target.actions, target.noise, target.time)
+
+    def run(tokens, noisy):
+        out = net.forward(prefix_of(net, (tokens, mask, *rest, target)), (noisy, target.mask, target.time))
+        return np.asarray(out.hidden)
+
+    base = run(tokens, noisy)
+    moved = run(tokens, noisy + 1)
+    np.testing.assert_array_equal(base[:, :LENGTH][mask], moved[:, :LENGTH][mask])
+    assert np.abs(base[:, LENGTH:] - moved[:, LENGTH:]).max() > 1e-3
+    other_padding = tokens.copy()
+    other_padding[1, :5] = 7
+    np.testing.assert_allclose(run(other_padding, noisy)[:, 5:], base[:, 5:], atol=1e-6)
+
+
+def test_row_does_not_depend_on_its_padding(params):
+    """The same row with more left padding gives the same velocity."""
+    net, (tokens, mask, image, state, state_mask, target) = bind(TINY, params), inputs()
+    wide = np.pad(tokens, ((0, 0), (6, 0)), constant_values=TINY.tokens.pad)
+    wide_mask = np.pad(mask, ((0, 0), (6, 0)))
+    noise = jnp.asarray(target.noise)
+    short, long = (
+        net.sample_actions(prefix_of(net, (t, m, image, state, state_mask, target)), noise, target.mask, steps=3)
+        for t, m in ((tokens, mask), (wide, wide_mask))
+    )
+    np.testing.assert_allclose(short, long, atol=2e-5)
+
+
+def test_flags_change_what_they_name(params):
+    data = inputs()
+    labels = jnp.zeros((2, 0), jnp.int32)
+
+    def flow_sum(**numerics):
+        net = bind(TINY.replace(numerics=numerics), params)
+        return float(net.loss_sums(prefix_of(net, data), labels, data[-1]).flow)
+
+    base = flow_sum()
+    assert abs(flow_sum(action_attention="causal") - base) > 1e-4 * base
+    assert abs(flow_sum(mrope_layout="upstream_cuda") - base) > 1e-6 * base
+    assert flow_sum(remat="none") == pytest.approx(base, rel=1e-5)
+    with pytest.raises(ValueError, match="action_attention is 'both'.*bidirectional"):
+        TINY.replace(numerics={"action_attention": "both"})
+
+
+def test_flow_loss_reductions():
+    mask = jnp.asarray(np.broadcast_to(np.arange(20) < 7, (2, 3, 20)), jnp.float32)
+    assert float(losses.flow_count(mask, "all")) == 120
+    assert float(losses.flow_count(mask, "valid")) == 42
+    error = losses.flow_error_sum(jnp.full((2, 3, 20), 2.0), jnp.zeros((2, 3, 20)), mask)
+    assert float(error) == 4 * 42
+
+
+def test_masked_dims_drift_or_are_held():
+    noise = jnp.ones((1, 2, 3))
+    mask = jnp.asarray([[[1.0, 1.0, 0.0]] * 2])
+    drifted, held = (flow.integrate(lambda x, t: 2 * jnp.ones_like(x), noise, 4, mask, how) for how in ("drift", "held"))
+    np.testing.assert_allclose(drifted, 3.0, atol=1e-6)
+    np.testing.assert_allclose(held[..., :2], 3.0, atol=1e-6)
+    np.testing.assert_allclose(held[..., 2], 0.0, atol=1e-6)
+
+
+def test_euler_grid_covers_zero_to_one():
+    """dx/dt = t integrated with left endpoints: sum of i/N * 1/N."""
+    steps = 5
+    out = flow.integrate(lambda x, t: jnp.ones_like(x) * t[:, None, None], jnp.zeros((1, 1, 1)), steps, jnp.ones((1, 1, 1)), "drift")
+    assert float(out[0, 0, 0]) == pytest.approx(sum(i / steps for i in range(steps)) / steps)
+
+
+def test_time_is_drawn_as_upstream_draws_it():
+    """t = (1 - u) s with u ~ Beta(1.5, 1): E[t] = 0.4 s, never above s."""
+    noise, time = flow.sample_noise_and_time(jax.random.key(0), (20000, 1, 1), TINY.action)
+    assert float(time.min()) >= 0 and float(time.max()) < 0.999
+    assert float(time.mean()) == pytest.approx(0.4 * 0.999, abs=0.01)
+    assert float(noise.std()) == pytest.approx(1, abs=0.02)
+
+
+def test_sequence_mask():
+    mask = np.asarray(sequence_mask(jnp.asarray([[False, True, True]]), 2, "bidirectional"))[0]
+    expected = [[0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 1, 1, 1, 1], [0, 1, 1, 1, 1]]
+    np.testing.assert_array_equal(mask, np.array(expected, bool))
+    causal = np.asarray(sequence_mask(jnp.asarray([[False, True, True]]), 2, "causal"))[0]
+    assert not causal[3, 4] and causal[4, 3]
+
+
+def test_vision_depth_is_cut_into_equal_super_blocks():
+    assert segments(WallXConfig().vision) == [(0, 7, 1, 4)]
+    assert segments(TINY.replace(vision={"depth": 5, "fullatt_block_indexes": (1,)}).vision) == [(0, 1, 1, 1), (2, 3, 0, 1)]
+
+
+def test_one_compilation_serves_every_prompt(params):
+    """Image and padding places are read off the ids, so they do not recompile."""
+    traces = 0
+
+    @jax.jit
+    def run(params, tokens, mask, image):
+        nonlocal traces
+        traces += 1
+        net = bind(TINY, params)
+        features, grids = net.encode_images([image])
+        return net.forward(net.embed_prefix(tokens, mask, features, grids)).hidden
+
+    for seed in range(3):
+        tokens, mask, image, *_ = inputs(seed)
+        run(params, jnp.asarray(np.roll(tokens, seed, axis=1)), jnp.asarray(np.roll(mask, seed)), image)
+    assert traces == 1
+
+
+def test_presets_describe_themselves_in_config_json():
+    for config in PRESETS.values():
+        back = WallXConfig.from_hf(config.to_hf()).replace(
+            tokens={"pad": config.tokens.pad, "propri": config.tokens.propri, "action": config.tokens.action}
+        )
+        assert back == config
+
+
+def test_abstract_parameters_match_initialised_ones():
+    abstract, concrete = (tree.flatten(t) for t in (abstract_params(TINY), init_params(TINY, 1)))
+    assert {k: (v.shape, v.dtype) for k, v in abstract.items()} == {k: (v.shape, v.dtype) for k, v in concrete.items()}
+    wide = tree.flatten(abstract_params(PRESETS["wall_oss_3b"]))
+    assert sum(int(np.prod(x.shape)) for x in wide.values()) == 4220395520

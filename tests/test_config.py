@@ -1,0 +1,368 @@
+import dataclasses
+import importlib.util
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from ml_collections import ConfigDict
+
+from wallx_jax import robots
+from wallx_jax.command_line import render
+from wallx_jax.config import ConfigError, default_config, flatten, resolve
+from wallx_jax.data.mapping import check_dataset, check_horizon
+from wallx_jax.models.config import Numerics
+
+ROOT = Path(__file__).parent.parent
+GUIDE = {  # the training guide's keys and, where it gives one, defaults
+    "learning_rate": 9e-5, "min_lr": 5e-5, "num_warmup_steps": 100, "train_test_split": 0.95, "action_horizon": 32,
+    "use_fast_tokenizer": False, "profile": False, "pretrained_wallx_path": None, "save_path": None,
+    "action_tokenizer_path": None, "norm_stats_path": None, "batch_size_per_gpu": 8, "gradient_accumulation_steps": 1,
+    "num_training_steps": None, "num_epoch": 100, "dof_config": {}, "agent_pos_config": {}, "obs_action_keys": (),
+    "predict_action_keys": (), "repo_id": None, "download_videos": True, "resume.ckpt": None,
+    "resume.load_ckpt_only": False, "freeze_vlm": False, "action_expert_learning_rate": None, "flow_loss_weight": 1.0,
+}  # fmt: skip
+
+
+def usable(**changes) -> ConfigDict:
+    c = default_config()
+    c.pretrained_wallx_path, c.repo_id, c.save_path = "model", "lerobot/aloha_mobile_cabinet", "out"
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        section = c
+        for parent in parents:
+            section = section[parent]
+        section[last] = value
+    return c
+
+
+def dataset(**changes) -> SimpleNamespace:
+    cameras = [f"observation.images.cam_{name}" for name in ("high", "left_wrist", "right_wrist")]
+    joints = {"dtype": "float32", "shape": [14], "names": ["left_waist", "..."]}
+    return SimpleNamespace(**{
+        "repo_id": "lerobot/aloha_mobile_cabinet",
+        "features": {"observation.state": joints, "action": joints, "timestamp": {"dtype": "float32", "shape": [1]}}
+        | {camera: {"dtype": "video", "shape": [480, 640, 3]} for camera in cameras},
+        "camera_keys": tuple(cameras),
+        "tasks": ["Open the cabinet."],
+        **changes,
+    })  # fmt: skip
+
+
+def errors_of(function, *args) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        function(*args)
+    return list(caught.value.errors)
+
+
+def load(file: Path):
+    spec = importlib.util.spec_from_file_location("a_config", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# Defaults
+
+
+@pytest.mark.parametrize("key", GUIDE)
+def test_defaults_are_the_guides(key):
+    assert flatten(default_config())[key] == GUIDE[key]
+
+
+def test_default_resolution_is_the_guides():
+    views = {"face_view", "left_wrist_view", "right_wrist_view", "move1_view", "move2_view", "top_view", "wall_view"}
+    assert flatten(default_config())["resolution"] == dict.fromkeys(views, 256)
+
+
+def test_every_setting_has_a_comment():
+    source = (ROOT / "wallx_jax" / "config.py").read_text().split("def default_config")[1].split("return c.lock()")[0]
+    bare = [
+        line
+        for line in source.splitlines()
+        if line.startswith("    c.") and "#" not in line and "OrderedConfig()" not in line
+    ]
+    assert not bare
+
+
+def test_numerics_section_mirrors_the_dataclass():
+    assert set(default_config().numerics) == {f.name for f in dataclasses.fields(Numerics)}
+
+
+def test_unknown_setting_in_a_file_is_refused():
+    with pytest.raises(AttributeError, match="learning_rate"):
+        default_config().learning_rat = 1.0
+
+
+def test_tables_keep_the_order_in_which_they_were_written():
+    run = resolve(usable(dof_config={"z": 1, "a": 2}, camera_views={"top_view": "t", "face_view": "f"}))
+    assert run.robot.dof == (("z", 1), ("a", 2))
+    assert [camera.view for camera in run.data.cameras] == ["top_view", "face_view"]
+
+
+# resolve
+
+
+def test_resolve_fills_in_what_follows():
+    run = resolve(usable(batch_size_per_gpu=4, save_path="runs/mine/"))
+    assert (run.data.batch_size, run.data.eval_batch_size) == (4, 4)
+    assert (run.loop.log_name, run.loop.profile_save_path) == ("mine", "runs/mine//profile")
+    assert [(c.view, c.key, c.resolution) for c in run.data.cameras] == [
+        ("face_view", "observation.images.cam_high", 256),
+        ("left_wrist_view", "observation.images.cam_left_wrist", 256),
+        ("right_wrist_view", "observation.images.cam_right_wrist", 256),
+    ]
+    assert run.data.location == "lerobot/aloha_mobile_cabinet"
+    assert resolve(usable(dataset_root="/here")).data.location == "/here"
+
+
+def test_numerics_replace_only_what_was_set():
+    base = Numerics(action_attention="causal", remat="dots")
+    run = resolve(usable(numerics__remat="none", numerics__float32_islands=False))
+    assert run.model.apply_numerics(base) == dataclasses.replace(base, remat="none", float32_islands=False)
+
+
+def test_run_ends_at_steps_or_epochs_whichever_comes_first():
+    assert resolve(usable(num_epoch=3)).loop.total_steps(7) == 21
+    assert resolve(usable(num_training_steps=5, num_epoch=3)).loop.total_steps(7) == 5
+    loop = resolve(usable(num_training_steps=50, num_epoch=3)).loop
+    assert (loop.total_steps(7), loop.decay_steps(7)) == (21, 50)
+    assert resolve(usable(num_training_steps=50, num_epoch=0)).loop.total_steps(7) == 50
+
+
+def test_key_masks():
+    robot = resolve(usable(dof_config={"arm": 2, "hand": 1}, predict_action_keys=("hand",), obs_action_keys=())).robot
+    assert robot.predicted() == (False, False, True)
+    robot = dataclasses.replace(robot, agent_pos=robot.dof)
+    assert robot.observed() == (True, True, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"pretrained_wallx_path": None}, ["pretrained_wallx_path", "required"]),
+        ({"repo_id": None}, ["repo_id", "required"]),
+        ({"save_path": "/path/to/workspace/"}, ["save_path", "/path/to/workspace/", "real path"]),
+        ({"resume__ckpt": "/path/to/resume_model/"}, ["resume.ckpt", "real path"]),
+        ({"learning_rate": 0.0, "min_lr": 0.0}, ["learning_rate", "above 0"]),
+        ({"learning_rate": math.nan}, ["learning_rate", "finite"]),
+        ({"learning_rate": None}, ["learning_rate", "float"]),
+        ({"learning_rate": 1e-5}, ["min_lr", "5e-05", "1e-05"]),
+        ({"batch_size_per_gpu": 0}, ["batch_size_per_gpu", "above 0"]),
+        ({"num_workers": -1}, ["num_workers", "negative"]),
+        ({"eval_batches": True}, ["eval_batches", "int", "bool"]),
+        ({"num_epoch": 0}, ["num_training_steps", "num_epoch"]),
+        ({"num_epoch": None}, ["num_epoch", "int"]),
+        ({"train_test_split": 1.5}, ["train_test_split", "1.5"]),
+        ({"split_mode": "random"}, ["split_mode", "random", "episode", "frame"]),
+        ({"use_fast_tokenizer": True}, ["action_tokenizer_path", "required"]),
+        ({"train_action_heads": False}, ["train_action_heads", "freeze_vlm"]),
+        ({"resume__load_ckpt_only": True}, ["resume.load_ckpt_only", "resume.ckpt"]),
+        ({"resume": {"ckp": "x"}}, ["resume.ckp", 'did you mean "resume.ckpt"']),
+        (
+            {"robot_name": "physical-intelligence/libero"},
+            ["physical-intelligence/libero", "lerobot/aloha_mobile_cabinet"],
+        ),
+        ({"dof_config": {"arm": 0}}, ["dof_config.arm", "at least 1"]),
+        ({"dof_config": {"arm": "x"}}, ["dof_config.arm", "'x'"]),
+        ({"dof_config": None}, ["dof_config", "dict", "None"]),
+        (
+            {"dof_config": {"arm": 7}, "predict_action_keys": ("amr",)},
+            ["predict_action_keys", "amr", '"arm"'],
+        ),
+        ({"dof_config": {"a": 1}, "agent_pos_config": {"s": 1}, "obs_action_keys": ("a",)}, ["obs_action_keys", "'s'"]),
+        ({"dof_config": {"arm": 7}, "predict_action_keys": ("arm", "arm")}, ["predict_action_keys", "twice"]),
+        ({"dof_config": {"arm": 7}, "predict_action_keys": (7,)}, ["predict_action_keys", "7", "strings"]),
+        ({"resolution__face_view": 7}, ["resolution.face_view", "7", "28"]),
+        ({"camera_views": {"overhead": "cam"}}, ["resolution.overhead", "missing"]),
+        ({"camera_views": {"face_view": "cam", "top_view": "cam"}}, ["camera_views", "two views"]),
+        ({"camera_views": {"face_view": 3}}, ["camera_views.face_view", "3"]),
+        ({"numerics__remat": "some"}, ["numerics.remat", "some", "full"]),
+        ({"mesh__fsdp": -1}, ["mesh", "-1"]),
+        ({"mesh__fsdp": 0}, ["mesh", "0"]),
+        ({"action_horizon": 800}, ["action_horizon", "800", "768"]),
+    ],
+)
+def test_one_wrong_setting_is_one_error(changes, words):
+    (error,) = errors_of(resolve, usable(**changes))
+    assert all(word in error for word in words), error
+
+
+def test_unknown_view_names_the_nearest():
+    views = dict(default_config().resolution.items())
+    (error,) = errors_of(resolve, usable(resolution=views | {"face_veiw": 128}))
+    assert "face_veiw" in error and 'did you mean "face_view"' in error
+
+
+def test_fast_with_frozen_vlm_has_nothing_to_train():
+    (error,) = errors_of(resolve, usable(use_fast_tokenizer=True, action_tokenizer_path="fast", freeze_vlm=True))
+    assert "nothing to train" in error
+
+
+def test_all_errors_come_at_once():
+    errors = errors_of(resolve, usable(repo_id=None, learning_rate=-1.0, min_lr=-2.0, numerics__flow_loss="sum"))
+    assert len(errors) == 4
+
+
+def test_unused_placeholders_do_no_harm():
+    resolve(usable(action_tokenizer_path="/path/to/fast/", profile_save_path="/path/to/profile/"))
+
+
+# The dataset
+
+
+def test_dataset_completes_the_configuration():
+    run = check_dataset(resolve(usable()), dataset())
+    assert run.robot.dof == (("action", 14),) and run.robot.agent_pos == (("state", 14),)
+    run = check_dataset(resolve(usable(dof_config=robots.ALOHA_DOF)), dataset())
+    assert run.robot.agent_pos == run.robot.dof and len(run.robot.dof) == 14
+
+
+def test_cameras_may_be_written_without_their_prefix():
+    run = check_dataset(resolve(usable(camera_views={"top_view": "cam_high"})), dataset())
+    assert run.data.cameras[0].key == "observation.images.cam_high"
+
+
+def test_upstreams_thirteen_keys_for_fourteen_dimensions():
+    thirteen = {name: 1 for name in robots.ALOHA_DOF if name != "left_waist"}
+    action, state = errors_of(check_dataset, resolve(usable(dof_config=thirteen, agent_pos_config=thirteen)), dataset())
+    assert "dof_config sums to 13" in action and "has 14" in action and "left_waist" in action
+    assert "agent_pos_config sums to 13" in state
+
+
+def test_all_mismatches_with_the_dataset_come_at_once():
+    run = resolve(usable(camera_views={"face_view": "cam_hihg"}, state_key="state", action_key="actoin"))
+    camera, action, state = errors_of(check_dataset, run, dataset())
+    assert 'did you mean "observation.images.cam_high"' in camera
+    assert "actoin" in action and 'did you mean "action"' in action
+    assert "'state'" in state and "observation.state" in state
+
+
+def test_unknown_dataset_needs_camera_views():
+    (error,) = errors_of(check_dataset, resolve(usable(repo_id="me/mine")), dataset(repo_id="me/mine"))
+    assert "camera_views" in error and "me/mine" in error and "observation.images.cam_high" in error
+
+
+def test_dataset_without_instructions():
+    (error,) = errors_of(check_dataset, resolve(usable()), dataset(tasks=[""]))
+    assert "instruction" in error
+
+
+def test_horizon_must_fit_the_prompt():
+    run = resolve(usable(max_length=300))
+    check_horizon(run, 268)
+    (error,) = errors_of(check_horizon, run, 269)
+    assert all(word in error for word in ("max_length = 300", "269", "action_horizon", "32", "301"))
+    fast = resolve(usable(max_length=300, use_fast_tokenizer=True, action_tokenizer_path="fast"))
+    (error,) = errors_of(check_horizon, fast, 45)
+    assert "max_fast_tokens" in error and "301" in error
+
+
+# Files and the command line
+
+
+SHIPPED = [file for file in sorted((ROOT / "configs").glob("*.py")) if file.stem != "upstream_yaml"]
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_shipped_configurations_resolve(file):
+    config = load(file).get_config()
+    assert config.is_locked
+    resolve(config)
+
+
+@pytest.mark.parametrize("name", ["aloha", "aloha_fast", "aloha_from_vlm"])
+def test_aloha_fits_its_dataset(name):
+    run = check_dataset(resolve(load(ROOT / "configs" / f"{name}.py").get_config()), dataset())
+    assert len(run.robot.predicted()) == len(run.robot.observed()) == 14 and all(run.robot.predicted())
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8, 16, 32, 64, 128])
+def test_from_vlm_global_batch_is_128(devices):
+    c = load(ROOT / "configs" / "aloha_from_vlm.py").get_config(str(devices))
+    assert devices * c.batch_size_per_gpu * c.gradient_accumulation_steps == 128 and c.batch_size_per_gpu <= 8
+
+
+def test_render_is_yaml_that_marks_changes():
+    text = render(usable(learning_rate=1e-4, dof_config={"z": 1, "a": 2}, obs_action_keys=("z",)))
+    lines = text.splitlines()
+    assert [line.split(":")[0] for line in lines] == sorted(flatten(default_config()))
+    marked = {line.split(":")[0] for line in lines if "# *" in line}
+    assert marked == {"pretrained_wallx_path", "repo_id", "save_path", "learning_rate", "dof_config", "obs_action_keys"}
+    assert yaml.safe_load(text) == {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(
+        usable(learning_rate=1e-4, dof_config={"z": 1, "a": 2}, obs_action_keys=("z",))).items()}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory):
+    """Runs a tiny program that prints a few settings; returns (exit code, stdout, stderr)."""
+    folder = tmp_path_factory.mktemp("app")
+    (folder / "app.py").write_text(
+        "from wallx_jax.command_line import launch\n"
+        "from wallx_jax.config import resolve\n"
+        "def main(c):\n    c.split_mode == 'x' and resolve(c)\n    print(c.learning_rate, c.num_epoch, c.save_path, c.resolution.face_view, c.resume.ckpt)\n"
+        "launch(main)\n"
+    )
+    head = "from wallx_jax.config import default_config\ndef get_config(arg=''):\n    c = default_config()\n"
+    (folder / "good.py").write_text(f"{head}    c.num_epoch = 7\n    c.save_path = 'here' + arg\n    return c\n")
+    (folder / "typo.py").write_text(f"{head}    c.learning_rat = 1.0\n    return c\n")
+    (folder / "type.py").write_text(f"{head}    c.learning_rate = 'fast'\n    return c\n")
+    (folder / "raises.py").write_text(f"{head}    raise ValueError('no robot today')\n")
+    (folder / "returns.py").write_text("def get_config(arg=''):\n    return 3\n")
+
+    def run(*arguments):
+        command = [sys.executable, "app.py", *arguments]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+def test_overrides(app):
+    good = [
+        "--config=good.py:X",
+        "--config.learning_rate=1",
+        "--config.resolution.face_view=84",
+        "--config.resume.ckpt=c",
+    ]
+    assert app(*good)[:2] == (0, "1.0 7 hereX 84 c\n")
+    assert app("--config=good.py", "--workdir=there", "--config.save_path=elsewhere")[1] == "9e-05 7 there 256 None\n"
+
+
+def test_refused_settings_are_a_list_without_a_traceback(app):
+    code, out, err = app("--config=good.py", "--config.split_mode=x", "--config.seed=-1")
+    assert (code, out) == (2, "") and err.startswith("error: 4 wrong settings:")
+    assert "seed = -1" in err and "split_mode = 'x'" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config=good.py", "--config.learning_rat=3"], ["'learning_rat'", "did you mean --config.learning_rate?"]),
+        (["--config=good.py", "--config.lrr=3"], ["'lrr'", "config.py lists"]),
+        (["--config=good.py", "--config.resume.ckp=3"], ["'resume.ckp'", "did you mean --config.resume.ckpt?"]),
+        (["--config=good.py", "--config.load_ckpt_only=True"], ["did you mean --config.resume.load_ckpt_only?"]),
+        (["--config=good.py", "--config.num_epoch=1.5"], ["config.num_epoch", "1.5"]),
+        (["--config=good.py", "--config.learning_rate=abc"], ["config.learning_rate", "abc"]),
+        (["--config=good.py", "--config.freeze_vlm=maybe"], ["config.freeze_vlm", "maybe"]),
+        (["--config=good.py", "--config.dof_config.arm=3"], ["arm"]),
+        (["--config=good.py", "--config.resolution.fase_view=3"], ["face_view"]),
+        (["--config=good.py", "--confg.num_epoch=1"], ["confg.num_epoch"]),
+        (["--config=good.py", "--wrokdir=x"], ["wrokdir", "workdir"]),
+        (["--config=good.py", "num_epoch=1"], ["'num_epoch=1'", "--config.key=value"]),
+        (["--config=nowhere.py"], ["nowhere.py"]),
+        ([], ["--config=FILE"]),
+        (["--config=typo.py"], ["'learning_rat'", "did you mean --config.learning_rate?"]),
+        (["--config=type.py"], ["learning_rate", "fast"]),
+        (["--config=raises.py"], ["no robot today"]),
+        (["--config=returns.py"], ["int", "default_config"]),
+    ],
+)
+def test_wrong_command_line_is_one_line(app, arguments, words):
+    code, out, err = app(*arguments)
+    assert code == 2 and not out
+    assert len(err.strip().splitlines()) == 1 and err.startswith("error: "), err
+    assert all(word in err for word in words), err

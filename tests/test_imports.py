@@ -1,0 +1,99 @@
+"""Who may import whom, and that the deployable part stays light."""
+
+import ast
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import wallx_jax
+
+PACKAGE = Path(wallx_jax.__path__[0])
+
+# Part of the package, by prefix (the longest counts) -> the prefixes that it may import, besides itself.
+SETTINGS = {"tree", "robots", "config", "run_config", "command_line", "upstream_yaml", "hub"}
+ALLOWED = {
+    "": set(),
+    "tree": set(),
+    "hub": set(),
+    "robots": set(),
+    "run_config": {"models.config"},
+    "config": {"run_config", "robots", "models.config"},
+    "command_line": {"config"},
+    "upstream_yaml": {"config"},
+    "models": {"tree", "data.batch"},
+    "weights": {"tree", "hub", "models"},
+    "data.batch": set(),
+    "data": {"tree", "hub", "config", "run_config", "robots", "models.config"},
+    "training": SETTINGS | {"models", "weights", "data"},
+    # Serving a checkpoint needs to read it, but nothing else of training.
+    "inference": SETTINGS | {"models", "weights", "data", "training.checkpoint", "training.checkpoint_dir"},
+    "serving": SETTINGS | {"models.config", "data", "inference"},
+    "train": SETTINGS | {"models", "weights", "data", "training", "inference"},
+}
+HEAVY = ("torch", "torchvision", "lerobot")
+MAY_IMPORT_HEAVY = {"data.lerobot"}
+
+
+def modules() -> dict[str, Path]:
+    """{"models.config": file}, all modules of the package."""
+    return {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        .removesuffix(".__init__")
+        .removesuffix("__init__"): path
+        for path in sorted(PACKAGE.rglob("*.py"))
+    }
+
+
+def covers(prefix: str, module: str) -> bool:
+    return module == prefix or module.startswith(f"{prefix}.")
+
+
+def imported(path: Path) -> set[str]:
+    """Absolute names of everything a file imports, inside functions too; `from a import b` gives a and a.b."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write absolute imports"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_go_one_way(module):
+    files = modules()
+    part = max((prefix for prefix in ALLOWED if covers(prefix, module)), key=len, default=None)
+    assert part is not None, f"{module}: say in ALLOWED what it may import"
+    for name in imported(files[module]):
+        target = name.removeprefix("wallx_jax.")
+        if name.startswith("wallx_jax.") and target in files and files[target].name != "__init__.py":
+            assert any(covers(prefix, target) for prefix in {part, *ALLOWED[part]}), (
+                f"{module} must not import {target}"
+            )
+
+
+@pytest.mark.parametrize("module", modules())
+def test_only_the_dataset_reader_imports_torch(module):
+    heavy = {name.split(".")[0] for name in imported(modules()[module])} & set(HEAVY)
+    assert not heavy or module in MAY_IMPORT_HEAVY, f"{module} imports {heavy}"
+
+
+def test_deployable_part_is_light():
+    """Importing the package, and all of models, weights, data and inference, loads no torch."""
+    names = ["wallx_jax"]
+    for name in ("models", "weights", "data", "inference"):
+        folder = PACKAGE / name
+        names += [f"wallx_jax.{name}.{m.name}" for m in pkgutil.iter_modules([str(folder)])] + [f"wallx_jax.{name}"]
+    code = (
+        "import importlib, sys\n"
+        f"for name in {names!r}:\n"
+        "    importlib.import_module(name)\n"
+        f"    loaded = [heavy for heavy in {HEAVY!r} if heavy in sys.modules]\n"
+        "    assert not loaded, f'{name} loads {loaded}'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert done.returncode == 0, done.stderr

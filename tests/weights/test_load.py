@@ -1,0 +1,332 @@
+import json
+import re
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from tiny_models import SMALL, SMALL_QWEN, Directory, random_params
+
+from wallx_jax import tree
+from wallx_jax.models.config import ActionConfig
+from wallx_jax.models.dtypes import ISLANDS
+from wallx_jax.models.wallx import abstract_params
+from wallx_jax.weights.export import save_directory
+from wallx_jax.weights.load import load_params, read_config, read_normalizers
+from wallx_jax.weights.safetensors_io import WeightsError, write_safetensors
+
+
+def assert_same(params, expected):
+    params, expected = tree.flatten(params), tree.flatten(expected)
+    assert params.keys() == expected.keys()
+    for path, array in params.items():
+        assert array.dtype == expected[path].dtype, path
+        assert array.flags.c_contiguous, path
+        np.testing.assert_array_equal(array, expected[path], err_msg=path)
+
+
+def shapes(params):
+    return {path: x.shape for path, x in tree.flatten(params).items()}
+
+
+# What loads
+
+
+def test_wallx_directory(wallx):
+    config, params = load_params(wallx.write())
+    assert config.replace(tokens=vars(SMALL.tokens)) == SMALL
+    assert_same(params, wallx.params)
+
+
+def test_layers_are_stacked_in_numeric_order(tmp_path):
+    config = SMALL.replace(text={"num_hidden_layers": 11})
+    directory = Directory(tmp_path, config, random_params(config))
+    for layer in range(11):
+        directory.tensors[f"model.layers.{layer}.input_layernorm.weight"] = np.full(64, layer, np.float32)
+    _, params = load_params(directory.write())
+    assert params["decoder"]["layers"]["input_norm"]["scale"][:, 0].tolist() == list(range(11))
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_qwen_directory_in_both_spellings(qwen, newer):
+    def rename(name):
+        prefix = r"model.language_model." if name.startswith("model.") else r"model.visual."
+        return re.sub(r"^(model|visual)\.", prefix, name)
+
+    if newer:
+        qwen.tensors = {rename(name): x for name, x in qwen.tensors.items()}
+        assert all(name.startswith(("model.language_model.", "model.visual.")) for name in qwen.tensors)
+    config, params = load_params(qwen.write())
+    assert config.action.intermediate_size is None
+    assert_same(params, qwen.params)
+
+
+def test_qwen_directory_gets_a_fresh_action_side(qwen):
+    action = ActionConfig(intermediate_size=16, action_dim=20, state_dim=20)
+    config, params = load_params(qwen.write(), action=action, action_dim=26, seed=1)
+    assert config.action == ActionConfig(intermediate_size=16, action_dim=26, state_dim=20)
+    assert shapes(params) == shapes(abstract_params(config))
+    own, fresh = tree.split(params, lambda path: path in tree.flatten(qwen.params))
+    assert_same(own, qwen.params)
+    for path, x in tree.flatten(fresh).items():
+        assert path.startswith(("action/", "decoder/layers/mlp/action/"))
+        assert abs(x.std() - 0.02) < 0.002 and abs(x.mean()) < 0.002, path
+    assert_same(load_params(qwen.path, action=action, action_dim=26, seed=1)[1], params)
+    other = load_params(qwen.path, action=action, seed=2)[1]
+    assert not np.array_equal(other["action"]["w2"]["kernel"], params["action"]["w2"]["kernel"])
+
+
+def test_shards(wallx):
+    wallx.write()
+    (wallx.path / "model.safetensors").unlink()
+    parts = [dict(list(wallx.tensors.items())[i::3]) for i in range(3)]
+    for i, part in enumerate(parts):
+        write_safetensors(wallx.path / f"model-{i}.safetensors", part)
+    weight_map = {name: f"model-{i}.safetensors" for i, part in enumerate(parts) for name in part}
+    (wallx.path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert_same(load_params(wallx.path)[1], wallx.params)
+
+
+def test_bfloat16_file_with_float32_islands(wallx):
+    wallx.tensors = {name: x.astype(ml_dtypes.bfloat16) for name, x in wallx.tensors.items()}
+    del wallx.hf["wallx_jax"]  # as published
+    config, params = load_params(wallx.write())
+    assert config.numerics.param_dtype == "bfloat16" and config.numerics.float32_islands
+    for path, x in tree.flatten(params).items():
+        assert x.dtype == (np.float32 if path.startswith(ISLANDS) else ml_dtypes.bfloat16), path
+    _, plain = load_params(wallx.path, numerics={"float32_islands": False})
+    assert {x.dtype for x in tree.flatten(plain).values()} == {np.dtype(ml_dtypes.bfloat16)}
+    _, wide = load_params(wallx.path, numerics={"param_dtype": "float32"})
+    for path, x in tree.flatten(wide).items():
+        assert x.dtype == np.float32
+        np.testing.assert_array_equal(x, tree.flatten(wallx.params)[path].astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+def test_a_mixed_file_is_read_in_each_tensors_dtype(wallx):
+    norm = "model.layers.1.post_attention_layernorm.weight"
+    wallx.tensors = {n: x if n == norm else x.astype(ml_dtypes.bfloat16) for n, x in wallx.tensors.items()}
+    _, params = load_params(wallx.write())
+    loaded = params["decoder"]["layers"]["post_norm"]["scale"][1]
+    np.testing.assert_array_equal(loaded, wallx.tensors[norm])
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.float16])
+def test_without_numerics_of_ours_the_file_decides_param_dtype(wallx, stored):
+    wallx.tensors = {name: x.astype(stored) for name, x in wallx.tensors.items()}
+    del wallx.hf["wallx_jax"]
+    assert read_config(wallx.write()).numerics.param_dtype == "float32"  # float16 does not fit into bfloat16
+
+
+def test_put_places_each_parameter_as_it_is_read(wallx):
+    seen = []
+
+    def put(path, array):
+        assert isinstance(array, np.ndarray)
+        seen.append((path, array.shape, array.dtype))
+        return array.sum()
+
+    config, params = load_params(wallx.write(), put=put)
+    specs = tree.flatten(abstract_params(config))
+    assert sorted(seen) == sorted((path, x.shape, x.dtype) for path, x in specs.items())
+    assert np.shape(params["decoder"]["norm"]["scale"]) == ()
+
+
+def test_normalizers_are_set_aside(wallx):
+    for kind, stat, value in (
+        ("action", "min", 1),
+        ("action", "delta", 2),
+        ("propri", "min", 3),
+        ("propri", "delta", 4),
+    ):
+        name = f"action_preprocessor.normalizer_{kind}.{stat}.physical-intelligence/libero"
+        wallx.tensors[name] = np.full(20, value, np.float32)
+    assert_same(load_params(wallx.write())[1], wallx.params)
+    robots = read_normalizers(wallx.path)
+    assert robots.keys() == {"physical-intelligence/libero"}
+    stats = robots["physical-intelligence/libero"]
+    found = {(kind, stat): x[0] for kind, pair in stats.items() for stat, x in pair.items()}
+    assert found == {("action", "min"): 1, ("action", "delta"): 2, ("propri", "min"): 3, ("propri", "delta"): 4}
+
+
+# Shapes that config.json may have wrong
+
+
+def test_shapes_come_from_the_tensors(wallx):
+    wallx.hf["vocab_size"] = 151936
+    wallx.hf["dof_config"] = {"arm": 7}
+    wallx.hf["experts"][1]["intermediate_size"] = 2048
+    del wallx.hf["agent_pos_config"]
+    config, params = load_params(wallx.write())
+    assert (config.text.vocab_size, config.action) == (90, SMALL.action)
+    assert_same(params, wallx.params)
+    assert read_config(wallx.path) == config
+
+
+@pytest.mark.parametrize("rows", [151667, 151936, 153715, 155765])
+def test_vocabularies_in_the_wild(qwen, rows):
+    qwen.tensors["model.embed_tokens.weight"] = np.broadcast_to(np.zeros(64, np.float32), (rows, 64))
+    assert read_config(qwen.write()).text.vocab_size == rows
+    config, params = load_params(qwen.path)
+    assert config.text.vocab_size == rows
+    assert params["embed"]["embedding"].shape == (rows, 64)
+
+
+def test_widths_are_changed_while_loading(wallx):
+    with pytest.warns(UserWarning, match="freshly initialised"):
+        config, params = load_params(wallx.write(), vocab_size=80, action_dim=26, state_dim=20)
+    assert (config.text.vocab_size, config.action.action_dim, config.action.state_dim) == (80, 26, 20)
+    assert shapes(params) == shapes(abstract_params(config))
+    np.testing.assert_array_equal(params["embed"]["embedding"], wallx.params["embed"]["embedding"][:80])
+    np.testing.assert_array_equal(params["action"]["w2"]["kernel"], wallx.params["action"]["w2"]["kernel"])
+
+
+def test_a_narrower_robot_changes_nothing(wallx):
+    config, params = load_params(wallx.write(), action_dim=7, state_dim=8)
+    assert config.action == SMALL.action
+    assert_same(params, wallx.params)
+
+
+# Tying
+
+
+def test_a_stored_copy_of_the_embedding_is_tied(wallx):
+    wallx.tensors["lm_head.weight"] = wallx.tensors["model.embed_tokens.weight"].copy()
+    config, params = load_params(wallx.write())
+    assert config.text.tie_word_embeddings
+    assert_same(params, wallx.params)
+
+
+def test_a_head_that_differs_is_kept_with_a_warning(wallx):
+    head = wallx.tensors["model.embed_tokens.weight"] + 1
+    wallx.tensors["lm_head.weight"] = head
+    with pytest.warns(UserWarning, match="lm_head.weight differs from the embedding"):
+        config, params = load_params(wallx.write())
+    assert not config.text.tie_word_embeddings
+    np.testing.assert_array_equal(params["lm_head"]["kernel"], head.T)
+
+
+def test_an_untied_model_needs_its_head(wallx):
+    wallx.hf["tie_word_embeddings"] = False
+    with pytest.raises(WeightsError, match="1 missing:\n  lm_head.weight"):
+        load_params(wallx.write())
+    wallx.tensors["lm_head.weight"] = wallx.tensors["model.embed_tokens.weight"].copy()
+    assert not load_params(wallx.write())[0].text.tie_word_embeddings
+
+
+# What does not load
+
+
+def test_one_error_lists_everything(wallx):
+    del wallx.tensors["model.norm.weight"], wallx.tensors["visual.blocks.1.attn.qkv.bias"]
+    wallx.tensors["model.layers.9.input_layernorm.weight"] = np.zeros(64, np.float32)
+    wallx.tensors["surprise"] = np.zeros(1, np.float32)
+    wallx.tensors["action_preprocessor.w2.weight"] = np.zeros((64, 100), np.float32)
+    wallx.tensors["visual.merger.ln_q.weight"] = np.zeros(32, np.int8)
+    with pytest.raises(WeightsError) as error:
+        load_params(wallx.write(), put=lambda path, array: pytest.fail("something was read"))
+    assert str(error.value).splitlines()[1:] == [
+        "2 missing:",
+        "  model.norm.weight",
+        "  visual.blocks.1.attn.qkv.bias",
+        "2 unexpected:",
+        "  model.layers.9.input_layernorm.weight",
+        "  surprise",
+        "1 wrongly shaped:",
+        "  action_preprocessor.w2.weight [64, 100], expected [64, 128]",
+        "1 of a type that no weight has:",
+        "  visual.merger.ln_q.weight I8",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("model.layers.0.self_attn.q_proj_experts.0.weight", "MoT"),
+        ("model.layers.0.moe.experts.0.gate_up_proj.weight", "fused projections"),
+        ("model.layers.0.self_attn.q_proj.lora_A.weight", "merge_and_unload"),
+    ],
+)
+def test_later_layouts_are_named(wallx, name, label):
+    wallx.tensors[name] = np.zeros((2, 2), np.float32)
+    with pytest.raises(WeightsError, match=f"This version does not read .*{label}"):
+        load_params(wallx.write())
+
+
+def test_projections_without_masks_are_named(wallx):
+    for head in ("w1", "propri_proj"):
+        wallx.tensors[f"action_preprocessor.{head}.weight"] = np.zeros((64, 20), np.float32)
+    with pytest.raises(WeightsError, match="proj_with_mask false"):
+        load_params(wallx.write())
+
+
+def test_long_lists_are_grouped_by_layer(tmp_path):
+    config = SMALL_QWEN.replace(text={"num_hidden_layers": 60})
+    directory = Directory(tmp_path, config, random_params(config))
+    directory.tensors = {n: x for n, x in directory.tensors.items() if "input_layernorm" not in n}
+    with pytest.raises(WeightsError, match=r"60 missing:\n  model.layers.\{0-59\}.input_layernorm.weight$"):
+        load_params(directory.write())
+
+
+def test_the_same_tensor_under_two_names(qwen):
+    qwen.tensors["model.visual.merger.ln_q.weight"] = qwen.tensors["visual.merger.ln_q.weight"]
+    with pytest.raises(WeightsError, match="under two names"):
+        load_params(qwen.write())
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"model_type": "llama"}', '{"model_type": "qwen2_5_vl"}'])
+def test_a_bad_config(wallx, text):
+    config = wallx.write() / "config.json"
+    config.unlink()
+    if text is not None:
+        config.write_text(text)
+    with pytest.raises(WeightsError, match="config.json"):
+        load_params(wallx.path)
+
+
+def test_a_truncated_file(wallx):
+    file = wallx.write() / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(WeightsError, match="truncated"):
+        load_params(wallx.path)
+
+
+# Export
+
+
+@pytest.mark.parametrize("config", [SMALL, SMALL_QWEN, SMALL.replace(text={"tie_word_embeddings": False})])
+def test_export_is_the_inverse_of_import(tmp_path, config):
+    params = random_params(config)
+    save_directory(tmp_path / "a", config, params)
+    loaded_config, loaded = load_params(tmp_path / "a")
+    assert loaded_config.text == config.text and loaded_config.action == config.action
+    assert_same(loaded, params)
+    save_directory(tmp_path / "b", loaded_config, loaded)
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_bfloat16_with_islands_survives_export(tmp_path):
+    config = SMALL.replace(numerics={"param_dtype": "bfloat16"})
+    params = random_params(config)
+    save_directory(tmp_path, config, params)
+    assert_same(load_params(tmp_path)[1], params)
+
+
+def test_export_replaces_an_older_one(saved):
+    params = random_params(SMALL, seed=5)
+    save_directory(saved, SMALL, params)
+    assert_same(load_params(saved)[1], params)
+    assert sorted(file.name for file in saved.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_loaded_parameters_do_not_need_the_file(saved):
+    _, params = load_params(saved)
+    shutil.rmtree(saved)
+    assert_same(params, random_params(SMALL))
+
+
+@pytest.mark.parametrize("name", ["golden", "golden_qwen"])
+def test_a_file_that_pytorch_wrote_comes_back_byte_for_byte(tmp_path, name):
+    source = Path(__file__).parent.parent / "fixtures" / name
+    save_directory(tmp_path, *load_params(source))
+    assert (tmp_path / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()

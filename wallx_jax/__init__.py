@@ -1,0 +1,20 @@
+"""Wall-X (WALL-OSS) vision-language-action policies in JAX. `wallx_jax.train.run(config)` trains."""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Looked up on first use, so that importing the package stays light.
+_EXPORTS = {
+    "load_params": "wallx_jax.weights.load",
+    "load_policy": "wallx_jax.inference.policy",
+    "compute_stats": "wallx_jax.data.stats",
+}
+__all__ = list(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'wallx_jax' has no attribute {name!r}")

@@ -1,0 +1,126 @@
+"""`--config=FILE --config.key=value --workdir=DIR`: flags, one-line errors, and the configuration as text."""
+
+import difflib
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+import yaml
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from wallx_jax.config import TABLES, ConfigError, default_config, flatten
+
+
+class CommandLineError(ValueError):
+    """A wrong command line, in one line."""
+
+
+def launch(main: Callable[[ConfigDict], None]) -> None:
+    """Runs `main(config)` for this process's command line.
+
+    A wrong command line, or settings that `main` refuses with a ConfigError, end the process with exit code 2 and the
+    message alone.
+    """
+    values = flags.FLAGS
+    if "config" not in values:
+        config_flags.DEFINE_config_file("config", lock_config=True, help_string="File, e.g. configs/aloha.py.")
+        flags.DEFINE_string("workdir", None, "Output directory; replaces config.save_path.")
+    configs: list[ConfigDict] = []
+
+    def parse(argv: Sequence[str]) -> Sequence[str]:
+        try:
+            config, rest = parse_config(argv, values)
+        except CommandLineError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        configs.append(config)
+        return rest
+
+    def run(argv: Sequence[str]) -> None:
+        try:
+            main(configs[0])
+        except ConfigError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    app.run(run, flags_parser=parse)
+
+
+def parse_config(argv: Sequence[str], values: flags.FlagValues) -> tuple[ConfigDict, Sequence[str]]:
+    """The configuration that a command line asks for, and the arguments left over.
+
+    Raises:
+        CommandLineError: for an unknown key, a wrong type, a file that fails or arguments that nobody reads.
+    """
+    try:
+        rest = values(argv)
+        config = values.config
+        if config is None:
+            raise CommandLineError("which configuration? Add --config=FILE, e.g. --config=configs/aloha.py")
+        if not isinstance(config, ConfigDict):
+            getattr(config, "lock", None)  # stands for a file that could not be read: any access raises why
+            raise CommandLineError(f"get_config() returned {type(config).__name__}; return a changed default_config()")
+    except CommandLineError:
+        raise
+    except Exception as error:  # flags, ml_collections and the user's file raise whatever they like
+        raise CommandLineError(explain(error, argv)) from error
+    if rest[1:]:
+        raise CommandLineError(f"do not know what {rest[1]!r} is; settings are written --config.key=value")
+    if values.workdir is not None:
+        config.save_path = values.workdir
+    return config, rest
+
+
+def explain(error: Exception, argv: Sequence[str]) -> str:
+    """One line for an exception that parsing the command line raised: what is wrong, and the nearest key."""
+    known = flatten(default_config())
+    for argument in argv[1:]:
+        match = re.fullmatch(r"--?(?:no)?config\.([^=]+)(=.*)?", argument, re.DOTALL)
+        if match and match[1] not in known and match[1].split(".")[0] not in TABLES:
+            hint = _nearest_key(match[1], list(known))
+            return f"{argument}: there is no setting {match[1]!r}{hint}"
+    if isinstance(error, OSError) and "Failed loading config file" in str(error):
+        return f"no such configuration file: {_config_file(argv)}"
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if isinstance(error, flags.Error):
+        return " ".join(lines).removesuffix(".").replace("flag --config.", "--config.")
+    # ml_collections puts a whole traceback of the configuration file into the message; its last line is the point.
+    last = lines[-1] if lines else type(error).__name__
+    unknown = re.search(r'Key "([^"]+)" does not exist', text)
+    if unknown:
+        return f"the configuration sets {unknown[1]!r}: there is no such setting{_nearest_key(unknown[1], list(known))}"
+    return re.sub(r"^\w+(Error|Exception): ", "", last)
+
+
+def render(config: ConfigDict) -> str:
+    """Sorted YAML, one `key: value` per line as it would be written after `--config.`; `# *` marks, with its default,
+    each value that differs."""
+    defaults = flatten(default_config())
+    lines = []
+    for key, value in sorted(flatten(config).items()):
+        changed = value != defaults.get(key) or (key in TABLES and list(value) != list(defaults[key]))
+        lines.append(f"{key}: {_yaml(value)}" + (f"  # * default: {_yaml(defaults.get(key))}" if changed else ""))
+    return "\n".join(lines) + "\n"
+
+
+def _config_file(argv: Sequence[str]) -> str:
+    joined = "\n".join(argv)
+    match = re.search(r"^--?config[=\n](.*)$", joined, re.MULTILINE)
+    return match[1].split(":")[0] if match else "?"
+
+
+def _yaml(value: object) -> str:
+    plain = list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(plain, default_flow_style=True, sort_keys=False, width=10**6)
+    return text.removesuffix("...\n").strip()
+
+
+def _nearest_key(key: str, known: list[str]) -> str:
+    """Compares whole keys and, for `resume_ckpt` or `remat`, the parts after the last dot."""
+    last = {name.rsplit(".", 1)[-1]: name for name in known}
+    close = difflib.get_close_matches(key, known, 1, 0.5) or [
+        last[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(last), 1, 0.5)
+    ]
+    return f", did you mean --config.{close[0]}?" if close else "; wallx_jax/config.py lists them all"

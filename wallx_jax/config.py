@@ -1,0 +1,352 @@
+"""Configuration of a training run: every key with its default, and the checks that turn it into a RunConfig.
+
+`default_config()` is the only place with defaults. Files in configs/ change it, `resolve` checks the result once, and
+nothing below train.py sees a ConfigDict. Names and defaults are those of the Wall-X training guide where it has them.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from wallx_jax.models.config import Numerics
+from wallx_jax.robots import KEY_MAPPINGS
+from wallx_jax.run_config import (
+    Camera,
+    DataConfig,
+    LoopConfig,
+    MeshConfig,
+    ModelSource,
+    OptimConfig,
+    RobotConfig,
+    RunConfig,
+)
+
+# Keys whose value is a table with names of the user's own.
+TABLES = ("dof_config", "agent_pos_config", "camera_views", "resolution")
+
+
+class ConfigError(ValueError):
+    """One or more wrong settings; the message lists all of them, each with its value and the remedy."""
+
+    def __init__(self, *errors: str):
+        self.errors = errors
+        count = "1 wrong setting" if len(errors) == 1 else f"{len(errors)} wrong settings"
+        super().__init__("\n".join((f"{count}:", *(f"  - {error}" for error in errors))))
+
+
+class OrderedConfig(ConfigDict):
+    """A ConfigDict that keeps the order in which keys were written: the order of joints and cameras has a meaning."""
+
+    def __init__(self, initial_dictionary=None, type_safe=True, convert_dict=True, **options):
+        super().__init__(initial_dictionary, type_safe, convert_dict, **{"sort_keys": False, **options})
+
+
+def default_config() -> OrderedConfig:
+    """All keys and their defaults, locked. None means "not given"; what follows from that is said beside the key."""
+    c = OrderedConfig()
+
+    # Model: a local directory or a hub repo id. WALL-OSS and Qwen2.5-VL are told apart by their tensors.
+    c.pretrained_wallx_path = placeholder(str)  # required
+    c.pretrained_revision = placeholder(str)  # hub branch, tag or commit; None: the default branch
+    c.action_expert_intermediate_size = 2048  # MLP channels of the new action expert, when starting from Qwen2.5-VL
+    c.use_fast_tokenizer = False  # True: actions are FAST text tokens; False: flow matching
+    c.action_tokenizer_path = placeholder(str)  # FAST tokenizer directory or repo id; required with use_fast_tokenizer
+    # Numerics, see models.config.Numerics. None: as the checkpoint says, else the default there.
+    c.numerics = OrderedConfig()
+    c.numerics.action_attention = placeholder(str)  # "bidirectional" or "causal" among action tokens
+    c.numerics.mrope_layout = placeholder(str)  # "qwen" or "upstream_cuda"
+    c.numerics.flow_loss = placeholder(str)  # mean over "all" channels or over the "valid" ones
+    c.numerics.masked_dims = placeholder(str)  # channels that the robot lacks "drift" or are "held" while sampling
+    c.numerics.param_dtype = placeholder(str)  # "float32" or "bfloat16", parameters and moments
+    c.numerics.compute_dtype = placeholder(str)  # "float32" or "bfloat16", activations
+    c.numerics.float32_islands = placeholder(bool)  # norms and action heads in float32
+    c.numerics.remat = placeholder(str)  # what the backward pass recomputes: "full", "dots" or "none"
+
+    # Robot
+    c.robot_name = placeholder(str)  # upstream's customized_robot_config.name; must equal repo_id when given
+    c.dof_config = OrderedConfig()  # {name: dims} of the action, in the dataset's order; empty: all under one name
+    c.agent_pos_config = OrderedConfig()  # {name: dims} of the state, likewise
+    c.predict_action_keys = ()  # names in dof_config that are predicted, the others are masked; empty: all
+    c.obs_action_keys = ()  # names in agent_pos_config that the policy sees; empty: all
+
+    # Dataset: LeRobot v3.0
+    c.repo_id = placeholder(str)  # required; a hub repo id or a local directory
+    c.dataset_root = placeholder(str)  # local directory of repo_id, which then only names the key mapping
+    c.dataset_revision = placeholder(str)  # hub branch, tag or commit; None: the default branch
+    c.download_videos = True  # fetch video files when downloading
+    c.camera_views = OrderedConfig()  # {view: camera key} in prompt order; empty: the mapping known for repo_id
+    c.state_key = placeholder(str)  # None: the mapping known for repo_id, else "observation.state"
+    c.action_key = placeholder(str)  # None: the mapping known for repo_id, else "action"
+    views = ("face_view", "left_wrist_view", "right_wrist_view", "move1_view", "move2_view", "top_view", "wall_view")
+    c.resolution = OrderedConfig(dict.fromkeys(views, 256))  # {view: pixels of the longer side}; -1 keeps the size
+    c.norm_stats_path = placeholder(str)  # norm_stats.json; None: computed from the dataset's tables
+    c.train_test_split = 0.95  # share of the data that is trained on, in (0, 1]
+    c.split_mode = "episode"  # hold out whole "episode"s, or "frame"s of trained episodes as upstream does
+    c.split_seed = 42  # of the frame split
+    c.action_horizon = 32  # future actions per sample, in frames; the first is the current frame's
+    c.max_length = 768  # tokens of prompt and actions together; what does not fit is an error
+    c.max_fast_tokens = 256  # room for FAST tokens within max_length
+    c.num_workers = 4  # data processes; 0 reads in the training process
+
+    # Optimisation. Steps are optimizer updates.
+    c.learning_rate = 9e-5  # peak
+    c.min_lr = 5e-5  # at the end of the cosine
+    c.num_warmup_steps = 100  # from 0 to the peak, linear
+    c.batch_size_per_gpu = 8  # samples per device and micro-batch
+    c.gradient_accumulation_steps = 1  # micro-batches per update
+    c.num_training_steps = placeholder(int)  # end of run and cosine; None: num_epoch decides
+    c.num_epoch = 100  # passes over the training frames; 0: no limit; with num_training_steps, whichever ends first
+    c.weight_decay = 0.1  # on every parameter, as upstream
+    c.max_grad_norm = 1.0  # global norm that gradients are clipped to
+    c.flow_loss_weight = 1.0  # factor of the flow loss beside the cross-entropy
+    c.action_expert_learning_rate = placeholder(float)  # peak for the action expert; None: learning_rate
+    c.freeze_vlm = False  # train the action side only
+    c.train_action_expert_only = False  # upstream's second name for the same
+    c.train_action_heads = True  # with one of these two: also the action heads, which upstream freezes
+    c.max_nonfinite_steps = 10  # skipped updates that stop the run
+    c.seed = 42  # of initialisation, sample order and noise
+
+    # Devices along each mesh axis; -1 on one of them takes the rest.
+    c.mesh = OrderedConfig()
+    c.mesh.data = -1  # copies of the model
+    c.mesh.fsdp = 1  # parameters and optimizer state cut along a width
+    c.mesh.tensor = 1  # heads and MLP width cut
+
+    # Saving, resuming, evaluating, logging
+    c.save_path = placeholder(str)  # required; output directory, --workdir overrides it
+    c.save_interval = 1000  # steps between checkpoints; there is always one at the end
+    c.max_to_keep = 2  # newest checkpoints kept
+    c.resume = OrderedConfig()
+    c.resume.ckpt = placeholder(str)  # checkpoint directory to continue from
+    c.resume.load_ckpt_only = False  # take its weights only: step, optimizer and data start anew
+    c.eval_interval = 1000  # steps between validations; 0: never
+    c.eval_batches = 8  # batches of held-out data per validation
+    c.eval_batch_size_per_gpu = placeholder(int)  # samples per device; None: batch_size_per_gpu
+    c.log_interval = 10  # steps between log lines
+    c.use_wandb = False  # also log to Weights & Biases
+    c.log_project = "wallx_jax"  # its project
+    c.log_name = placeholder(str)  # its run name; None: the last part of save_path
+    c.profile = False  # write a profiler trace
+    c.profile_save_path = placeholder(str)  # None: save_path/profile
+    c.profile_wait_iters = 10  # steps before it
+    c.profile_warmup_iters = 5  # steps traced but not kept
+    c.profile_active_iters = 2  # steps in the trace
+    return c.lock()
+
+
+def resolve(config: ConfigDict) -> RunConfig:
+    """Checks a configuration and freezes it.
+
+    Raises:
+        ConfigError: listing every setting that is wrong.
+    """
+    values, errors = _read(config)
+    errors += _value_errors(values)
+    errors += _relation_errors(values)
+    if errors:
+        raise ConfigError(*errors)
+    v = values
+    views, state_key, action_key = KEY_MAPPINGS.get(v["repo_id"], ({}, "observation.state", "action"))
+    views = v["camera_views"] or views
+    return RunConfig(
+        model=_build(
+            ModelSource,
+            v,
+            path=v["pretrained_wallx_path"],
+            revision=v["pretrained_revision"],
+            numerics=tuple((name, value) for name, value in _section(v, "numerics").items() if value is not None),
+        ),
+        robot=RobotConfig(
+            dof=tuple(v["dof_config"].items()),
+            agent_pos=tuple(v["agent_pos_config"].items()),
+            predict_keys=v["predict_action_keys"],
+            obs_keys=v["obs_action_keys"],
+        ),
+        data=_build(
+            DataConfig,
+            v,
+            root=v["dataset_root"],
+            revision=v["dataset_revision"],
+            cameras=tuple(Camera(view, key, v["resolution"][view]) for view, key in views.items()),
+            state_key=v["state_key"] or state_key,
+            action_key=v["action_key"] or action_key,
+            batch_size=v["batch_size_per_gpu"],
+            eval_batch_size=v["eval_batch_size_per_gpu"] or v["batch_size_per_gpu"],
+        ),
+        optim=_build(OptimConfig, v, warmup_steps=v["num_warmup_steps"]),
+        loop=_build(
+            LoopConfig,
+            v,
+            resume_ckpt=v["resume.ckpt"],
+            load_ckpt_only=v["resume.load_ckpt_only"],
+            log_name=v["log_name"] or v["save_path"].rstrip("/").rsplit("/", 1)[-1],
+            profile_save_path=v["profile_save_path"] or f"{v['save_path']}/profile",
+        ),
+        mesh=MeshConfig(**_section(v, "mesh")),
+    )
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """{"resume.ckpt": value, ...}; the tables of `TABLES` stay together, as ordinary dicts."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if not isinstance(value, ConfigDict):
+            flat[key] = value
+        elif key in TABLES:
+            flat[key] = dict(value.items())
+        else:
+            flat |= {f"{key}.{name}": inner for name, inner in flatten(value).items()}
+    return flat
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """' (did you mean "x"?)' for the known name closest to `name`, or nothing."""
+    close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+    return f' (did you mean "{close[0]}"?)' if close else ""
+
+
+REQUIRED = ("pretrained_wallx_path", "repo_id", "save_path")
+POSITIVE = (
+    "action_expert_intermediate_size", "action_horizon", "max_length", "max_fast_tokens", "learning_rate",
+    "action_expert_learning_rate", "batch_size_per_gpu", "eval_batch_size_per_gpu", "gradient_accumulation_steps",
+    "num_training_steps", "max_grad_norm", "max_nonfinite_steps", "save_interval", "max_to_keep",
+    "eval_batches", "log_interval", "profile_active_iters",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "min_lr", "num_warmup_steps", "num_workers", "weight_decay", "flow_loss_weight", "seed", "split_seed",
+    "eval_interval", "num_epoch", "profile_wait_iters", "profile_warmup_iters",
+)  # fmt: skip
+
+
+def _read(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
+    """Flat values and what is wrong with their names and types; a wrong value is replaced by its default, so that the
+    checks that follow can go on. ConfigDict itself lets through None, bools for numbers and any table."""
+    defaults, given, errors = default_config(), flatten(config), []
+    known = flatten(defaults)
+    for key in given.keys() - known.keys():
+        errors.append(f"{key}: no such setting{nearest(key, list(known))}")
+    values = known | {key: value for key, value in given.items() if key in known}
+    for key, default in known.items():
+        value, kind = values[key], _type(defaults, key)
+        if value is None and default is None:
+            continue
+        number_is_bool = isinstance(value, bool) and kind is not bool
+        if number_is_bool or not isinstance(value, (int, float) if kind is float else kind):
+            errors.append(f"{key} = {value!r}: expected {kind.__name__}, got {type(value).__name__}")
+            values[key] = default
+        elif isinstance(value, float) and not math.isfinite(value):
+            errors.append(f"{key} = {value!r}: expected a finite number")
+            values[key] = default
+    for key in TABLES:
+        for name, value in values[key].items():
+            if key == "camera_views":
+                ok, expected = isinstance(value, str), "a camera key of the dataset"
+            elif key == "resolution":
+                ok, expected = _is_int(value) and (value == -1 or value >= 28), "pixels, at least 28, or -1"
+            else:
+                ok, expected = _is_int(value) and value >= 1, "a number of dims, at least 1"
+            if not ok:
+                errors.append(f"{key}.{name} = {value!r}: expected {expected}")
+    for key in ("obs_action_keys", "predict_action_keys"):
+        if wrong := [item for item in values[key] if not isinstance(item, str)]:
+            errors.append(f"{key}: {wrong} are not strings")
+        elif len(set(values[key])) != len(values[key]):
+            errors.append(f"{key}: {sorted({k for k in values[key] if values[key].count(k) > 1})} are given twice")
+    return values, sorted(errors)
+
+
+def _value_errors(v: Mapping[str, Any]) -> list[str]:
+    """Each setting on its own."""
+    errors = [f"{key}: required; set it in the file or with --config.{key}=..." for key in REQUIRED if not v[key]]
+    errors += [f"{key} = {v[key]!r}: must be above 0" for key in POSITIVE if v[key] is not None and v[key] <= 0]
+    errors += [f"{key} = {v[key]!r}: must not be negative" for key in NOT_NEGATIVE if v[key] < 0]
+    unused = {"action_tokenizer_path": not v["use_fast_tokenizer"], "profile_save_path": not v["profile"]}
+    errors += [
+        f"{key} = {value!r}: replace the placeholder by a real path"
+        for key, value in v.items()
+        if isinstance(value, str) and value.startswith("/path/to/") and not unused.get(key)
+    ]
+    if not 0 < v["train_test_split"] <= 1:
+        errors.append(f"train_test_split = {v['train_test_split']}: must be above 0 and at most 1")
+    if v["split_mode"] not in ("episode", "frame"):
+        errors.append(f"split_mode = {v['split_mode']!r}: choose 'episode' or 'frame'")
+    for name, value in _section(v, "numerics").items():
+        try:
+            if value is not None:
+                Numerics(**{name: value})
+        except ValueError as error:
+            errors.append(str(error))
+    axes = _section(v, "mesh")
+    if list(axes.values()).count(-1) > 1 or any(size < 1 and size != -1 for size in axes.values()):
+        errors.append(f"mesh = {axes}: give each axis a size of at least 1, or -1 (the rest) on one of them")
+    return errors
+
+
+def _relation_errors(v: Mapping[str, Any]) -> list[str]:
+    """Settings against each other."""
+    errors = []
+    if v["min_lr"] > v["learning_rate"]:
+        errors.append(f"min_lr = {v['min_lr']:g} exceeds learning_rate = {v['learning_rate']:g}: lower min_lr")
+    if v["num_training_steps"] is None and v["num_epoch"] == 0:
+        errors.append("num_epoch = 0 needs num_training_steps: without one of them the run has no end")
+    if v["use_fast_tokenizer"] and not v["action_tokenizer_path"]:
+        errors.append("action_tokenizer_path: required by use_fast_tokenizer = True, e.g. 'physical-intelligence/fast'")
+    frozen = [key for key in ("freeze_vlm", "train_action_expert_only") if v[key]]
+    if frozen and v["use_fast_tokenizer"]:
+        errors.append(f"{frozen[0]} = True leaves nothing to train with use_fast_tokenizer: FAST actions are text")
+    if not v["train_action_heads"] and not frozen:
+        errors.append("train_action_heads = False has a meaning only with freeze_vlm or train_action_expert_only")
+    if v["resume.load_ckpt_only"] and not v["resume.ckpt"]:
+        errors.append("resume.load_ckpt_only = True needs resume.ckpt")
+    if v["robot_name"] is not None and v["robot_name"] != v["repo_id"]:
+        errors.append(f"robot_name = {v['robot_name']!r} is not repo_id = {v['repo_id']!r}: they must be the same")
+    actions = "max_fast_tokens" if v["use_fast_tokenizer"] else "action_horizon"
+    if v[actions] >= v["max_length"]:
+        errors.append(f"{actions} = {v[actions]} leaves no room for a prompt in max_length = {v['max_length']}")
+
+    for keys, table in (("predict_action_keys", "dof_config"), ("obs_action_keys", "agent_pos_config")):
+        # Without a table of its own the state is named like the action.
+        names = list(v[table] or v["dof_config"])
+        for key in dict.fromkeys(v[keys]):
+            if isinstance(key, str) and key not in names:
+                errors.append(f"{keys}: {key!r} is not in {table}{nearest(key, names)}; it has {names}")
+
+    cameras = v["camera_views"] or KEY_MAPPINGS.get(v["repo_id"], ({},))[0]
+    known = list(dict.fromkeys([*default_config().resolution, *cameras]))
+    for view in v["resolution"]:
+        if view not in known:
+            errors.append(f"resolution.{view}: no camera has this view{nearest(view, known)}; known are {known}")
+    for view in cameras:
+        if view not in v["resolution"]:
+            errors.append(f"resolution.{view}: missing; camera_views has this view")
+    if len(set(v["camera_views"].values())) < len(v["camera_views"]):
+        errors.append(f"camera_views = {v['camera_views']}: one camera has two views")
+    return errors
+
+
+def _type(defaults: ConfigDict, key: str) -> type:
+    if key in TABLES:
+        return dict
+    *parents, last = key.split(".")
+    for parent in parents:
+        defaults = defaults[parent]
+    return defaults.get_type(last)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The entries "name.*" of flat values."""
+    return {key[len(name) + 1 :]: value for key, value in values.items() if key.startswith(f"{name}.")}
+
+
+def _build(kind: type, values: Mapping[str, Any], **fields: Any) -> Any:
+    """Dataclass `kind` from `fields`, and the rest from the settings of the same name."""
+    return kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values} | fields)

@@ -1,0 +1,125 @@
+"""Camera images to the size that the vision tower sees: the two resizes of upstream's training pipeline.
+
+First the longer side goes to a resolution, then both sides to multiples of 28 pixels (a 2 x 2 block of 14-pixel
+patches, which becomes one token), as `smart_resize` of qwen_vl_utils. Pixel values stay uint8; rescaling and patches
+belong to the model.
+"""
+
+import math
+
+import numpy as np
+from PIL import Image
+
+PATCH = 14
+FACTOR = 28
+MIN_PIXELS = 4 * FACTOR**2
+MAX_PIXELS = 16384 * FACTOR**2
+MAX_ASPECT = 200
+
+
+def target_size(height: int, width: int, resolution: int = -1, name: str = "image") -> tuple[int, int]:
+    """(height, width) in pixels, both multiples of 28, that an image of this size is brought to.
+
+    Args:
+        resolution: pixels of the longer side before rounding to multiples of 28; -1 keeps the image's own size.
+        name: of the camera, for messages.
+
+    Raises:
+        ValueError: a resolution that is neither -1 nor positive, a side below one pixel, or sides whose ratio
+            exceeds 200.
+    """
+    return _smart_size(*_scaled_size(height, width, resolution, name), name)
+
+
+def resize(image: np.ndarray | Image.Image, resolution: int = -1, name: str = "image") -> np.ndarray:
+    """Both bicubic resizes, through Pillow.
+
+    Args:
+        image: RGB as uint8 [H, W, 3] or a Pillow image of mode "RGB".
+        resolution, name: as in `target_size`.
+
+    Returns:
+        uint8 [h, w, 3] with (h, w) = target_size(H, W, resolution).
+
+    Raises:
+        ValueError: any other kind of image; as `target_size`.
+    """
+    image = _checked(image, name)
+    height, width = _scaled_size(image.height, image.width, resolution, name)
+    # Two resizes are not one: the intermediate picture is rounded to uint8 and loses detail.
+    if resolution != -1:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    height, width = _smart_size(height, width, name)
+    return np.array(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def grid(height: int, width: int) -> tuple[int, int, int]:
+    """(frames, rows, columns) of patches of a still image whose sides in pixels are multiples of 28."""
+    if height <= 0 or width <= 0 or height % FACTOR or width % FACTOR:
+        raise ValueError(
+            f"image size {height}x{width} (height x width) is not in multiples of {FACTOR}; see target_size"
+        )
+    return 1, height // PATCH, width // PATCH
+
+
+def image_token_count(height: int, width: int) -> int:
+    """Tokens that an image of this size takes in the prompt: one per 28 x 28 pixels."""
+    return math.prod(grid(height, width)) // 4
+
+
+def _scaled_size(height: int, width: int, resolution: int, name: str) -> tuple[int, int]:
+    """The longer side at `resolution`, the other one truncated; a square counts as portrait, like upstream."""
+    if min(height, width) < 1:
+        raise ValueError(f"{name}: an image of {height}x{width} (height x width) has no pixels")
+    if resolution == -1:
+        return height, width
+    if resolution < 1:
+        raise ValueError(f"{name}: resolution is {resolution}; give the longer side in pixels, or -1 to keep the size")
+    if width > height:
+        scaled = int(resolution * height / width), resolution
+    else:
+        scaled = resolution, int(resolution * width / height)
+    if min(scaled) < 1:
+        raise ValueError(
+            f"{name}: at resolution {resolution} an image of {height}x{width} (height x width) becomes thinner than "
+            f"one pixel; raise the resolution"
+        )
+    return scaled
+
+
+def _smart_size(height: int, width: int, name: str) -> tuple[int, int]:
+    """Nearest multiples of 28 whose product lies within the pixel limits, at about the same aspect ratio."""
+    if max(height, width) / min(height, width) > MAX_ASPECT:
+        raise ValueError(f"{name}: {height}x{width} (height x width) has an aspect ratio above {MAX_ASPECT}; crop it")
+    # round() takes halves to the even neighbour, which the reference relies on too: 42 pixels -> 2 x 28.
+    sides = [max(FACTOR, round(side / FACTOR) * FACTOR) for side in (height, width)]
+    if math.prod(sides) > MAX_PIXELS:
+        shrink = math.sqrt(height * width / MAX_PIXELS)
+        sides = [max(FACTOR, math.floor(side / shrink / FACTOR) * FACTOR) for side in (height, width)]
+    elif math.prod(sides) < MIN_PIXELS:
+        grow = math.sqrt(MIN_PIXELS / (height * width))
+        sides = [math.ceil(side * grow / FACTOR) * FACTOR for side in (height, width)]
+    return sides[0], sides[1]
+
+
+def _checked(image: np.ndarray | Image.Image, name: str) -> Image.Image:
+    """The image as a Pillow RGB image, or an error that says what it is instead."""
+    if isinstance(image, Image.Image):
+        if image.mode != "RGB":
+            raise ValueError(f"{name}: Pillow image of mode {image.mode!r}; convert it to 'RGB'")
+        return image
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"{name}: {type(image).__name__}; give a uint8 [height, width, 3] array or a Pillow image")
+    shape = list(image.shape)
+    if image.dtype != np.uint8:
+        raise ValueError(f"{name}: dtype {image.dtype}; give uint8 values 0..255 (scale floats in [0, 1] by 255)")
+    if image.ndim == 3 and shape[2] == 3:
+        if 0 in shape:
+            raise ValueError(f"{name}: shape {shape} has no pixels")
+        return Image.fromarray(image)
+    hint = "expected [height, width, 3]"
+    if image.ndim == 3 and shape[2] == 4:
+        hint = "drop the alpha channel"
+    elif image.ndim == 3 and shape[0] == 3:
+        hint = "channels come last: transpose it to [height, width, 3]"
+    raise ValueError(f"{name}: shape {shape}; {hint}")

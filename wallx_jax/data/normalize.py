@@ -1,0 +1,189 @@
+"""Quantile normalisation of states and actions: one class for training, evaluation and acting; norm_stats.json.
+
+Legend: D robot dims, C model channels.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FILE_NAME = "norm_stats.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Stats:
+    """Per-dimension statistics in robot units, float64 [D] each.
+
+    Raises:
+        ValueError: naming the statistic, if shapes differ, a value is not finite, or q99 < q01.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+    q01: np.ndarray
+    q99: np.ndarray
+    min: np.ndarray
+    max: np.ndarray
+
+    def __post_init__(self):
+        for name in ("q01", "q99", "min", "max", "mean", "std"):
+            value = np.asarray(getattr(self, name), np.float64)
+            if value.ndim != 1 or value.shape != np.shape(self.q01):
+                raise ValueError(
+                    f"{name} has shape {value.shape}, q01 {np.shape(self.q01)}; expected one value per dim"
+                )
+            if not np.isfinite(value).all():
+                raise ValueError(f"{name} is not finite at dims {np.flatnonzero(~np.isfinite(value)).tolist()}")
+            object.__setattr__(self, name, value)
+        if (self.q99 < self.q01).any():
+            raise ValueError(f"q99 is below q01 at dims {np.flatnonzero(self.q99 < self.q01).tolist()}")
+
+    def __len__(self) -> int:
+        return len(self.q01)
+
+
+@dataclass(frozen=True, eq=False)
+class NormStats:
+    """Statistics of a robot's state and action, with the dataset keys they belong to."""
+
+    state: Stats
+    action: Stats
+    state_key: str
+    action_key: str
+
+
+class Normalizer:
+    """q01..q99 -> [-1, 1] with a clamp, zero padding from D dims to C channels, and the way back.
+
+    Where q01 equals q99 (or differs by less than a float32 can show) the range is taken as 1, as upstream does when it
+    normalises, so a constant maps to -1. On the way back a dim that never moved (min equals max) gives its constant
+    whatever the model said, while one that moved in under 1% of the frames, a rare gripper say, is inverted over that
+    range of 1. A file without min and max (upstream's) counts such a dim as constant, as upstream does.
+
+    Args:
+        stats: statistics of the D dims.
+        width: C.
+
+    Raises:
+        ValueError: if D > C.
+    """
+
+    def __init__(self, stats: Stats, width: int):
+        if len(stats) > width:
+            raise ValueError(f"the robot has {len(stats)} dims but the model only {width} channels; widen the model")
+        self.stats, self.dims, self.width = stats, len(stats), width
+        self._low = stats.q01
+        self._span = np.where(_equal(stats.q01, stats.q99), 1.0, stats.q99 - stats.q01)
+        self._inverse_span = np.where(_equal(stats.min, stats.max) & _equal(stats.q01, stats.q99), 0.0, self._span)
+
+    def normalize(self, x: Any) -> np.ndarray:
+        """Robot units [..., D] -> float32 [..., C] in [-1, 1]; NaN and the channels past D become 0.
+
+        Raises:
+            ValueError: if the last axis is not D.
+        """
+        x = np.asarray(x, np.float64)
+        if x.shape[-1] != self.dims:
+            raise ValueError(f"expected {self.dims} dims as in the norm stats, got an array of shape {x.shape}")
+        # Clamping before dividing equals clamping after, but cannot overflow however small the range.
+        y = (np.clip(x, self._low, self._low + self._span) - self._low) / self._span * 2 - 1
+        return self.pad(np.nan_to_num(np.clip(y, -1, 1), nan=0.0))
+
+    def pad(self, x: Any) -> np.ndarray:
+        """[..., D] values or flags -> float32 [..., C] with zeros after them."""
+        x = np.asarray(x, np.float32)
+        return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.width - self.dims)])
+
+    def mask(self) -> np.ndarray:
+        """float32 [C]: 1 where the robot has the channel."""
+        return self.pad(np.ones(self.dims))
+
+    def unnormalize(self, x: Any) -> np.ndarray:
+        """Model units [..., C] (or [..., D]) -> float32 robot units [..., D]. Not clamped, as upstream's is not."""
+        x = np.asarray(x, np.float64)
+        if x.shape[-1] not in (self.width, self.dims):
+            raise ValueError(f"expected {self.width} channels or {self.dims} dims, got an array of shape {x.shape}")
+        return ((x[..., : self.dims] + 1) / 2 * self._inverse_span + self._low).astype(np.float32)
+
+
+def save_norm_stats(path: str | Path, stats: NormStats) -> None:
+    """Writes upstream's `{"norm_stats": {key: {mean, std, q01, q99}}}`, with min and max added."""
+    rows = {
+        key: {f.name: getattr(part, f.name).tolist() for f in dataclasses.fields(part)}
+        for key, part in ((stats.state_key, stats.state), (stats.action_key, stats.action))
+    }
+    _file(path).write_text(json.dumps({"norm_stats": rows}, indent=2) + "\n")
+
+
+def load_norm_stats(
+    path: str | Path, state_key: str | None = None, action_key: str | None = None, robot: str | None = None
+) -> NormStats:
+    """Reads norm_stats.json, in either of upstream's layouts.
+
+    `{"norm_stats": {key: {mean, std, q01, q99}}}`, or the other `{robot: {key: {min, q01, q99, max, ...}}}`.
+    Statistics that a file lacks are filled in: min and max from q01 and q99, mean and std from the middle and half of
+    the range (nothing normalises with those).
+
+    Args:
+        path: the file or the folder that holds it.
+        state_key, action_key: which entries; by default the only one whose name contains "state" or "action".
+        robot: which robot's entries, in the second layout; by default the only one.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming the keys the file has if one is missing, or the bad statistic.
+    """
+    file = _file(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no norm stats at {file}; without norm_stats_path they are computed from the dataset")
+    try:
+        rows = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(rows, dict):
+        raise ValueError(f"{file} holds a {type(rows).__name__}, not an object with norm stats")
+    rows = rows["norm_stats"] if "norm_stats" in rows else _pick(file, rows, robot, "", "robot")
+    state_key, state = _read(file, rows, state_key, "state")
+    action_key, action = _read(file, rows, action_key, "action")
+    return NormStats(state, action, state_key, action_key)
+
+
+def _equal(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Where low <= high are the same number as far as float32 data can tell."""
+    return high - low <= np.finfo(np.float32).eps * np.maximum(abs(low), abs(high))
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path)
+    return path / FILE_NAME if path.is_dir() else path
+
+
+def _pick(file: Path, rows: Any, key: str | None, hint: str, what: str) -> Any:
+    if not isinstance(rows, Mapping):
+        raise ValueError(f"{file}: expected an object of {what} entries, found {type(rows).__name__}")
+    if key is None:
+        likely = [k for k in rows if hint in k]
+        key = likely[0] if len(likely) == 1 else None
+    if key not in rows:
+        wanted = f"no {what} {key!r}" if key else f"name the {what} key, it is not clear which is meant"
+        raise ValueError(f"{file}: {wanted}; the file has {sorted(rows)}")
+    return rows[key]
+
+
+def _read(file: Path, rows: Any, key: str | None, what: str) -> tuple[str, Stats]:
+    row = _pick(file, rows, key, what, what)
+    key = key or next(k for k in rows if rows[k] is row)
+    if not isinstance(row, Mapping) or not {"q01", "q99"} <= set(row):
+        has = sorted(row) if isinstance(row, Mapping) else type(row).__name__
+        raise ValueError(f"{file}: {key!r} needs q01 and q99, it has {has}")
+    try:
+        q01, q99 = np.asarray(row["q01"], np.float64), np.asarray(row["q99"], np.float64)
+        defaults = {"min": q01, "max": q99, "mean": (q01 + q99) / 2, "std": (q99 - q01) / 2, "q01": q01, "q99": q99}
+        return key, Stats(**{name: row.get(name, value) for name, value in defaults.items()})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {key!r}: {error}") from error

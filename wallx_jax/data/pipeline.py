@@ -1,0 +1,133 @@
+"""From a dataset to batches: the split, and Grain iterators whose place can be saved.
+
+Batches are formed before the work is dealt out to worker processes, so the order and content of a run depend on the
+seed alone, not on the number of workers.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from typing import Literal
+
+import grain
+import numpy as np
+from absl import flags
+
+from wallx_jax.data.batch import Batch
+from wallx_jax.data.lerobot import DatasetInfo, LeRobotSource, RawSample, torch_permutation, use_one_thread
+from wallx_jax.data.processor import Processor
+
+UPSTREAM_SHARES = (0.95, 0.05)
+
+
+def split_frames(
+    info: DatasetInfo, ratio: float, mode: Literal["episode", "frame"] = "episode", seed: int = 42
+) -> tuple[np.ndarray, np.ndarray]:
+    """Frame indices (int64) for training and for validation.
+
+    "episode": the first `ratio` of the episodes train, the others are held out entirely; with more than one episode
+    and ratio < 1 each side gets at least one.
+    "frame": upstream's split. The last episodes are set aside as above and used for nothing; 95% of the frames of the
+    first train, 5% validate, by torch's random_split with `seed`. Neighbours of every validation frame are trained on.
+
+    Raises:
+        ValueError: for a ratio outside (0, 1] or an unknown mode.
+    """
+    if not 0 < ratio <= 1:
+        raise ValueError(f"train_test_split is {ratio}; it must be above 0 and at most 1")
+    train_episodes = int(info.num_episodes * ratio)
+    if mode == "episode":
+        if ratio < 1:
+            train_episodes = min(max(train_episodes, 1), max(info.num_episodes - 1, 1))
+        cut = int(info.episode_lengths[:train_episodes].sum())
+        return np.arange(cut), np.arange(cut, info.num_frames)
+    if mode == "frame":
+        count = int(info.episode_lengths[:train_episodes].sum())
+        order = torch_permutation(count, seed)
+        # random_split floors both shares and gives what is left over to the first, then the second.
+        sizes = [int(count * share) for share in UPSTREAM_SHARES]
+        cut = sizes[0] + (count - sum(sizes) + 1) // 2
+        return order[:cut], order[cut:]
+    raise ValueError(f"split mode is {mode!r}; choose 'episode' or 'frame'")
+
+
+def train_iterator(
+    source: LeRobotSource,
+    processor: Processor,
+    batch_size: int,
+    seed: int,
+    num_workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator:
+    """Endless shuffled batches, each epoch in another order. `get_state()` and `set_state()` save and restore the
+    exact place (with the same num_workers); `close()` ends the workers.
+
+    Args:
+        source: the training frames.
+        processor: turns a frame into a sample.
+        batch_size: samples per batch of this process.
+        seed: fixes the order, together with nothing else.
+        num_workers: worker processes; 0 reads ahead in a thread.
+        process_index, process_count: which share of the samples this process of a multi-host run takes.
+
+    Raises:
+        ValueError: if the source is empty.
+    """
+    if not len(source):
+        raise ValueError("the training split has no frames; raise train_test_split")
+    dataset = (
+        grain.MapDataset.source(source)
+        .shuffle(seed=seed)
+        .repeat()[process_index::process_count]
+        .map(_Encode(processor))
+        .batch(batch_size, drop_remainder=True, batch_fn=stack_samples)
+        # One thread: lerobot's dataset is not made for several. Two batches ahead, since an element here is a batch.
+        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+    )
+    if num_workers:
+        if not flags.FLAGS.is_parsed():  # Grain hands its own absl flags to the workers, also outside of app.run.
+            flags.FLAGS.mark_as_parsed()
+        options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=use_one_thread)
+    return iter(dataset)
+
+
+def eval_batches(
+    source: LeRobotSource, processor: Processor, batch_size: int, limit: int | None = None
+) -> Iterator[Batch]:
+    """Batches in a fixed order, the same at every call; all have `batch_size` samples, so that one compilation serves.
+
+    Frames that do not fill a last batch are left out; a source smaller than one batch is repeated to fill it.
+
+    Args:
+        limit: at most so many batches, of frames spread evenly over the source.
+    """
+    count = len(source)
+    batches = max(count // batch_size, 1 if count else 0)
+    if limit is not None and limit < batches:
+        batches, places = limit, np.linspace(0, count - 1, limit * batch_size).round().astype(int)
+    else:
+        places = np.arange(batches * batch_size) % max(count, 1)
+    encode = _Encode(processor)
+    for start in range(0, batches * batch_size, batch_size):
+        yield stack_samples([encode(source[int(i)]) for i in places[start : start + batch_size]])
+
+
+def stack_samples(samples: Sequence[Batch]) -> Batch:
+    """Samples without a batch axis -> one batch, in NumPy."""
+    columns = {f.name: [getattr(sample, f.name) for sample in samples] for f in fields(Batch)}
+    images = tuple(np.stack(camera) for camera in zip(*columns.pop("images"), strict=True))
+    return Batch(images=images, **{name: np.stack(rows) for name, rows in columns.items()})
+
+
+class _Encode:
+    """RawSample -> Batch row, naming the frame when it fails."""
+
+    def __init__(self, processor: Processor):
+        self.processor = processor
+
+    def __call__(self, raw: RawSample) -> Batch:
+        try:
+            return self.processor.encode(raw.images, raw.state, raw.instruction, raw.actions, raw.action_is_pad)
+        except ValueError as error:
+            raise ValueError(f"episode {raw.episode}, frame {raw.frame}: {error}") from error

@@ -1,0 +1,251 @@
+"""From one observation to one model sample: the single preprocessing for training, evaluation and acting.
+
+Legend: T prefix tokens, W label window, A action horizon, C model channels, D robot dims.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from wallx_jax.data import images as image_ops
+from wallx_jax.data import prompt
+from wallx_jax.data.batch import Batch
+from wallx_jax.data.fast import FastTokenizer
+from wallx_jax.data.normalize import Normalizer, NormStats, load_norm_stats, save_norm_stats
+from wallx_jax.data.tokenizer import Tokenizer
+
+FILE_NAME = "processor.json"
+
+
+@dataclass(frozen=True)
+class ProcessorConfig:
+    """What fixes a sample's shapes and text.
+
+    views: camera names as the prompt knows them ("face_view"), in prompt order; the next three follow the same order.
+    camera_keys: the dataset's camera per view.
+    resolutions: pixels of the longer side per view before rounding to the grid; -1 keeps the size.
+    image_sizes: (height, width) that results, per view.
+    horizon, prompt_length, label_window: A, T, W.
+    state_dim, action_dim: C of the state and of the actions.
+    objective: "flow", or "fast" for actions as text.
+    state_key, action_key: the dataset's features, also the names in norm_stats.json.
+    observed, predicted: one flag per state dim and per action dim; a dim that is off is masked like one the robot
+        lacks. Empty: all on.
+    """
+
+    views: tuple[str, ...]
+    camera_keys: tuple[str, ...]
+    resolutions: tuple[int, ...]
+    image_sizes: tuple[tuple[int, int], ...]
+    horizon: int
+    prompt_length: int
+    label_window: int = 0
+    state_dim: int = 20
+    action_dim: int = 20
+    objective: Literal["flow", "fast"] = "flow"
+    state_key: str = "observation.state"
+    action_key: str = "action"
+    observed: tuple[bool, ...] = ()
+    predicted: tuple[bool, ...] = ()
+
+    def __post_init__(self):
+        lengths = {name: len(getattr(self, name)) for name in ("views", "camera_keys", "resolutions", "image_sizes")}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"one entry per camera expected in each, got {lengths}")
+        if self.objective not in ("flow", "fast"):
+            raise ValueError(f"objective is {self.objective!r}; choose 'flow' or 'fast'")
+
+    @property
+    def image_tokens(self) -> tuple[int, ...]:
+        """Prompt tokens per image."""
+        return tuple(image_ops.image_token_count(*size) for size in self.image_sizes)
+
+
+class Processor:
+    """Holds the tokenizer, the normalisers and the layout. Every error leaves it usable.
+
+    Args:
+        config: the layout.
+        tokenizer: with the Wall-X tokens added.
+        stats: of this robot.
+        fast: the action tokenizer; needed for objective "fast" only.
+
+    Raises:
+        ValueError: if the robot is wider than the model, or the action tokenizer is missing or does not match the
+            vocabulary.
+    """
+
+    def __init__(
+        self, config: ProcessorConfig, tokenizer: Tokenizer, stats: NormStats, fast: FastTokenizer | None = None
+    ):
+        if config.objective == "fast":
+            if fast is None:
+                raise ValueError("objective 'fast' needs an action tokenizer: set action_tokenizer_path")
+            if tokenizer.fast_start is None or tokenizer.fast_size < fast.vocab_size:
+                have = 0 if tokenizer.fast_start is None else tokenizer.fast_size
+                raise ValueError(
+                    f"the action tokenizer has {fast.vocab_size} tokens, but the vocabulary has {have} "
+                    "<|action_token_i|>; add them first"
+                )
+        self.config, self.tokenizer, self.stats, self.fast = config, tokenizer, stats, fast
+        self.state = Normalizer(stats.state, config.state_dim)
+        self.action = Normalizer(stats.action, config.action_dim)
+        self._observed = _flags("observed", config.observed, self.state.dims)
+        self._predicted = _flags("predicted", config.predicted, self.action.dims)
+        self._state_mask = self.state.pad(self._observed)
+        self._action_mask = self.action.pad(self._predicted)
+
+    def encode(
+        self,
+        images: Sequence[Any],
+        state: Any,
+        instruction: str,
+        actions: Any | None = None,
+        action_is_pad: Any | None = None,
+    ) -> Batch:
+        """One observation, with the actions that followed when training, -> one sample without batch axis.
+
+        Args:
+            images: uint8 RGB [H, W, 3] or PIL, one per view in the configured order.
+            state: [D] robot units.
+            instruction: what to do.
+            actions: [A, D] robot units; NaN where there is no value (masked, channel by channel).
+            action_is_pad: bool [A].
+
+        Raises:
+            ValueError: naming the field, the value and what was expected; also if the prompt does not fit.
+        """
+        config = self.config
+        if not isinstance(instruction, str) or not instruction.strip():
+            raise ValueError(f"instruction is {instruction!r}; it must be a sentence")
+        pixels = self._images(images)
+        state = np.asarray(state, np.float64)
+        if state.shape != (self.state.dims,):
+            raise ValueError(f"state has shape {state.shape}; this robot's has {(self.state.dims,)}")
+        if (missing := ~np.isfinite(state) & self._observed).any():
+            raise ValueError(f"state is not finite at dims {np.flatnonzero(missing).tolist()}")
+
+        mask = np.tile(self._action_mask, (config.horizon, 1))
+        values, is_pad = np.zeros_like(mask), np.zeros(config.horizon, bool)
+        if actions is not None:
+            actions, expected = np.asarray(actions, np.float64), (config.horizon, self.action.dims)
+            if actions.shape != expected:
+                raise ValueError(f"actions have shape {actions.shape}; expected {expected} (horizon, dims)")
+            mask *= self.action.pad(~np.isnan(actions))
+            values = self.action.normalize(actions) * mask
+            if action_is_pad is not None:
+                is_pad = np.asarray(action_is_pad, bool)
+        tokens, token_mask, labels = self._text(instruction, None if actions is None else values)
+        state_mask = self._state_mask.copy()
+        state = self.state.normalize(state) * state_mask
+        return Batch(pixels, tokens, token_mask, labels, state, state_mask, values, mask, is_pad)
+
+    def _images(self, images: Sequence[Any]) -> tuple[np.ndarray, ...]:
+        config = self.config
+        if len(images) != len(config.views):
+            raise ValueError(f"got {len(images)} images; expected {len(config.views)}, in order {list(config.views)}")
+        layout = zip(config.views, images, config.resolutions, config.image_sizes, strict=True)
+        return tuple(_image(view, image, resolution, size) for view, image, resolution, size in layout)
+
+    def _text(self, instruction: str, actions: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens [T], mask [T] and labels [W]; `actions` normalised [A, C] or None when acting."""
+        config, answer = self.config, None
+        if config.objective == "fast" and actions is not None:
+            # Without padding and masked dims, whose zeros would change the tokens.
+            answer = self.fast.encode(actions[:, : self.action.dims][:, self._predicted])
+        encoded = prompt.build_prefix(self.tokenizer, instruction, config.views, config.image_tokens, answer=answer)
+        return prompt.fit(encoded, config.prompt_length, config.label_window)
+
+    def decode_actions(self, chunk: Any) -> np.ndarray:
+        """Model units [..., A, C] -> float32 robot units [..., A, D]."""
+        return self.action.unnormalize(chunk)
+
+    def decode_action_tokens(self, ids: Iterable[int]) -> np.ndarray:
+        """Vocabulary ids of `<|action_token_i|>` -> float32 robot units [A, D]; dims that are not predicted are at
+        the middle of their range.
+
+        Raises:
+            ValueError: for an id that is no action token.
+            FastDecodeError: if the tokens do not make a chunk.
+        """
+        if self.fast is None:
+            raise ValueError("this checkpoint has no action tokenizer; it was trained with objective 'flow'")
+        start, size = self.tokenizer.fast_start, self.fast.vocab_size
+        tokens = [int(i) - start for i in ids]
+        if strangers := [t + start for t in tokens if not 0 <= t < size]:
+            raise ValueError(f"ids {strangers} are not action tokens; those are {start}..{start + size - 1}")
+        chunk = np.zeros((self.config.horizon, self.action.dims), np.float32)
+        chunk[:, self._predicted] = self.fast.decode(tokens, self.config.horizon, int(self._predicted.sum()))
+        return self.action.unnormalize(chunk)
+
+    def save(self, directory: str | Path) -> None:
+        """Writes tokenizer files, norm_stats.json, processor.json and fast/: all that `from_dir` needs."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save(directory)
+        save_norm_stats(directory, self.stats)
+        if self.fast is not None:
+            self.fast.save(directory / "fast")
+        (directory / FILE_NAME).write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+
+    @classmethod
+    def from_dir(cls, directory: str | Path) -> "Processor":
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError: naming the missing file.
+            ValueError: if processor.json has other fields than this version knows.
+        """
+        file = Path(directory) / FILE_NAME
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing; expected the processor folder of a checkpoint")
+        fields = json.loads(file.read_text())
+        known = {f.name for f in dataclasses.fields(ProcessorConfig)}
+        if set(fields) != known:
+            unknown, missing = sorted(set(fields) - known), sorted(known - set(fields))
+            raise ValueError(f"{file}: unknown fields {unknown}, missing fields {missing}")
+        fields = {k: tuple(map(_tuples, v)) if isinstance(v, list) else v for k, v in fields.items()}
+        config = ProcessorConfig(**fields)
+        stats = load_norm_stats(directory, config.state_key, config.action_key)
+        fast = FastTokenizer.from_dir(Path(directory) / "fast") if (Path(directory) / "fast").is_dir() else None
+        return cls(config, Tokenizer.from_dir(directory), stats, fast)
+
+
+def _image(view: str, image: Any, resolution: int, size: tuple[int, int]) -> np.ndarray:
+    """Checked and resized to uint8 [*size, 3]."""
+    resized = image_ops.resize(image, resolution, view)
+    if resized.shape != (*size, 3):
+        raise ValueError(
+            f"{view}: an image of (height, width) {np.shape(image)[:2]} becomes {resized.shape[:2]} at resolution "
+            f"{resolution}, not {tuple(size)}; send frames of the size the camera had in training"
+        )
+    return resized
+
+
+def _flags(name: str, flags: tuple[bool, ...], dims: int) -> np.ndarray:
+    """bool [dims]."""
+    if flags and len(flags) != dims:
+        raise ValueError(f"{name} has {len(flags)} flags, but the norm stats have {dims} dims")
+    return np.array(flags or (True,) * dims, bool)
+
+
+def _tuples(x: Any) -> Any:
+    return tuple(x) if isinstance(x, list) else x
+
+
+def required_prompt_length(
+    tokenizer: Tokenizer, tasks: Sequence[str], views: Sequence[str], image_tokens: Sequence[int], fast_budget: int = 0
+) -> int:
+    """Prefix tokens T that the longest of the dataset's instructions needs.
+
+    Args:
+        fast_budget: the largest number of action tokens of a chunk, for objective "fast"; the two tokens that close
+            the answer are counted here.
+    """
+    longest = max(len(prompt.build_prefix(tokenizer, task, views, image_tokens).ids) for task in tasks)
+    return longest + (fast_budget + 2 if fast_budget else 0)

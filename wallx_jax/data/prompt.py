@@ -1,0 +1,173 @@
+"""The prompt: what text surrounds the images, the instruction and the proprioception, and which of it is learnt.
+
+The strings are those that the published Wall-X weights were trained on (wall_x/data/utils.py upstream); a changed
+space changes the token ids. Legend: T prefix tokens, W label window.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from wallx_jax.data.tokenizer import Tokenizer, fast_token
+
+IGNORE = -100
+"""Label of a position that is not a target."""
+
+VIEW_NAMES = {
+    "face_view": "front view",
+    "left_wrist_view": "left wrist view",
+    "right_wrist_view": "right wrist view",
+    "move1_view": "move view",
+    "move2_view": "move view",
+    "wall_view": "wall view",
+    "top_view": "top view",
+}
+
+Task = Literal["action", "language"]
+_REQUEST = {
+    "action": "\nPredict the next action in robot action.\nProprioception: <|propri|>\n",
+    "language": "\nPredict the next action in language.\n",
+}
+
+
+def view_label(view: str) -> str:
+    """The words for a camera view; a view outside the table keeps its own name."""
+    return VIEW_NAMES.get(view, view)
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """Ids of one prompt without padding, the label of each (its own id, or -100), and the id to pad with."""
+
+    ids: list[int]
+    labels: list[int]
+    pad: int
+
+
+def prompt_text(
+    instruction: str, views: Sequence[str], task: Task = "action", answer: Sequence[int] | str | None = None
+) -> str:
+    """The prompt as people read it: one `<|image_pad|>` per camera. Arguments as in `build_prefix`."""
+    return _context(instruction, views, [1] * len(views), task) + _answer(task, answer)
+
+
+def build_prefix(
+    tokenizer: Tokenizer,
+    instruction: str,
+    views: Sequence[str],
+    image_tokens: Sequence[int],
+    task: Task = "action",
+    answer: Sequence[int] | str | None = None,
+) -> EncodedPrompt:
+    """Tokenises one sample's prompt.
+
+    Args:
+        instruction: what to do, inserted as it is.
+        views: camera views in the order of the images, e.g. "face_view".
+        image_tokens: how many `<|image_pad|>` each image takes (`images.image_token_count`).
+        task: "action" asks for robot actions and shows the proprioception; "language" asks for the next subtask.
+        answer: None ends the prompt where the assistant begins: flow matching (the action tokens that follow are
+            implied by the model and not part of the ids) and every generation. FAST token numbers (0 is
+            `<|action_token_0|>`) for task "action" or a text for task "language" are appended as targets.
+
+    Returns:
+        ids and labels. Targets are the FAST tokens, `<|im_end|>` and the newline after it; for a text, the text, a
+        newline and `<|im_end|>`.
+
+    Raises:
+        ValueError: an empty instruction, control tokens inside the instruction, a view or the answer, an answer
+            that does not suit the task, or FAST tokens that the vocabulary lacks.
+    """
+    if len(views) != len(image_tokens):
+        raise ValueError(f"{len(views)} views ({', '.join(views)}) but {len(image_tokens)} image token counts")
+    _refuse_control_tokens(tokenizer, "instruction", instruction)
+    for view in views:
+        _refuse_control_tokens(tokenizer, "view", view)
+    if isinstance(answer, str):
+        _refuse_control_tokens(tokenizer, "answer", answer)
+    elif answer is not None and not all(0 <= index < tokenizer.fast_size for index in answer):
+        raise ValueError(
+            f"FAST tokens {min(answer)}..{max(answer)} asked for, but the tokenizer has {tokenizer.fast_size} of them; "
+            f"add them with Tokenizer.add_wallx_tokens"
+        )
+    known = tokenizer.token_ids()
+    needed = ["pad", "eos", "vision_start", "image"] + ["propri"] * (task == "action")
+    if missing := [name for name in needed if getattr(known, name) < 0]:
+        raise ValueError(f"the tokenizer has no token for {', '.join(missing)}; call Tokenizer.add_wallx_tokens first")
+    context = tokenizer.encode(_context(instruction, views, image_tokens, task))
+    # The context ends in a newline and no answer begins with whitespace. Qwen's pre-tokenizer always cuts there, so
+    # encoding the two apart gives the ids of the whole.
+    targets = tokenizer.encode(_answer(task, answer))
+    return EncodedPrompt(context + targets, [IGNORE] * len(context) + targets, known.pad)
+
+
+def fit(prompt: EncodedPrompt, length: int, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pads a prompt on the left to the fixed length of the run.
+
+    Args:
+        length: T, prefix tokens.
+        window: W < T, how many of the last positions carry labels.
+
+    Returns:
+        tokens int32 [T], mask bool [T] (False at padding), labels int32 [W] (entry j belongs to position T - W + j).
+
+    Raises:
+        ValueError: the prompt is longer than T or has targets before the window. Nothing is ever cut off.
+    """
+    if not 0 <= window < length:
+        raise ValueError(f"label window {window} must be at least 0 and below the prompt length {length}")
+    used = len(prompt.ids)
+    if used > length:
+        raise ValueError(f"the prompt has {used} tokens but prompt length is {length}; raise it to at least {used}")
+    targets = sum(label != IGNORE for label in prompt.labels)
+    labels = np.full(length, IGNORE, np.int32)
+    labels[length - used :] = prompt.labels
+    if np.any(labels[: length - window] != IGNORE):
+        raise ValueError(
+            f"the prompt has {targets} targets but label window is {window}; raise it to at least {targets}"
+        )
+    tokens = np.full(length, prompt.pad, np.int32)
+    tokens[length - used :] = prompt.ids
+    return tokens, np.arange(length) >= length - used, labels[length - window :]
+
+
+def _context(instruction: str, views: Sequence[str], image_tokens: Sequence[int], task: Task) -> str:
+    """Everything up to and including the assistant's header."""
+    if task not in _REQUEST:
+        raise ValueError(f"task is {task!r}; choose one of {', '.join(_REQUEST)}")
+    if not instruction.strip():
+        raise ValueError("the instruction is empty; every sample needs a task text")
+    images = "".join(
+        f" {view_label(view)}: <|vision_start|>{'<|image_pad|>' * count}<|vision_end|>"
+        for view, count in zip(views, image_tokens, strict=True)
+    )
+    return (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        f"<|im_start|>user\nObservation:{images}\nInstruction: {instruction}{_REQUEST[task]}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def _answer(task: Task, answer: Sequence[int] | str | None) -> str:
+    """What the assistant says; all of it is target."""
+    if answer is None:
+        return ""
+    if isinstance(answer, str) != (task == "language"):
+        raise ValueError(
+            f"task {task!r} cannot have the answer {answer!r}; 'language' takes text, 'action' FAST tokens"
+        )
+    if isinstance(answer, str):
+        if not answer or answer != answer.strip():
+            raise ValueError(f"the answer {answer!r} is empty or has whitespace around it; strip it")
+        return f"{answer}\n<|im_end|>"
+    if not len(answer):
+        raise ValueError("the answer has no FAST tokens")
+    return "".join(map(fast_token, answer)) + "<|im_end|>\n"
+
+
+def _refuse_control_tokens(tokenizer: Tokenizer, what: str, text: str) -> None:
+    """Control tokens in free text would open or close turns and images and so corrupt the layout."""
+    if found := tokenizer.added_tokens_in(text):
+        raise ValueError(f"the {what} {text!r} contains control tokens: {', '.join(found)}; remove them from the text")

@@ -1,0 +1,89 @@
+"""From a checked configuration to what the loop draws from: the processor and the two splits."""
+
+from pathlib import Path
+
+
+from wallx_jax import hub
+from wallx_jax.data import images
+from wallx_jax.data.fast import FastTokenizer
+from wallx_jax.data.lerobot import DatasetInfo, LeRobotSource
+from wallx_jax.data.mapping import check_horizon
+from wallx_jax.data.normalize import NormStats, load_norm_stats
+from wallx_jax.data.pipeline import split_frames
+from wallx_jax.data.processor import Processor, ProcessorConfig, required_prompt_length
+from wallx_jax.data.stats import compute_stats
+from wallx_jax.data.tokenizer import Tokenizer
+from wallx_jax.run_config import RunConfig
+
+
+def load_fast_tokenizer(run: RunConfig) -> FastTokenizer | None:
+    """The FAST tokenizer of the configuration (local directory or hub repo id); None in flow mode."""
+    if not run.model.use_fast_tokenizer:
+        return None
+    return FastTokenizer.from_dir(hub.resolve(run.model.action_tokenizer_path, kind="model"))
+
+
+def split_sources(run: RunConfig, info: DatasetInfo) -> tuple[LeRobotSource, LeRobotSource]:
+    """(training frames, held-out frames); the second may be empty."""
+    data = run.data
+    cameras = [camera.key for camera in data.cameras]
+    return tuple(
+        LeRobotSource(info, data.action_horizon, cameras, data.state_key, data.action_key, frames)
+        for frames in split_frames(info, data.train_test_split, data.split_mode, data.split_seed)
+    )
+
+
+def load_stats(run: RunConfig, info: DatasetInfo) -> NormStats:
+    """Statistics from norm_stats_path, or computed from the dataset's tables."""
+    data = run.data
+    if data.norm_stats_path is None:
+        return compute_stats(info, data.state_key, data.action_key)
+    stats = load_norm_stats(Path(data.norm_stats_path), data.state_key, data.action_key)
+    for name, key, found in (("state", data.state_key, stats.state), ("action", data.action_key, stats.action)):
+        if len(found) != info.dims(key):
+            raise ValueError(
+                f"norm_stats_path = {data.norm_stats_path}: {name} statistics have {len(found)} dims, {key!r} of "
+                f"{info.repo_id} has {info.dims(key)}; recompute them for this dataset, or unset norm_stats_path"
+            )
+    return stats
+
+
+def build_processor(
+    run: RunConfig,
+    info: DatasetInfo,
+    tokenizer: Tokenizer,
+    fast: FastTokenizer | None,
+    stats: NormStats,
+    state_dim: int,
+    action_dim: int,
+) -> Processor:
+    """The preprocessing of this run. `state_dim` and `action_dim` are the model's channels.
+
+    The prompt length is that of the dataset's longest instruction.
+
+    Raises:
+        ConfigError: prompt and actions do not fit max_length.
+    """
+    cameras = run.data.cameras
+    views = tuple(camera.view for camera in cameras)
+    sizes = tuple(images.target_size(*info.frame_size(camera.key), camera.resolution) for camera in cameras)
+    image_tokens = [images.image_token_count(*size) for size in sizes]
+    budget = run.data.max_fast_tokens if fast is not None else 0
+    check_horizon(run, required_prompt_length(tokenizer, info.tasks, views, image_tokens))
+    config = ProcessorConfig(
+        views=views,
+        camera_keys=tuple(camera.key for camera in cameras),
+        resolutions=tuple(camera.resolution for camera in cameras),
+        image_sizes=sizes,
+        horizon=run.data.action_horizon,
+        prompt_length=required_prompt_length(tokenizer, info.tasks, views, image_tokens, budget),
+        label_window=budget + 2 if budget else 0,
+        state_dim=state_dim,
+        action_dim=action_dim,
+        objective="flow" if fast is None else "fast",
+        state_key=run.data.state_key,
+        action_key=run.data.action_key,
+        observed=run.robot.observed(),
+        predicted=run.robot.predicted(),
+    )
+    return Processor(config, tokenizer, stats, fast)

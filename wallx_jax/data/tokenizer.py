@@ -1,0 +1,205 @@
+"""Qwen2.5's text tokenizer with Wall-X's added tokens, read and written in Hugging Face's file layout.
+
+A thin wrapper around the `tokenizers` library, which does all the work that `transformers` would delegate to it.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from wallx_jax.models.config import TokenIds
+
+# How Qwen2 cuts text before byte-pair merges; part of Qwen's tokenizer.json.
+_QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TOKENS = {
+    "image": "<|image_pad|>",
+    "video": "<|video_pad|>",
+    "vision_start": "<|vision_start|>",
+    "pad": "<|endoftext|>",
+    "eos": "<|im_end|>",
+    "propri": "<|propri|>",
+    "action": "<|action|>",
+}
+_ADDED_FIELDS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+
+
+def fast_token(index: int) -> str:
+    """Text of FAST token `index` in the language model's vocabulary."""
+    return f"<|action_token_{index}|>"
+
+
+class Tokenizer:
+    """Text <-> ids. Picklable, so data workers may hold one.
+
+    Attributes:
+        config: contents of tokenizer_config.json; unknown entries are kept by `save`.
+        fast_start: id of `<|action_token_0|>`, None where the vocabulary has no FAST tokens.
+        fast_size: number of FAST tokens; their ids are fast_start .. fast_start + fast_size - 1.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any] | None = None):
+        """Args: `backend`, a ready tokenizer; `config`, what its tokenizer_config.json says.
+
+        Raises:
+            ValueError: the config's action_token_* entries contradict the vocabulary.
+        """
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.config = dict(config or {})
+        self._read_vocabulary()
+        for key, found in (("action_token_start_index", self.fast_start), ("action_token_vocab_size", self.fast_size)):
+            if key in self.config and self.config[key] != found:
+                raise ValueError(
+                    f"tokenizer_config.json says {key} = {self.config[key]} but the vocabulary says {found}; "
+                    f"the tokenizer files do not belong together"
+                )
+
+    @classmethod
+    def from_dir(cls, path: str | Path) -> "Tokenizer":
+        """Reads tokenizer.json, or else vocab.json and merges.txt, with tokenizer_config.json and added_tokens.json
+        where they exist.
+
+        Raises:
+            FileNotFoundError: neither form is there.
+            ValueError: a file cannot be read, or an added token would not get the id that the files give it.
+        """
+        path = Path(path)
+        config = _read_json(path / "tokenizer_config.json")
+        if (path / "chat_template.jinja").is_file():
+            config.setdefault("chat_template", (path / "chat_template.jinja").read_text(encoding="utf-8"))
+        file = path / "tokenizer.json"
+        try:
+            if file.is_file():
+                backend = tokenizers.Tokenizer.from_file(str(file))
+            elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+                file = path / "vocab.json"
+                backend = _qwen_backend(models.BPE.from_file(str(file), str(path / "merges.txt")))
+            else:
+                raise FileNotFoundError(
+                    f"no tokenizer in {path}: expected tokenizer.json, or vocab.json and merges.txt"
+                )
+        except OSError:
+            raise
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{file} is not a tokenizer that can be read: {error}") from error
+        _restore_added_tokens(backend, config, _read_json(path / "added_tokens.json"), path)
+        return cls(backend, config)
+
+    def save(self, path: str | Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json into directory `path`, which is created if missing."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        self._backend.save(str(path / "tokenizer.json"))
+        config = {"tokenizer_class": "Qwen2Tokenizer", "clean_up_tokenization_spaces": False, **self.config}
+        for key in ("eos", "pad"):
+            if self.token_id(_TOKENS[key]) is not None:
+                config.setdefault(f"{key}_token", _TOKENS[key])
+        config["added_tokens_decoder"] = {
+            str(index): {name: getattr(token, name) for name in _ADDED_FIELDS}
+            for index, token in sorted(self._backend.get_added_tokens_decoder().items())
+        }
+        if self.fast_start is not None:  # upstream reads FAST ids from these two
+            config |= {"action_token_start_index": self.fast_start, "action_token_vocab_size": self.fast_size}
+        text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
+        (path / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+    def __len__(self) -> int:
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def token_id(self, token: str) -> int | None:
+        return self._backend.token_to_id(token)
+
+    def added_tokens_in(self, text: str) -> list[str]:
+        """The added (control) tokens that encoding `text` would produce, in order of their first appearance."""
+        return list(dict.fromkeys(self._added[i] for i in self.encode(text) if i in self._added))
+
+    def token_ids(self) -> TokenIds:
+        """Ids the model looks for; -1 where this vocabulary has no such token."""
+        ids = {name: self.token_id(token) for name, token in _TOKENS.items()}
+        return TokenIds(**{name: -1 if index is None else index for name, index in ids.items()})
+
+    def add_wallx_tokens(self, fast_vocab_size: int | None = None) -> None:
+        """Adds `<|propri|>`, `<|action|>` and, if a size is given, that many FAST tokens; those present stay.
+
+        As upstream adds them: plain tokens, not special ones, in this order, with the next free ids.
+
+        Raises:
+            ValueError: FAST tokens would not get consecutive ids.
+        """
+        names = [_TOKENS["propri"], _TOKENS["action"], *map(fast_token, range(fast_vocab_size or 0))]
+        missing = [AddedToken(name, special=False) for name in names if self.token_id(name) is None]
+        self._backend.add_tokens(missing)
+        self._read_vocabulary()
+        if self.fast_size < (fast_vocab_size or 0):
+            raise ValueError(
+                f"the vocabulary already has {self.fast_size} FAST tokens followed by other tokens, so "
+                f"{fast_vocab_size} cannot get consecutive ids; start from a tokenizer with none or all of them"
+            )
+        if fast_vocab_size:
+            self.config |= {"action_token_start_index": self.fast_start, "action_token_vocab_size": self.fast_size}
+
+    def _read_vocabulary(self) -> None:
+        """Notes the added tokens, and the range of FAST tokens: counted while ids are consecutive."""
+        self._added = {index: token.content for index, token in self._backend.get_added_tokens_decoder().items()}
+        self.fast_start, self.fast_size = self.token_id(fast_token(0)), 0
+        while (
+            self.fast_start is not None
+            and self.token_id(fast_token(self.fast_size)) == self.fast_start + self.fast_size
+        ):
+            self.fast_size += 1
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Contents of a JSON file, {} where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def _qwen_backend(model: models.Model) -> tokenizers.Tokenizer:
+    """Qwen2's normaliser, pre-tokenizer and decoder around a byte-level BPE model."""
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_QWEN_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _restore_added_tokens(backend: tokenizers.Tokenizer, config: dict, added_json: dict[str, int], path: Path) -> None:
+    """Adds the tokens that the JSON files list beside the vocabulary and that it lacks, each at its listed id."""
+    listed = {int(index): AddedToken(**{k: token[k] for k in _ADDED_FIELDS if k in token})
+              for index, token in config.get("added_tokens_decoder", {}).items()}  # fmt: skip
+    named = [config.get("eos_token"), config.get("pad_token"), *(config.get("additional_special_tokens") or ())]
+    special = {token["content"] if isinstance(token, dict) else token for token in named}
+    for content, index in added_json.items():
+        listed.setdefault(index, AddedToken(content, special=content in special, normalized=content not in special))
+    present = backend.get_added_tokens_decoder()
+    for index, token in sorted(listed.items()):
+        if index not in present:
+            (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+        if backend.token_to_id(token.content) != index:
+            raise ValueError(
+                f"{path}: added token {token.content!r} is listed with id {index} but gets "
+                f"{backend.token_to_id(token.content)}; the tokenizer files do not belong together"
+            )

@@ -1,0 +1,250 @@
+"""Shapes and numerics of a Wall-X model, as frozen dataclasses, and their config.json form.
+
+Sources: Qwen2.5-VL's config.json (flat and nested layouts) and upstream wall-x's qwen25_config.json.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Qwen2.5-VL vision tower. Sizes in channels, `window_size` and `patch_size` in pixels."""
+
+    depth: int = 32
+    hidden_size: int = 1280
+    intermediate_size: int = 3420
+    num_heads: int = 16
+    out_hidden_size: int = 2048
+    in_channels: int = 3
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    window_size: int = 112
+    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
+    tokens_per_second: float = 2
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+    @property
+    def patch_dim(self) -> int:
+        """Values in one flattened patch: channels x frames x height x width."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Qwen2.5 decoder. `intermediate_size` is the width of expert "vlm" (0)."""
+
+    vocab_size: int = 151936
+    hidden_size: int = 2048
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 2
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    mrope_section: tuple[int, ...] = (16, 24, 24)
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class ActionConfig:
+    """Expert "action" (1) and the heads around it. `intermediate_size` None: a plain Qwen2.5-VL, no action side."""
+
+    intermediate_size: int | None = 2048
+    action_dim: int = 20
+    state_dim: int = 20
+    beta_alpha: float = 1.5
+    beta_beta: float = 1.0
+    time_scale: float = 0.999  # `s` of upstream's noise_scheduler: t = (1 - u) * s, u ~ Beta(alpha, beta)
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Ids the model itself looks for. -1: the vocabulary has no such token."""
+
+    image: int = 151655
+    video: int = 151656
+    vision_start: int = 151652
+    pad: int = 151643
+    eos: int = 151645
+    propri: int = 151665
+    action: int = 151666
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """Where the references disagree, and dtypes. Travels in checkpoints and exported configs.
+
+    action_attention: lerobot's port lets the action tokens see each other (bidirectional); upstream with
+        flash_attention_2, its shipped default, is causal.
+    mrope_layout: "qwen" as transformers and lerobot; "upstream_cuda" as upstream's rotary kernel.
+    flow_loss: mean over "all" channels, masked ones counted as zero (upstream, lerobot), or over the "valid" ones.
+    masked_dims: while sampling, channels that the robot lacks "drift" (upstream, lerobot) or are "held" on the
+        straight line to the normalised zero (upstream since 2026).
+    float32_islands: norm weights and action heads are kept and computed in float32 (lerobot, later upstream).
+    remat: what the backward pass keeps of each layer: "full" recomputes all, "dots" keeps matmul outputs,
+        "none" keeps everything.
+    """
+
+    action_attention: Literal["bidirectional", "causal"] = "bidirectional"
+    mrope_layout: Literal["qwen", "upstream_cuda"] = "qwen"
+    flow_loss: Literal["all", "valid"] = "all"
+    masked_dims: Literal["drift", "held"] = "drift"
+    param_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    float32_islands: bool = True
+    remat: Literal["full", "dots", "none"] = "full"
+
+    def __post_init__(self):
+        for option in dataclasses.fields(self):
+            allowed = getattr(option.type, "__args__", (True, False))
+            if getattr(self, option.name) not in allowed:
+                raise ValueError(f"numerics.{option.name} is {getattr(self, option.name)!r}; choose one of {list(allowed)}")
+
+
+@dataclass(frozen=True)
+class WallXConfig:
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    action: ActionConfig = field(default_factory=ActionConfig)
+    tokens: TokenIds = field(default_factory=TokenIds)
+    numerics: Numerics = field(default_factory=Numerics)
+
+    def replace(self, **sections: Mapping[str, Any]) -> "WallXConfig":
+        """`config.replace(text={"vocab_size": 10})` changes fields inside sections."""
+        return dataclasses.replace(
+            self, **{name: dataclasses.replace(getattr(self, name), **changes) for name, changes in sections.items()}
+        )
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> "WallXConfig":
+        """Reads a config.json: upstream Wall-X (flat), Qwen2.5-VL old (flat) or new (`text_config`) layout.
+
+        Raises ValueError that lists every required field that is missing, and for a model that is not this one.
+        """
+        if hf.get("model_type") not in (None, "qwen2_5_vl", "wall_x", "wallx"):
+            raise ValueError(f"config.json: model_type is {hf['model_type']!r}; wallx_jax reads 'qwen2_5_vl' (Wall-X and Qwen2.5-VL)")
+        text_json = {**hf, **hf.get("text_config", {})}
+        vision_json = dict(hf.get("vision_config", {}))
+        vision_json.setdefault("in_channels", vision_json.get("in_chans", 3))
+        rope = text_json.get("rope_scaling") or text_json.get("rope_parameters") or {}
+        text_json.setdefault("mrope_section", rope.get("mrope_section"))
+        if text_json.get("rope_theta") is None:
+            text_json["rope_theta"] = rope.get("rope_theta")
+        if "tie_word_embeddings" in hf:
+            text_json["tie_word_embeddings"] = hf["tie_word_embeddings"]
+        missing = [
+            f"{prefix}{name}"
+            for prefix, section, names in (
+                ("", text_json, ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                                 "num_attention_heads", "num_key_value_heads", "mrope_section")),
+                ("vision_config.", vision_json, ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size",
+                                                 "fullatt_block_indexes")),
+            )
+            for name in names
+            if section.get(name) is None
+        ]  # fmt: skip
+        if missing:
+            raise ValueError(f"config.json lacks {', '.join(missing)}; is this a Qwen2.5-VL or Wall-X config?")
+        experts = hf.get("experts") or text_json.get("experts")
+        numerics = hf.get("wallx_jax", {})
+        text = _section(TextConfig, text_json)
+        if experts:
+            text = dataclasses.replace(text, intermediate_size=experts[0]["intermediate_size"])
+        dof, agent_pos = text_json.get("dof_config"), text_json.get("agent_pos_config")
+        noise = text_json.get("noise_scheduler") or {}
+        action = ActionConfig(
+            intermediate_size=experts[1]["intermediate_size"] if experts else None,
+            action_dim=sum(dof.values()) if dof else 20,
+            state_dim=sum(agent_pos.values()) if agent_pos else (sum(dof.values()) if dof else 20),
+            beta_alpha=noise.get("beta_alpha", 1.5),
+            beta_beta=noise.get("beta_beta", 1.0),
+            time_scale=noise.get("s", 0.999),
+        )
+        ids = {"image": "image_token_id", "video": "video_token_id", "vision_start": "vision_start_token_id",
+               "eos": "eos_token_id", "pad": "pad_token_id"}  # fmt: skip
+        tokens = TokenIds(**{ours: text_json[theirs] for ours, theirs in ids.items() if text_json.get(theirs) is not None})
+        return cls(_section(VisionConfig, vision_json), text, action, tokens, _section(Numerics, numerics))
+
+    def to_hf(self) -> dict[str, Any]:
+        """Upstream's flat config.json, with our numerics under "wallx_jax". `from_hf(to_hf())` keeps all but the pad,
+        proprioception and action ids, which only a tokenizer tells."""
+        t, v, a = self.text, self.vision, self.action
+        hf = {
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+            "model_type": "qwen2_5_vl",
+            "attention_dropout": 0.0,
+            "hidden_act": "silu",
+            **{k: list(x) if isinstance(x, tuple) else x for k, x in dataclasses.asdict(t).items() if k != "mrope_section"},
+            "rope_scaling": {"type": "mrope", "mrope_section": list(t.mrope_section)},
+            "max_position_embeddings": 128000,
+            "max_window_layers": 70,
+            "sliding_window": 32768,
+            "use_sliding_window": False,
+            "use_cache": True,
+            "torch_dtype": self.numerics.param_dtype,
+            "eos_token_id": self.tokens.eos,
+            "vision_start_token_id": self.tokens.vision_start,
+            "image_token_id": self.tokens.image,
+            "video_token_id": self.tokens.video,
+            "vision_config": {
+                **{k: list(x) if isinstance(x, tuple) else x for k, x in dataclasses.asdict(v).items()
+                   if k not in ("rms_norm_eps", "rope_theta")},
+                "in_chans": v.in_channels,
+                "hidden_act": "silu",
+                "spatial_patch_size": v.patch_size,
+            },
+        }  # fmt: skip
+        if a.intermediate_size is not None:
+            hf |= {
+                "num_experts": 2,
+                "experts": [
+                    {"hidden_size": t.hidden_size, "intermediate_size": width, "hidden_act": "silu"}
+                    for width in (t.intermediate_size, a.intermediate_size)
+                ],
+                "dim_inputs": [t.hidden_size, t.hidden_size],
+                "attention_moe": False,
+                "mlp_moe": True,
+                "dof_config": {"action": a.action_dim},
+                "agent_pos_config": {"state": a.state_dim},
+                "noise_scheduler": {"beta_alpha": a.beta_alpha, "beta_beta": a.beta_beta, "s": a.time_scale,
+                                    "num_inference_timesteps": 10},
+                "wallx_jax": dataclasses.asdict(self.numerics),
+            }  # fmt: skip
+        return hf
+
+
+def _section(kind: type, values: Mapping[str, Any]) -> Any:
+    """Builds dataclass `kind` from the fields of `values` that it knows; lists become tuples."""
+    names = {f.name for f in dataclasses.fields(kind)}
+    return kind(**{k: tuple(x) if isinstance(x, list) else x for k, x in values.items() if k in names and x is not None})
+
+
+TINY = WallXConfig(
+    vision=VisionConfig(depth=4, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, fullatt_block_indexes=(1, 3)),
+    text=TextConfig(vocab_size=699, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+                    num_key_value_heads=2, mrope_section=(2, 3, 3)),
+    action=ActionConfig(intermediate_size=32),
+    tokens=TokenIds(image=655, video=656, vision_start=652, pad=643, eos=645, propri=665, action=666),
+    numerics=Numerics(param_dtype="float32", compute_dtype="float32"),
+)  # fmt: skip
+
+MID = WallXConfig(
+    vision=VisionConfig(depth=8, hidden_size=512, intermediate_size=1376, num_heads=8, out_hidden_size=768, fullatt_block_indexes=(3, 7)),
+    text=TextConfig(vocab_size=4096, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
+                    num_key_value_heads=2, mrope_section=(8, 12, 12)),
+    action=ActionConfig(intermediate_size=768),
+    tokens=TokenIds(image=4055, video=4056, vision_start=4052, pad=4043, eos=4045, propri=4065, action=4066),
+    numerics=Numerics(param_dtype="float32", compute_dtype="float32"),
+)  # fmt: skip
+
+PRESETS = {"tiny": TINY, "mid": MID, "wall_oss_3b": WallXConfig()}

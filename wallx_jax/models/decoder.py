@@ -1,0 +1,118 @@
+"""Qwen2.5's decoder with Wall-X's two experts.
+
+Attention and norms are shared by all tokens; the MLP of a token is expert "vlm" in the prefix and expert "action" in
+the suffix of action tokens. Where the suffix starts is static, so routing is a slice.
+
+Legend: B batch, T tokens of this call, S keys, N query heads, K key heads, H head dim, D width, L layers.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from wallx_jax.models.attention import attend
+from wallx_jax.models.config import WallXConfig
+from wallx_jax.models.layers import Linear, RMSNorm, SwiGLU
+from wallx_jax.models.remat import checkpointed
+from wallx_jax.models.rope import mrope_angles, rotate
+
+
+class KV(NamedTuple):
+    """Rotated keys and values of every layer, [L, B, S, K, H] each."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class DecoderOutput(NamedTuple):
+    """hidden [B, T, D] after the final norm; kv of this call's tokens and layers [L, B, T, D] before that norm, where
+    they were asked for."""
+
+    hidden: jax.Array
+    kv: KV | None
+    layers: jax.Array | None
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: WallXConfig, *, rngs: nnx.Rngs):
+        text = config.text
+        self.heads, self.kv_heads, self.head_dim = text.num_attention_heads, text.num_key_value_heads, text.head_dim
+        self.q = Linear(text.hidden_size, self.heads * self.head_dim, bias=True, rngs=rngs)
+        self.k = Linear(text.hidden_size, self.kv_heads * self.head_dim, bias=True, rngs=rngs)
+        self.v = Linear(text.hidden_size, self.kv_heads * self.head_dim, bias=True, rngs=rngs)
+        self.o = Linear(self.heads * self.head_dim, text.hidden_size, bias=False, rngs=rngs)
+
+    def __call__(self, x, cos, sin, mask, past: KV | None) -> tuple[jax.Array, KV]:
+        q = rotate(self.q(x).reshape(*x.shape[:2], self.heads, self.head_dim), cos, sin)
+        k = rotate(self.k(x).reshape(*x.shape[:2], self.kv_heads, self.head_dim), cos, sin)
+        v = self.v(x).reshape(*x.shape[:2], self.kv_heads, self.head_dim)
+        new = KV(k, v)
+        if past is not None:
+            k, v = (jnp.concatenate([old, fresh], axis=1) for old, fresh in zip(past, new, strict=True))
+        return self.o(attend(q, k, v, mask)), new
+
+
+class Experts(nnx.Module):
+    def __init__(self, config: WallXConfig, *, rngs: nnx.Rngs):
+        text, action = config.text, config.action
+        self.vlm = SwiGLU(text.hidden_size, text.intermediate_size, bias=False, rngs=rngs)
+        if action.intermediate_size is not None:
+            self.action = SwiGLU(text.hidden_size, action.intermediate_size, bias=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array, num_actions: int) -> jax.Array:
+        """The last `num_actions` tokens of x [B, T, D] go to the action expert."""
+        if num_actions == 0:
+            return self.vlm(x)
+        if num_actions == x.shape[1]:
+            return self.action(x)
+        start = x.shape[1] - num_actions
+        return jnp.concatenate([self.vlm(x[:, :start]), self.action(x[:, start:])], axis=1)
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, config: WallXConfig, *, rngs: nnx.Rngs):
+        self.input_norm = RMSNorm(config.text.hidden_size, config.text.rms_norm_eps)
+        self.attn = Attention(config, rngs=rngs)
+        self.post_norm = RMSNorm(config.text.hidden_size, config.text.rms_norm_eps)
+        self.mlp = Experts(config, rngs=rngs)
+
+    def __call__(self, x, cos, sin, mask, num_actions: int, past: KV | None) -> tuple[jax.Array, KV]:
+        attended, kv = self.attn(self.input_norm(x), cos, sin, mask, past)
+        x = x + attended
+        return x + self.mlp(self.post_norm(x), num_actions), kv
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: WallXConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.layers = nnx.vmap(lambda keys: DecoderLayer(config, rngs=keys))(rngs.split(config.text.num_hidden_layers))
+        self.norm = RMSNorm(config.text.hidden_size, config.text.rms_norm_eps)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        *,
+        num_actions: int = 0,
+        past: KV | None = None,
+        keep_kv: bool = False,
+        keep_layers: bool = False,
+    ) -> DecoderOutput:
+        """Runs x [B, T, D] through all layers.
+
+        positions: int [3, B, T]. mask: bool [B, T, S] over the past's keys followed by this call's. num_actions: how
+        many of the last tokens are action tokens. past: keys and values of earlier tokens, already rotated.
+        """
+        angles = mrope_angles(positions, self.config.text, self.config.numerics.mrope_layout)
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+
+        def body(x, layer_and_past):
+            layer, past = layer_and_past
+            x, kv = layer(x, cos, sin, mask, num_actions, past)
+            return x, (kv if keep_kv else None, x if keep_layers else None)
+
+        x, (kv, layers) = jax.lax.scan(checkpointed(body, self.config.numerics.remat), x, (self.layers, past))
+        return DecoderOutput(self.norm(x), kv, layers)

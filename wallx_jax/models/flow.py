@@ -1,0 +1,46 @@
+"""Flow matching from noise (t = 0) to actions (t = 1): x_t = (1 - t) noise + t action, velocity = action - noise.
+
+Everything in float32. Source: upstream's action_head.py since December 2025; pi0 (arXiv 2410.24164) with time reversed.
+
+Legend: B batch, A horizon, C channels.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from wallx_jax.models.config import ActionConfig
+
+
+def sample_noise_and_time(key: jax.Array, shape: tuple[int, int, int], config: ActionConfig) -> tuple[jax.Array, jax.Array]:
+    """Standard normal noise [B, A, C] and t = (1 - u) s with u ~ Beta(alpha, beta), [B]; both float32."""
+    noise_key, time_key = jax.random.split(key)
+    u = jax.random.beta(time_key, config.beta_alpha, config.beta_beta, shape[:1], jnp.float32)
+    return jax.random.normal(noise_key, shape, jnp.float32), (1 - u) * config.time_scale
+
+
+def interpolate(actions: jax.Array, noise: jax.Array, time: jax.Array) -> jax.Array:
+    """x_t [B, A, C] at time [B]."""
+    t = time[:, None, None]
+    return (1 - t) * noise + t * actions
+
+
+def integrate(
+    velocity: Callable[[jax.Array, jax.Array], jax.Array], noise: jax.Array, steps: int, mask: jax.Array, masked_dims: str
+) -> jax.Array:
+    """Euler steps on linspace(0, 1, steps + 1) from noise [B, A, C] to a normalised chunk.
+
+    velocity(x [B, A, C], t [B]) -> [B, A, C]. mask [B, A, C]: channels that the robot has; the others "drift" with the
+    predicted velocity, or are "held" on the straight line from their noise to the normalised zero.
+    """
+    times = jnp.linspace(0, 1, steps + 1, dtype=jnp.float32)
+
+    def step(x, span):
+        start, end = span
+        v = velocity(x, jnp.broadcast_to(start, x.shape[:1]))
+        if masked_dims == "held":
+            v = jnp.where(mask > 0, v, -noise)
+        return x + (end - start) * v, None
+
+    return jax.lax.scan(step, noise, (times[:-1], times[1:]))[0]

@@ -1,0 +1,78 @@
+"""M-RoPE position ids of a left-padded prefix with images and videos.
+
+Semantics of transformers' `get_rope_index` for Qwen2.5-VL: text advances all three rows by one; an image or video of
+merged grid (t, h, w) spreads over start + (time, row, column); what follows continues after its largest id; padding
+gets 1. Which token belongs to which image is read off the ids, so one compilation serves every prompt; the grids are
+static.
+
+Legend: B batch, T tokens, M visual tokens of a sample.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wallx_jax.models.config import TokenIds, VisionConfig
+from wallx_jax.models.vision_plan import Grid
+
+
+def visual_offsets(
+    grids: Sequence[Grid], config: VisionConfig, seconds_per_frame: Sequence[float] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(int [M, 3] time, row and column offset of every visual token; int [M] what its whole block advances by).
+
+    `seconds_per_frame` per grid (0 for a still image): a video's time row advances by seconds x tokens_per_second.
+    """
+    offsets, advances = [np.zeros((0, 3), int)], [np.zeros(0, int)]
+    for grid, seconds in zip(grids, seconds_per_frame or [0.0] * len(grids), strict=True):
+        frames, rows, columns = grid[0], grid[1] // config.spatial_merge_size, grid[2] // config.spatial_merge_size
+        time, row, column = np.indices((frames, rows, columns)).reshape(3, -1)
+        time = (time.astype(np.float32) * np.float32(seconds) * config.tokens_per_second).astype(int)
+        offsets.append(np.stack([time, row, column], axis=1))
+        advances.append(np.full(len(time), offsets[-1].max() + 1))
+    return np.concatenate(offsets), np.concatenate(advances)
+
+
+def visual_rank(tokens: jax.Array, ids: TokenIds) -> tuple[jax.Array, jax.Array]:
+    """(bool [B, T] is an image or video token, int [B, T] its rank among them in the row, 0 elsewhere)."""
+    visual = (tokens == ids.image) | (tokens == ids.video)
+    return visual, jnp.where(visual, jnp.cumsum(visual, axis=1) - 1, 0)
+
+
+def position_ids(
+    tokens: jax.Array,
+    token_mask: jax.Array,
+    grids: Sequence[Grid],
+    config: VisionConfig,
+    ids: TokenIds,
+    seconds_per_frame: Sequence[float] | None = None,
+) -> jax.Array:
+    """int [B, T] tokens and bool [B, T] mask -> int32 [3, B, T]."""
+    offsets, advances = visual_offsets(grids, config, seconds_per_frame)
+    if not len(offsets):
+        position = jnp.broadcast_to(jnp.cumsum(token_mask, axis=1) - 1, (3, *tokens.shape))
+        return jnp.where(token_mask, position, 1).astype(jnp.int32)
+    starts = np.zeros(len(offsets), int)  # first token of each block: where the whole block's advance is counted
+    starts[np.cumsum([0, *(g[0] * g[1] * g[2] // config.spatial_merge_size**2 for g in grids)])[:-1]] = 1
+
+    visual, rank = visual_rank(tokens, ids)
+    rank = jnp.minimum(rank, len(offsets) - 1)
+    block_advance = jnp.asarray(advances)[rank]
+    advance = jnp.where(visual, block_advance * jnp.asarray(starts)[rank], 1) * token_mask
+    end = jnp.cumsum(advance, axis=1)  # position after this token, or after its whole block
+    start = jnp.where(visual, end - block_advance, end - 1)
+    position = start + jnp.where(visual, jnp.moveaxis(jnp.asarray(offsets)[rank], -1, 0), 0)
+    return jnp.where(token_mask, position, 1).astype(jnp.int32)
+
+
+def next_position(positions: jax.Array, token_mask: jax.Array) -> jax.Array:
+    """int [3, B, T] -> int32 [B]: the id after the largest one of each row, where text or actions continue."""
+    return jnp.max(jnp.where(token_mask, positions, -1), axis=(0, 2)) + 1
+
+
+def continue_positions(start: jax.Array, length: int) -> jax.Array:
+    """int [B] -> int32 [3, B, length]: text ids from `start` on."""
+    row = start[:, None] + jnp.arange(length, dtype=jnp.int32)
+    return jnp.broadcast_to(row, (3, *row.shape))

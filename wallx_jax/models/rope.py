@@ -1,0 +1,54 @@
+"""Rotary embeddings: Qwen2.5-VL's 2-D vision rotary and the decoder's multimodal rotary (M-RoPE).
+
+Angles, cos and sin are float32 whatever the compute dtype: bfloat16 holds no integer above 256 exactly, so positions
+would collide. Source: Qwen2-VL (arXiv 2409.12191) and transformers' modeling_qwen2_5_vl.py.
+
+Legend: B batch, T tokens, N heads, H head dim, P patches.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wallx_jax.models.config import TextConfig
+
+
+def inverse_frequencies(dim: int, theta: float) -> np.ndarray:
+    """theta^(-2i/dim) for i < dim/2; float32 [dim/2]."""
+    return (1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)).astype(np.float32)
+
+
+def vision_angles(rows_cols: np.ndarray, head_dim: int, theta: float) -> np.ndarray:
+    """[P, 2] patch coordinates (row, column) -> float32 [P, H]: H/4 row angles, H/4 column angles, then both again."""
+    angles = rows_cols[:, :, None].astype(np.float32) * inverse_frequencies(head_dim // 2, theta)  # [P, 2, H/4]
+    angles = angles.reshape(len(rows_cols), -1)
+    return np.concatenate([angles, angles], axis=-1)
+
+
+def mrope_axes(config: TextConfig, layout: str) -> np.ndarray:
+    """int [H]: which of the three position rows (0 time, 1 height, 2 width) turns each channel.
+
+    "qwen" repeats the sections over both halves, so the two channels of a pair share a row. "upstream_cuda" is what
+    upstream wall-x's rotary kernel (csrc/rope.cu) does: each doubled section is one run, pairs may differ.
+    """
+    sections = config.mrope_section
+    if 2 * sum(sections) != config.head_dim:
+        raise ValueError(f"mrope_section {sections} must sum to half of the head dimension {config.head_dim}")
+    if layout == "qwen":
+        return np.tile(np.repeat([0, 1, 2], sections), 2)
+    return np.repeat([0, 1, 2], [2 * s for s in sections])
+
+
+def mrope_angles(positions: jax.Array, config: TextConfig, layout: str) -> jax.Array:
+    """int [3, B, T] -> float32 [B, T, H]."""
+    frequencies = np.tile(inverse_frequencies(config.head_dim, config.rope_theta), 2)  # [H]
+    per_channel = jnp.moveaxis(positions.astype(jnp.float32), 0, -1)[..., mrope_axes(config, layout)]
+    return per_channel * frequencies
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turns channel pairs (d, d + H/2) of x [..., T, N, H]; cos and sin [..., T, H] float32. Returns x's dtype."""
+    x32 = x.astype(jnp.float32)
+    first, second = jnp.split(x32, 2, axis=-1)
+    turned = x32 * cos[..., None, :] + jnp.concatenate([-second, first], axis=-1) * sin[..., None, :]
+    return turned.astype(x.dtype)

@@ -1,0 +1,177 @@
+"""Qwen2.5-VL's vision tower: patches, windowed and full attention blocks, merger.
+
+Legend: B batch, P patches of all frames of a sample, D width, N heads, H head dim, R frames in a run of equal ones.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from wallx_jax.models.attention import attend
+from wallx_jax.models.config import VisionConfig
+from wallx_jax.models.layers import Linear, RMSNorm, SwiGLU
+from wallx_jax.models.remat import checkpointed
+from wallx_jax.models.rope import rotate
+from wallx_jax.models.vision_plan import FrameRun, Grid, frame_runs, plan_frame
+
+# CLIP's channel statistics, which Qwen2-VL's image processor uses.
+IMAGE_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+IMAGE_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+def image_grid(image: jax.Array, config: VisionConfig) -> Grid:
+    """Grid of a still image [..., h, w, 3]."""
+    return (1, image.shape[-3] // config.patch_size, image.shape[-2] // config.patch_size)
+
+
+def patchify(image: jax.Array, config: VisionConfig) -> jax.Array:
+    """uint8 RGB [B, h, w, 3] -> float32 [B, P, channels*frames*patch*patch] in merge order, as Qwen2-VL's image processor.
+
+    A still image counts as `temporal_patch_size` equal frames.
+    """
+    patch, merge, frames = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
+    batch, height, width, channels = image.shape
+    if height % (patch * merge) or width % (patch * merge):
+        raise ValueError(f"image of {height}x{width} px: both sides must be multiples of {patch * merge}")
+    x = (image.astype(jnp.float32) / 255 - IMAGE_MEAN) / IMAGE_STD
+    x = x.reshape(batch, height // patch // merge, merge, patch, width // patch // merge, merge, patch, channels)
+    x = x.transpose(0, 1, 4, 2, 5, 7, 3, 6)  # B, cell row, cell column, row, column, channel, y, x
+    x = x.reshape(batch, -1, channels, 1, patch, patch)
+    x = jnp.broadcast_to(x, (*x.shape[:3], frames, patch, patch))
+    return x.reshape(batch, -1, config.patch_dim)
+
+
+class VisionAttention(nnx.Module):
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=True, rngs=rngs)
+        self.proj = Linear(config.hidden_size, config.hidden_size, bias=True, rngs=rngs)
+
+    def __call__(self, x: jax.Array, runs: Sequence[FrameRun], full: bool) -> jax.Array:
+        """x [B, P, D], frames in order, each frame's patches in its plan's order."""
+        config, heads = self.config, self.config.num_heads
+        qkv = self.qkv(x).reshape(*x.shape[:2], 3, heads, config.hidden_size // heads)
+        out, start = [], 0
+        for run in runs:
+            plan = plan_frame(run.rows, run.columns, config)
+            q, k, v = jnp.moveaxis(qkv[:, start : start + run.count * run.patches], 2, 0)
+            angles = np.tile(plan.angles, (run.count, 1))
+            q, k = (rotate(y, np.cos(angles), np.sin(angles)) for y in (q, k))
+            out.append(_attend_groups(q, k, v, run, ((1, run.patches),) if full else plan.windows))
+            start += run.count * run.patches
+        return self.proj(jnp.concatenate(out, axis=1))
+
+
+def _attend_groups(q, k, v, run: FrameRun, groups: Sequence[tuple[int, int]]) -> jax.Array:
+    """Attention inside each of a frame's groups of patches: q, k, v [B, R*P, N, H] -> [B, R*P, D]."""
+    batch, _, heads, head_dim = q.shape
+    q, k, v = (y.reshape(batch * run.count, run.patches, heads, head_dim) for y in (q, k, v))
+    out, start = [], 0
+    for count, size in groups:
+        part = slice(start, start + count * size)
+        grouped = (y[:, part].reshape(-1, size, heads, head_dim) for y in (q, k, v))
+        out.append(attend(*grouped).reshape(batch * run.count, count * size, -1))
+        start += count * size
+    return jnp.concatenate(out, axis=1).reshape(batch, run.count * run.patches, -1)
+
+
+class VisionBlock(nnx.Module):
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        self.norm1 = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm2 = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attn = VisionAttention(config, rngs=rngs)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=True, rngs=rngs)
+
+    def __call__(self, x: jax.Array, runs: Sequence[FrameRun], full: bool) -> jax.Array:
+        x = x + self.attn(self.norm1(x), runs, full)
+        return x + self.mlp(self.norm2(x))
+
+
+class Merger(nnx.Module):
+    """Joins each 2x2 cell of patches into one decoder token."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        self.cell = config.spatial_merge_size**2
+        width = config.hidden_size * self.cell
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.fc1 = Linear(width, width, bias=True, rngs=rngs)
+        self.fc2 = Linear(width, config.out_hidden_size, bias=True, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.norm(x).reshape(x.shape[0], x.shape[1] // self.cell, -1)
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+class VisionTower(nnx.Module):
+    def __init__(self, config: VisionConfig, remat: str, *, rngs: nnx.Rngs):
+        self.config, self.remat = config, remat
+        self.patch_embed = Linear(config.patch_dim, config.hidden_size, bias=False, rngs=rngs)
+        self.blocks = nnx.vmap(lambda keys: VisionBlock(config, rngs=keys))(rngs.split(config.depth))
+        self.merger = Merger(config, rngs=rngs)
+
+    def __call__(self, patches: jax.Array, grids: tuple[Grid, ...]) -> jax.Array:
+        """Patches [B, P, patch_dim] of every image and video in order (merge order inside each frame), in the compute
+        dtype; grids of one sample. Returns [B, P / merge^2, out width], row-major inside each frame."""
+        runs, cell = frame_runs(grids), self.config.spatial_merge_size**2
+        if (expected := sum(run.count * run.patches for run in runs)) != patches.shape[1]:
+            raise ValueError(f"grids {grids} make {expected} patches, but {patches.shape[1]} were given")
+        x = self.patch_embed(_reorder(patches, runs, lambda run: plan_frame(run.rows, run.columns, self.config).order, 1))
+
+        def block_group(x, blocks, full):
+            def body(x, block):
+                return block(x, runs, full), None
+
+            return jax.lax.scan(checkpointed(body, self.remat), x, blocks)[0]
+
+        for start, windowed, full, repeat in segments(self.config):
+            length = windowed + full
+            stacked = jax.tree.map(
+                lambda w, start=start, stop=start + repeat * length, length=length: (
+                    w[start:stop].reshape(-1, length, *w.shape[1:])
+                ),
+                self.blocks,
+            )
+
+            def super_block(x, blocks, windowed=windowed, full=full):
+                if windowed:
+                    x = block_group(x, jax.tree.map(lambda w: w[:windowed], blocks), False)
+                if full:
+                    x = block_group(x, jax.tree.map(lambda w: w[windowed:], blocks), True)
+                return x, None
+
+            x = jax.lax.scan(super_block, x, stacked)[0]
+        return _reorder(self.merger(x), runs, lambda run: plan_frame(run.rows, run.columns, self.config).restore, cell)
+
+
+def segments(config: VisionConfig) -> list[tuple[int, int, int, int]]:
+    """The depth as runs of equal super-blocks: (first layer, windowed layers, full layers (0 or 1), repeats).
+
+    The published 3B tower is one segment, (0, 7, 1, 4): a single scan whatever the depth.
+    """
+    ends = [i + 1 for i in sorted(config.fullatt_block_indexes) if i < config.depth]
+    starts = [0, *ends]
+    shapes = [(end - start - 1, 1) for start, end in zip(starts, ends, strict=False)]
+    if starts[-1] < config.depth:
+        shapes.append((config.depth - starts[-1], 0))
+    result: list[tuple[int, int, int, int]] = []
+    layer = 0
+    for windowed, full in shapes:
+        if result and result[-1][1:3] == (windowed, full):
+            result[-1] = (*result[-1][:3], result[-1][3] + 1)
+        else:
+            result.append((layer, windowed, full, 1))
+        layer += windowed + full
+    return result
+
+
+def _reorder(x: jax.Array, runs: Sequence[FrameRun], index_of, cell: int) -> jax.Array:
+    """Permutes the places of x [B, P / cell, ...] frame by frame."""
+    index, start = [], 0
+    for run in runs:
+        size = run.patches // cell
+        index.append((start + np.arange(run.count)[:, None] * size + index_of(run)).reshape(-1))
+        start += run.count * size
+    return x[:, np.concatenate(index)]

@@ -1,0 +1,227 @@
+"""Wall-X: Qwen2.5-VL with an action expert, as calls over one set of parameters.
+
+A sample is `[left pad | prompt with image and proprioception tokens | A action tokens]`. The prefix never looks at the
+action tokens, so it can be encoded once (`encode_prefix`) and the suffix run many times over its keys and values
+(`suffix_velocity`); training runs both in one pass (`forward`).
+
+Legend: B batch, T prefix tokens, M visual tokens, A horizon, C model channels, D width, W labels, V vocabulary.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from wallx_jax import tree
+from wallx_jax.models import flow, losses
+from wallx_jax.models.action import ActionHeads
+from wallx_jax.models.attention import prefix_mask, sequence_mask, suffix_mask
+from wallx_jax.models.config import WallXConfig
+from wallx_jax.models.decoder import KV, Decoder, DecoderOutput
+from wallx_jax.models.dtypes import param_dtype
+from wallx_jax.models.layers import INIT, Linear
+from wallx_jax.models.positions import continue_positions, next_position, position_ids, visual_rank
+from wallx_jax.models.vision import VisionTower, image_grid, patchify
+from wallx_jax.models.vision_plan import Grid
+
+
+class Embedding(nnx.Module):
+    def __init__(self, rows: int, width: int, *, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(INIT(rngs.params(), (rows, width)))
+
+
+class Prefix(NamedTuple):
+    """The prompt ready for the decoder: embeddings [B, T, D], mask bool [B, T], positions int [3, B, T]."""
+
+    embeddings: jax.Array
+    mask: jax.Array
+    positions: jax.Array
+
+
+class PrefixCache(NamedTuple):
+    """What the suffix needs of an encoded prefix: keys and values, mask bool [B, T], next position id int [B]."""
+
+    kv: KV
+    mask: jax.Array
+    next_position: jax.Array
+
+
+class FlowTarget(NamedTuple):
+    """Normalised actions and channel mask [B, A, C], noise [B, A, C] and flow time [B]; float32."""
+
+    actions: jax.Array
+    mask: jax.Array
+    noise: jax.Array
+    time: jax.Array
+
+
+class LossSums(NamedTuple):
+    """Numerators of the two losses; scalars, float32."""
+
+    cross_entropy: jax.Array
+    flow: jax.Array
+
+
+class WallX(nnx.Module):
+    def __init__(self, config: WallXConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = Embedding(config.text.vocab_size, config.text.hidden_size, rngs=rngs)
+        self.vision = VisionTower(config.vision, config.numerics.remat, rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs)
+        if config.action.intermediate_size is not None:
+            self.action = ActionHeads(config, rngs=rngs)
+        if not config.text.tie_word_embeddings:
+            self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False, rngs=rngs)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.config.numerics.compute_dtype)
+
+    # Inputs
+
+    def encode_images(self, images: Sequence[jax.Array]) -> tuple[jax.Array, tuple[Grid, ...]]:
+        """uint8 RGB [B, h, w, 3] per camera -> (features [B, M, D], their grids)."""
+        grids = tuple(image_grid(image, self.config.vision) for image in images)
+        patches = jnp.concatenate([patchify(image, self.config.vision) for image in images], axis=1)
+        return self.encode_patches(patches, grids), grids
+
+    def encode_patches(self, patches: jax.Array, grids: tuple[Grid, ...]) -> jax.Array:
+        """Normalised patches [B, P, patch_dim] in merge order -> features [B, M, D]."""
+        return self.vision(patches.astype(self.dtype), grids)
+
+    def embed_prefix(
+        self,
+        tokens: jax.Array,
+        token_mask: jax.Array,
+        features: jax.Array | None,
+        grids: Sequence[Grid],
+        state: jax.Array | None = None,
+        state_mask: jax.Array | None = None,
+        seconds_per_frame: Sequence[float] | None = None,
+    ) -> Prefix:
+        """Token embeddings [B, T, D] with visual features and the state put in their places, and positions."""
+        x = self.embed.embedding[...][tokens].astype(self.dtype)
+        if features is not None:
+            visual, rank = visual_rank(tokens, self.config.tokens)
+            placed = jnp.take_along_axis(features, jnp.minimum(rank, features.shape[1] - 1)[..., None], axis=1)
+            x = jnp.where(visual[..., None], placed.astype(x.dtype), x)
+        if state is not None:
+            embedded = self.action.embed_state(state, state_mask).astype(x.dtype)
+            x = jnp.where((tokens == self.config.tokens.propri)[..., None], embedded[:, None], x)
+        ids = position_ids(tokens, token_mask, grids, self.config.vision, self.config.tokens, seconds_per_frame)
+        return Prefix(x, token_mask, ids)
+
+    def embed_batch(self, batch) -> Prefix:
+        """Prefix of a data.batch.Batch."""
+        features, grids = self.encode_images(batch.images)
+        return self.embed_prefix(batch.tokens, batch.token_mask, features, grids, batch.state, batch.state_mask)
+
+    # Passes
+
+    def forward(
+        self, prefix: Prefix, actions: tuple[jax.Array, jax.Array, jax.Array] | None = None, keep_layers: bool = False
+    ) -> DecoderOutput:
+        """Prefix and suffix in one pass; `actions` is (noisy [B, A, C], mask [B, A, C], time [B]) or None for no suffix.
+
+        hidden [B, T + A, D]: the last A rows belong to the action tokens.
+        """
+        if actions is None:
+            return self.decoder(prefix.embeddings, prefix.positions, prefix_mask(prefix.mask), keep_layers=keep_layers)
+        suffix = self.action.embed_actions(*actions).astype(self.dtype)
+        horizon = suffix.shape[1]
+        suffix_ids = continue_positions(next_position(prefix.positions, prefix.mask), horizon)
+        return self.decoder(
+            jnp.concatenate([prefix.embeddings, suffix], axis=1),
+            jnp.concatenate([prefix.positions, suffix_ids], axis=-1),
+            sequence_mask(prefix.mask, horizon, self.config.numerics.action_attention),
+            num_actions=horizon,
+            keep_layers=keep_layers,
+        )
+
+    def encode_prefix(self, prefix: Prefix) -> tuple[PrefixCache, jax.Array]:
+        """Runs the prefix alone; returns what the suffix needs, and hidden states [B, T, D]."""
+        out = self.decoder(prefix.embeddings, prefix.positions, prefix_mask(prefix.mask), keep_kv=True)
+        return PrefixCache(out.kv, prefix.mask, next_position(prefix.positions, prefix.mask)), out.hidden
+
+    def suffix_velocity(self, cache: PrefixCache, noisy: jax.Array, mask: jax.Array, time: jax.Array) -> jax.Array:
+        """Velocity [B, A, C] of noisy actions [B, A, C] at time [B], over an encoded prefix."""
+        x = self.action.embed_actions(noisy, mask, time).astype(self.dtype)
+        horizon = x.shape[1]
+        out = self.decoder(
+            x,
+            continue_positions(cache.next_position, horizon),
+            suffix_mask(cache.mask, horizon, self.config.numerics.action_attention),
+            num_actions=horizon,
+            past=cache.kv,
+        )
+        return self.action.velocity(out.hidden)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states [..., D] -> logits [..., V] in their dtype."""
+        if self.config.text.tie_word_embeddings:
+            return hidden @ self.embed.embedding[...].astype(hidden.dtype).T
+        return self.lm_head(hidden)
+
+    # What training and acting ask for
+
+    def loss_sums(self, prefix: Prefix, labels: jax.Array, flow_target: FlowTarget | None) -> LossSums:
+        """Numerators of cross-entropy over `labels` and of the flow loss; models.losses has the counts to divide by.
+
+        labels: int [B, W] of the last W prefix positions (see data.batch.Batch), W = 0 for none.
+        """
+        suffix = None
+        if flow_target is not None:
+            actions, mask, noise, time = flow_target
+            suffix = (flow.interpolate(actions, noise, time), mask, time)
+        hidden = self.forward(prefix, suffix).hidden
+
+        cross_entropy = flow_error = jnp.float32(0)
+        length, window = prefix.mask.shape[1], labels.shape[1]
+        if window:  # the position before a label predicts it
+            said = hidden[:, length - window - 1 : length - 1]
+            cross_entropy = losses.cross_entropy_sum(self.logits(said), labels)
+        if flow_target is not None:
+            flow_error = losses.flow_error_sum(self.action.velocity(hidden[:, length:]), actions - noise, mask)
+        return LossSums(cross_entropy, flow_error)
+
+    def sample_actions(self, prefix: Prefix, noise: jax.Array, action_mask: jax.Array, steps: int = 10) -> jax.Array:
+        """Normalised action chunk [B, A, C] from noise of that shape; the prefix is encoded once."""
+        cache, _ = self.encode_prefix(prefix)
+        return flow.integrate(
+            lambda x, t: self.suffix_velocity(cache, x, action_mask, t),
+            noise,
+            steps,
+            action_mask,
+            self.config.numerics.masked_dims,
+        )
+
+
+# Parameters live outside the module as nested dicts; `bind` puts them in.
+
+
+@functools.cache
+def _abstract(config: WallXConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: WallX(config, rngs=nnx.Rngs(0))), nnx.Param)
+
+
+def bind(config: WallXConfig, params: tree.Tree) -> WallX:
+    """The model with these parameters (concrete or traced)."""
+    graphdef, state = _abstract(config)
+    state = jax.tree.map(lambda x: x, state)  # a copy: the cached one stays abstract
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state)
+
+
+def abstract_params(config: WallXConfig) -> tree.Tree:
+    """Nested dict of jax.ShapeDtypeStruct: every parameter's shape and the dtype that config.numerics gives it."""
+    shapes = nnx.to_pure_dict(_abstract(config)[1])
+    return tree.map_with_path(lambda path, x: jax.ShapeDtypeStruct(x.shape, param_dtype(path, config.numerics)), shapes)
+
+
+def init_params(config: WallXConfig, seed: int) -> tree.Tree:
+    """Random parameters: normal(0, 0.02), biases 0, norm scales 1, as Qwen2.5-VL and upstream initialise."""
+    params = nnx.to_pure_dict(nnx.state(WallX(config, rngs=nnx.Rngs(seed)), nnx.Param))
+    return tree.map_with_path(lambda path, x: x.astype(param_dtype(path, config.numerics)), params)

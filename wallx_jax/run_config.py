@@ -1,0 +1,154 @@
+"""A checked configuration as frozen dataclasses: what `wallx_jax.config.resolve` returns and everything else reads."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from wallx_jax.models.config import Numerics
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where the weights come from. `numerics`: the (field, value) pairs of models.config.Numerics that were set."""
+
+    path: str
+    revision: str | None
+    action_expert_intermediate_size: int
+    use_fast_tokenizer: bool
+    action_tokenizer_path: str | None
+    numerics: tuple[tuple[str, Any], ...]
+
+    def apply_numerics(self, base: Numerics) -> Numerics:
+        """The checkpoint's (or default) numerics with the configured fields replaced."""
+        return dataclasses.replace(base, **dict(self.numerics))
+
+
+@dataclass(frozen=True)
+class RobotConfig:
+    """Named groups of dimensions, (name, dims) in the dataset's order. Empty tables mean one group of all dims, which
+    `wallx_jax.data.mapping.check_dataset` fills in."""
+
+    dof: tuple[tuple[str, int], ...]
+    agent_pos: tuple[tuple[str, int], ...]
+    predict_keys: tuple[str, ...]
+    obs_keys: tuple[str, ...]
+
+    def predicted(self) -> tuple[bool, ...]:
+        """One flag per action dim: is it predicted (True) or masked?"""
+        return _used(self.dof, self.predict_keys)
+
+    def observed(self) -> tuple[bool, ...]:
+        """One flag per state dim: does the policy see it?"""
+        return _used(self.agent_pos, self.obs_keys)
+
+
+@dataclass(frozen=True)
+class Camera:
+    """`view` names it in the prompt, `key` in the dataset; `resolution` is the longer side in pixels, -1 keeps it."""
+
+    view: str
+    key: str
+    resolution: int
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """`root` is a local directory, or None. Batch sizes are per device and micro-batch. See `default_config`."""
+
+    repo_id: str
+    root: str | None
+    revision: str | None
+    download_videos: bool
+    cameras: tuple[Camera, ...]
+    state_key: str
+    action_key: str
+    norm_stats_path: str | None
+    train_test_split: float
+    split_mode: str
+    split_seed: int
+    action_horizon: int
+    max_length: int
+    max_fast_tokens: int
+    num_workers: int
+    batch_size: int
+    eval_batch_size: int
+
+    @property
+    def location(self) -> str:
+        """What to open: the local directory if there is one, else the repo id."""
+        return self.root or self.repo_id
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """See `default_config`; field names are those of training.optimizer.OptimizerConfig."""
+
+    learning_rate: float
+    min_lr: float
+    warmup_steps: int
+    action_expert_learning_rate: float | None
+    weight_decay: float
+    max_grad_norm: float
+    freeze_vlm: bool
+    train_action_expert_only: bool
+    train_action_heads: bool
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Length, seeds, intervals (in optimizer updates) and outputs of the run. See `default_config`."""
+
+    save_path: str
+    seed: int
+    gradient_accumulation_steps: int
+    num_training_steps: int | None
+    num_epoch: int
+    flow_loss_weight: float
+    max_nonfinite_steps: int
+    save_interval: int
+    max_to_keep: int
+    resume_ckpt: str | None
+    load_ckpt_only: bool
+    eval_interval: int
+    eval_batches: int
+    log_interval: int
+    use_wandb: bool
+    log_project: str
+    log_name: str
+    profile: bool
+    profile_save_path: str
+    profile_wait_iters: int
+    profile_warmup_iters: int
+    profile_active_iters: int
+
+    def total_steps(self, updates_per_epoch: int) -> int:
+        """Updates until the run ends: num_training_steps or num_epoch epochs, whichever comes first."""
+        limits = [self.num_training_steps, self.num_epoch * updates_per_epoch]
+        return min(limit for limit in limits if limit)
+
+    def decay_steps(self, updates_per_epoch: int) -> int:
+        """Updates over which the learning rate falls: num_training_steps, even where num_epoch ends the run earlier."""
+        return self.num_training_steps or self.total_steps(updates_per_epoch)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1 on one of them takes the rest."""
+
+    data: int
+    fsdp: int
+    tensor: int
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    model: ModelSource
+    robot: RobotConfig
+    data: DataConfig
+    optim: OptimConfig
+    loop: LoopConfig
+    mesh: MeshConfig
+
+
+def _used(table: tuple[tuple[str, int], ...], keys: tuple[str, ...]) -> tuple[bool, ...]:
+    return tuple(not keys or name in keys for name, dims in table for _ in range(dims))

@@ -1,0 +1,200 @@
+"""Fine-tunes Wall-X on a LeRobot dataset.
+
+    python -m wallx_jax.train --config=configs/aloha.py [--config.key=value ...] [--workdir=DIR]
+
+From Python: `wallx_jax.train.run(config)` with a ConfigDict from `wallx_jax.config.default_config`.
+"""
+
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from wallx_jax.command_line import launch, render
+from wallx_jax.config import ConfigError, flatten, resolve
+from wallx_jax.data.batch import Batch, describe
+from wallx_jax.data.lerobot import DatasetInfo, read_info
+from wallx_jax.data.mapping import check_dataset
+from wallx_jax.data.pipeline import eval_batches, train_iterator
+from wallx_jax.data.processor import Processor
+from wallx_jax.data.setup import build_processor, load_fast_tokenizer, load_stats, split_sources
+from wallx_jax.run_config import RunConfig
+from wallx_jax.training import checkpoint_dir, sharding, start
+from wallx_jax.training.checkpoint import Checkpointer, restore_state
+from wallx_jax.training.checkpoint_dir import CheckpointError
+from wallx_jax.training.loop import NonFiniteError, Steps, put_batch, run_loop
+from wallx_jax.training.metrics import MetricWriter
+from wallx_jax.training.progress import Progress
+from wallx_jax.training.start import Origin
+from wallx_jax.training.state import TrainState
+from wallx_jax.training.step import Objective, make_eval_step, make_train_step
+from wallx_jax.weights.safetensors_io import WeightsError
+
+logger = logging.getLogger(__name__)
+
+EVAL_SEED = 20_251_123  # of the validation noise: the same in every run, so that runs compare
+# Files of a model directory that later users of a checkpoint look for beside the tokenizer.
+EXTRA_ASSETS = ("preprocessor_config.json", "video_preprocessor_config.json", "generation_config.json", "chat_template.json",
+                "chat_template.jinja")  # fmt: skip
+USER_ERRORS = (ConfigError, CheckpointError, WeightsError, NonFiniteError, FileNotFoundError, ValueError, ImportError)
+
+
+def run(config: ConfigDict) -> Path:
+    """Trains as configured and returns the directory of the last checkpoint.
+
+    Everything that can be wrong with configuration, dataset, prompt, model directory or resume is found before any
+    weight is loaded.
+
+    Raises:
+        ConfigError, CheckpointError, WeightsError, FileNotFoundError, ValueError: what is wrong, and the remedy.
+        NonFiniteError: training diverged.
+    """
+    settings = resolve(config)
+    info = read_info(settings.data.location, settings.data.revision, settings.data.download_videos)
+    settings = check_dataset(settings, info)
+    mesh = sharding.make_mesh(settings.mesh)
+    loop, save_path = settings.loop, Path(settings.loop.save_path)
+    if loop.resume_ckpt is None or loop.load_ckpt_only:
+        checkpoint_dir.refuse_overwrite(save_path)
+
+    origin, processor = plan_model(settings, info)
+    train_source, val_source = split_sources(settings, info)
+    micro_batch = settings.data.batch_size * mesh.shape["data"] * mesh.shape["fsdp"]
+    global_batch = micro_batch * loop.gradient_accumulation_steps
+    updates_per_epoch = max(len(train_source) // global_batch, 1)
+    total_steps, decay_steps = loop.total_steps(updates_per_epoch), loop.decay_steps(updates_per_epoch)
+    batches = train_iterator(
+        train_source,
+        processor,
+        global_batch // jax.process_count(),
+        loop.seed,
+        settings.data.num_workers,
+        jax.process_index(),
+        jax.process_count(),
+    )
+
+    save_path.mkdir(parents=True, exist_ok=True)
+    (save_path / "config.yaml").write_text(render(config))
+    assets = write_assets(processor, origin.files, save_path / "assets")
+    first = next(train_iterator(train_source, processor, global_batch // jax.process_count(), loop.seed))
+    announce(settings, info, origin, first, mesh, len(train_source), len(val_source), updates_per_epoch, total_steps)
+
+    resumed_step = None
+    if origin.resumes:
+        abstract = start.abstract_state(origin.config, settings.optim, decay_steps, mesh)
+        state, _ = restore_state(loop.resume_ckpt, abstract, batches, save_path)
+        if origin.checkpoint.parent == (save_path / checkpoint_dir.FOLDER).absolute():
+            resumed_step = int(state.step)
+    else:
+        state = start.load_state(origin, settings, decay_steps, mesh)
+
+    progress = Progress(total_steps, int(state.step))
+    writer = MetricWriter(
+        save_path,
+        resumed_step=resumed_step,
+        use_wandb=loop.use_wandb,
+        project=loop.log_project,
+        name=loop.log_name,
+        config=flatten(config),
+    )
+    eval_batch = settings.data.eval_batch_size * mesh.shape["data"] * mesh.shape["fsdp"] // jax.process_count()
+
+    def held_out():
+        return eval_batches(val_source, processor, eval_batch, loop.eval_batches)
+
+    checkpointer = Checkpointer(save_path, loop.max_to_keep, resumed_step)
+
+    def save(step: int, state: TrainState, loss: float | None) -> None:
+        checkpointer.save(step, state, batches, flatten(config), origin.config, assets, loss=loss)
+
+    try:
+        steps = compile_steps(settings, origin, decay_steps, state, first, held_out, mesh, progress)
+        state = run_loop(
+            state, batches, steps, total_steps, global_batch, loop, mesh, held_out, writer, progress, save
+        )
+        checkpointer.wait()
+    finally:
+        progress.close()
+        writer.close()
+        checkpointer.close()
+        batches.close()
+    return checkpoint_dir.find_checkpoints(save_path)[0]
+
+
+def plan_model(settings: RunConfig, info: DatasetInfo) -> tuple[Origin, Processor]:
+    """The model's final shapes and the preprocessing; a resumed run takes both from its checkpoint."""
+    fast = load_fast_tokenizer(settings)
+    data = settings.data
+    origin = start.find(settings, info.dims(data.state_key), info.dims(data.action_key), fast)
+    if origin.resumes:
+        return origin, origin.processor
+    action = origin.config.action
+    stats = load_stats(settings, info)
+    return origin, build_processor(settings, info, origin.tokenizer, fast, stats, action.state_dim, action.action_dim)
+
+
+def write_assets(processor: Processor, model_files: Path, folder: Path) -> Path:
+    """The files that go into every checkpoint: preprocessing, and the model directory's image-processor files."""
+    processor.save(folder)
+    for name in EXTRA_ASSETS:
+        if (model_files / name).is_file():
+            shutil.copyfile(model_files / name, folder / name)
+    return folder
+
+
+def compile_steps(
+    settings: RunConfig, origin: Origin, decay_steps: int, state: TrainState, first: Batch, held_out, mesh, progress
+) -> Steps:
+    """Compiles the train step, and the evaluation step where there is held-out data, for this run's shapes."""
+    loop = settings.loop
+    objective = Objective(not settings.model.use_fast_tokenizer, loop.flow_loss_weight)
+    train_step = make_train_step(origin.config, settings.optim, decay_steps, objective, loop.seed)
+    out = (jax.tree.map(lambda x: x.sharding, state), None)
+    batch = put_batch(first, mesh, loop.gradient_accumulation_steps)
+    with progress.compiling("the train step"):
+        train = jax.jit(train_step, donate_argnums=0, out_shardings=out).lower(state, batch).compile()
+    sample = next(iter(held_out()), None) if loop.eval_interval else None
+    if sample is None:
+        return Steps(train, None)
+    eval_step = make_eval_step(origin.config, objective, EVAL_SEED)
+    with progress.compiling("the evaluation step"):
+        index = jax.numpy.int32(0)
+        evaluate = jax.jit(eval_step).lower(state.params, put_batch(sample, mesh), index).compile()
+    return Steps(train, evaluate)
+
+
+def announce(
+    settings: RunConfig,
+    info: DatasetInfo,
+    origin: Origin,
+    first: Batch,
+    mesh,
+    train_frames: int,
+    val_frames: int,
+    updates_per_epoch: int,
+    total_steps: int,
+) -> None:
+    """Logs what is about to happen."""
+    logger.info("dataset %s: %d training frames, %d held out", info.repo_id, train_frames, val_frames)
+    logger.info("model from %s, numerics %s", origin.checkpoint or origin.files, origin.config.numerics)
+    logger.info("mesh %s on %s", dict(mesh.shape), jax.devices()[0].device_kind)
+    logger.info("batch of %d micro-batches: %s", settings.loop.gradient_accumulation_steps, describe(first))
+    logger.info("%d updates, %d per epoch", total_steps, updates_per_epoch)
+
+
+def main(config: ConfigDict) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    print(render(config))
+    try:
+        last = run(config)
+    except USER_ERRORS as error:
+        sys.exit(f"error: {error}")
+    print(f"trained; last checkpoint: {last}")
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,153 @@
+"""Checkpoint directories: where they are, which are complete, and what they say of themselves.
+
+A run keeps {save_path}/checkpoints/{step}/, which `training.checkpoint` writes:
+
+    params/    the parameters                                        } arrays in Orbax's format,
+    state/     the rest of the train state: optimizer, step, ...     } restored onto any mesh
+    data/      process_{i}.json: the data iterator's state, per process
+    metadata/  metadata.json: run config, model config, token ids, numerics, package versions, loss
+    assets/    the processor directory: tokenizer, normalisation statistics, image sizes
+
+A `path` is a run directory, its checkpoints/ folder, one step directory (which may have been moved and renamed), or
+the word "latest": the newest checkpoint of `save_path`. Who reads several things of a run that is still training asks
+`find_checkpoints` once and goes on with the step directory it gives.
+"""
+
+import itertools
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+
+from wallx_jax.models.config import WallXConfig
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+FOLDER = "checkpoints"
+METADATA_FILE = "metadata.json"
+_COMMITTED = "commit_success.txt"  # Orbax writes it last
+_TEMPORARY = re.compile(r"\d+\.orbax-checkpoint-tmp.*")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be found, read or written; the message is for the user."""
+
+
+def find_checkpoints(path: str | Path, save_path: str | Path | None = None) -> list[Path]:
+    """The complete step directories that `path` means, newest first; never empty.
+
+    Raises:
+        CheckpointError: nothing there, not a checkpoint, or only incomplete ones.
+    """
+    if path == "latest":
+        if save_path is None:
+            raise CheckpointError("'latest' means the newest checkpoint of save_path, and save_path is not set")
+        path = save_path
+    path = Path(path).expanduser().absolute()
+    if not path.is_dir():
+        raise CheckpointError(f"no checkpoint at {path}: there is no such directory")
+    if (path / "params").is_dir() or _TEMPORARY.fullmatch(path.name):
+        if not _is_complete(path):
+            raise CheckpointError(
+                f"the checkpoint {path} is incomplete: its save or copy was interrupted; use another step, or the run "
+                f"directory for its newest complete one"
+            )
+        return [path]
+    for folder in (path / FOLDER, path):
+        if steps := complete_steps(folder):
+            return [folder / str(step) for step in reversed(steps)]
+    raise CheckpointError(f"no complete checkpoint in {path}: looked for {FOLDER}/STEP/params, STEP/params and params")
+
+
+def latest_step(save_path: str | Path) -> int | None:
+    """The newest complete step of a run directory; None when it has none."""
+    return max(complete_steps(Path(save_path) / FOLDER), default=None)
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Steps in a checkpoints/ folder, ascending, without the incomplete ones."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(step.name) for step in folder.iterdir() if step.name.isdigit() and _is_complete(step))
+
+
+def _is_complete(step: Path) -> bool:
+    return (step / _COMMITTED).is_file() and all((step / item).is_dir() for item in ("params", "metadata", "assets"))
+
+
+def refuse_overwrite(save_path: str | Path) -> None:
+    """For a run that starts anew: raises CheckpointError if `save_path` already holds checkpoints."""
+    step = latest_step(save_path)
+    if step is not None:
+        raise CheckpointError(
+            f"save_path {save_path} already holds checkpoints (the newest is step {step}): continue that run with "
+            f"resume.ckpt=latest, or choose another save_path"
+        )
+
+
+def prepare(folder: Path, resumed_step: int | None) -> None:
+    """Makes a checkpoints/ folder ready for writing.
+
+    Leftovers of interrupted saves are removed. Complete checkpoints later than `resumed_step` (damaged, or of a
+    continuation that is being abandoned) would pass for the newest: they are renamed "STEP.abandoned-N".
+    """
+    if not folder.is_dir():
+        return
+    for leftover in [child for child in folder.iterdir() if _TEMPORARY.fullmatch(child.name)]:
+        logger.warning("removing %s, left by an interrupted save", leftover)
+        shutil.rmtree(leftover)
+    if resumed_step is None:
+        return
+    for step in [step for step in complete_steps(folder) if step > resumed_step]:
+        names = (folder / f"{step}.abandoned-{n}" for n in itertools.count(1))
+        aside = next(name for name in names if not name.exists())
+        logger.warning("continuing from step %d: the later checkpoint %d is kept as %s", resumed_step, step, aside)
+        (folder / str(step)).rename(aside)
+
+
+def read_metadata(path: str | Path, save_path: str | Path | None = None) -> dict[str, Any]:
+    """metadata.json of the (newest) checkpoint: step, time, loss, config, model, tokens, numerics, versions."""
+    return first_readable(path, save_path, lambda step: json.loads((step / "metadata" / METADATA_FILE).read_text()))
+
+
+def read_model_config(path: str | Path, save_path: str | Path | None = None) -> WallXConfig:
+    """Shapes, token ids and numerics of the (newest) checkpoint's model."""
+    metadata = read_metadata(path, save_path)
+    return WallXConfig.from_hf(metadata["model"]).replace(tokens=metadata["tokens"], numerics=metadata["numerics"])
+
+
+def assets_dir(path: str | Path, save_path: str | Path | None = None) -> Path:
+    """The processor directory inside the (newest) checkpoint."""
+    return find_checkpoints(path, save_path)[0] / "assets"
+
+
+def first_readable(path: str | Path, save_path: str | Path | None, load: Callable[[Path], T]) -> T:
+    """`load` of the newest checkpoint that is not damaged; passing over one is a warning.
+
+    Raises:
+        CheckpointError: all are damaged; or `load` says so: a checkpoint of another model is not damage.
+    """
+    failures = []
+    for step in find_checkpoints(path, save_path):
+        try:
+            return load(step)
+        except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
+            raise  # out of memory and device errors say nothing about the files
+        except Exception as error:  # Orbax and TensorStore report damage as many types
+            failures.append(f"{step}: {reason(error)}")
+            logger.warning("the checkpoint %s is damaged and passed over (%s)", step, reason(error))
+    raise CheckpointError(f"no readable checkpoint: {'; '.join(failures)}")
+
+
+def reason(error: BaseException) -> str:
+    """One line from the innermost exception: Orbax wraps the cause in pages of its own."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."

@@ -1,0 +1,177 @@
+"""The training loop: draws batches, runs the compiled step, logs, validates, saves."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from wallx_jax.data.batch import Batch, describe
+from wallx_jax.models.wallx import LossSums
+from wallx_jax.run_config import LoopConfig
+from wallx_jax.training.checkpoint import Checkpointer
+from wallx_jax.training.metrics import MetricWriter, Stopwatch
+from wallx_jax.training.progress import Progress
+from wallx_jax.training.sharding import batch_sharding
+from wallx_jax.training.state import TrainState
+
+
+class NonFiniteError(RuntimeError):
+    """Too many updates had to be skipped because their loss or gradients were not finite."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The two compiled functions. Compiled ahead, so that another shape is an error and never a second compilation."""
+
+    train: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+    evaluate: Callable[[Any, Batch, jax.Array], tuple[LossSums, LossSums]] | None
+
+
+def put_batch(batch: Batch, mesh: Mesh, micro_batches: int | None = None) -> Batch:
+    """Host arrays [N * B, ...] -> device arrays cut over the mesh, as [N, B, ...] when `micro_batches` N is given."""
+    leading = 0 if micro_batches is None else 1
+    sharding = batch_sharding(mesh, leading)
+
+    def put(x: np.ndarray) -> jax.Array:
+        x = np.asarray(x)
+        if micro_batches is not None:
+            x = x.reshape(micro_batches, -1, *x.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, x)
+
+    return jax.tree.map(put, batch)
+
+
+def run_loop(
+    state: TrainState,
+    batches: Iterator[Batch],
+    steps: Steps,
+    total_steps: int,
+    samples_per_step: int,
+    loop: LoopConfig,
+    mesh: Mesh,
+    held_out: Callable[[], Iterable[Batch]],
+    writer: MetricWriter,
+    progress: Progress,
+    save: Callable[[int, TrainState, float | None], None],
+) -> TrainState:
+    """Trains from state.step to `total_steps`; the last step is always saved.
+
+    Args:
+        batches: draws host batches [N * B, ...]; its position belongs to the state that has consumed them.
+        held_out: the validation batches, anew at every call.
+        save: writes a checkpoint of (step, state, last logged loss).
+
+    Raises:
+        NonFiniteError: after `max_nonfinite_steps` skipped updates; the batch that came last is kept in save_path.
+    """
+    watch, window, profiler = Stopwatch(), [], ProfileWindow(loop, int(state.step))
+    pending: deque[tuple[int, Batch, Mapping[str, jax.Array]]] = deque()
+    skipped, loss, logged = int(state.skipped), None, int(state.step)
+
+    def check(step: int, batch: Batch, metrics: Mapping[str, jax.Array]) -> None:
+        nonlocal skipped
+        if bool(metrics["finite"]):
+            return
+        skipped += 1
+        progress.note(f"step {step}: loss or gradients are not finite; update skipped ({skipped} so far)")
+        if skipped >= loop.max_nonfinite_steps:
+            file = save_bad_batch(batch, Path(loop.save_path), step)
+            raise NonFiniteError(
+                f"stopped at step {step}: {skipped} updates had a loss or gradients that are not finite "
+                f"(max_nonfinite_steps = {loop.max_nonfinite_steps}); the last batch is in {file}. Lower learning_rate, "
+                f"or look at the data with numpy.load"
+            )
+
+    for step in range(int(state.step) + 1, total_steps + 1):
+        profiler.before(step)
+        with watch("data_wait"):
+            batch = next(batches)
+        state, metrics = steps.train(state, put_batch(batch, mesh, loop.gradient_accumulation_steps))
+        window.append(metrics)
+        progress.advance()
+        # The check lags one step, so that fetching its result does not hold up the device.
+        pending.append((step, batch, metrics))
+        while len(pending) > 1:
+            check(*pending.popleft())
+
+        if step % loop.log_interval == 0 or step == total_steps:
+            scalars = averages(jax.device_get(window))
+            scalars["skipped"] = float(state.skipped)
+            scalars |= watch.summary(step - logged, samples_per_step * (step - logged))
+            loss, window, logged = scalars["loss"], [], step
+            writer.write(step, scalars)
+            progress.report(step, loss, scalars["samples_per_s"], watch.eta_s(total_steps - step))
+        if steps.evaluate and loop.eval_interval and (step % loop.eval_interval == 0 or step == total_steps):
+            with watch.paused():
+                scalars = validate(steps.evaluate, state.params, held_out(), mesh, loop.flow_loss_weight)
+                writer.write(step, scalars)
+                progress.note(f"step {step}/{total_steps} | validation loss {scalars['val_loss']:.4g}")
+        if step % loop.save_interval == 0 or step == total_steps:
+            while pending:
+                check(*pending.popleft())
+            with watch.paused():
+                save(step, state, loss)
+        profiler.after(step, state)
+    return state
+
+
+def averages(window: list[Mapping[str, np.ndarray]]) -> dict[str, float]:
+    """Means over the updates of a log window that were not skipped; the last learning rate."""
+    good = [metrics for metrics in window if metrics["finite"]]
+    means = {
+        key: float(np.mean([metrics[key] for metrics in good])) if good else float("nan")
+        for key in window[0]
+        if key not in ("finite", "learning_rate")
+    }
+    return means | {"learning_rate": float(window[-1]["learning_rate"])}
+
+
+def validate(evaluate, params, batches: Iterable[Batch], mesh: Mesh, flow_loss_weight: float) -> dict[str, float]:
+    """Held-out losses, each the mean over all its labels or channels; batch i meets the same noise every time."""
+    zero = LossSums(0.0, 0.0)
+    sums, counts = zero, zero
+    for index, batch in enumerate(batches):
+        part = jax.device_get(evaluate(params, put_batch(batch, mesh), jnp.int32(index)))
+        sums, counts = jax.tree.map(lambda a, b: a + float(b), (sums, counts), part)
+    means = LossSums(*(s / c if c else 0.0 for s, c in zip(sums, counts, strict=True)))
+    return {
+        "val_loss": means.cross_entropy + flow_loss_weight * means.flow,
+        "val_cross_entropy_loss": means.cross_entropy,
+        "val_flow_loss": means.flow,
+    }
+
+
+def save_bad_batch(batch: Batch, save_path: Path, step: int) -> Path:
+    """Writes a batch's arrays to save_path/nonfinite_step_N.npz."""
+    arrays = {f"image_{i}": image for i, image in enumerate(batch.images)}
+    arrays |= {name: getattr(batch, name) for name in describe(batch) if name != "images"}
+    file = save_path / f"nonfinite_step_{step}.npz"
+    np.savez(file, **arrays)
+    return file
+
+
+class ProfileWindow:
+    """Traces `profile_active_iters` steps after the waiting and warming ones, counted from where the run starts."""
+
+    def __init__(self, loop: LoopConfig, start: int):
+        self.folder = loop.profile_save_path
+        self.first = start + 1 + loop.profile_wait_iters + loop.profile_warmup_iters if loop.profile else -1
+        self.last = self.first + loop.profile_active_iters - 1
+        self.running = False
+
+    def before(self, step: int) -> None:
+        if step == self.first:
+            jax.profiler.start_trace(self.folder)
+            self.running = True
+
+    def after(self, step: int, state: TrainState) -> None:
+        if self.running and step == self.last:
+            jax.block_until_ready(state.step)
+            jax.profiler.stop_trace()
+            self.running = False

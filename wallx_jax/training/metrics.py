@@ -1,0 +1,180 @@
+"""Where a run's numbers go (JSON lines, TensorBoard, wandb) and how its speed is measured."""
+
+import importlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TextIO
+
+import jax
+
+
+class MetricWriter:
+    """Writes scalars to {save_path}/metrics.jsonl, {save_path}/tensorboard/ and, when asked, to wandb.
+
+    metrics.jsonl has one flushed line per `write`: {"step": 10, "time": 1732382400.0, "loss": 0.5, ...}; time is in
+    seconds since 1970, a value that is not finite is null.
+
+    A resumed run appends: what was logged beyond `resumed_step` is dropped first, since those steps come again. A new
+    run in a directory that has a metrics.jsonl keeps the old one as metrics.previous.jsonl.
+
+    Only the first process writes; in the others every call does nothing.
+
+    Args:
+        resumed_step: the step that the run was restored from; None for a new run.
+        project, name, config: passed to wandb; a resumed run continues the wandb run of its save_path.
+
+    Raises:
+        ImportError: tensorboardX, or wandb when asked for, is not installed; the message says how to get it.
+    """
+
+    def __init__(
+        self,
+        save_path: str | Path,
+        *,
+        resumed_step: int | None = None,
+        use_wandb: bool = False,
+        project: str = "wallx_jax",
+        name: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ):
+        self._lines: TextIO | None = None
+        if jax.process_index() != 0:
+            return
+        # Packages first: a missing one must not leave files behind.
+        tensorboard = _import("tensorboardX", "pip install 'wallx-jax[train]'")
+        wandb = _import("wandb", "pip install 'wallx-jax[wandb]', or set use_wandb=False") if use_wandb else None
+        folder = Path(save_path).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lines = _open_lines(folder / "metrics.jsonl", resumed_step)
+        purge = None if resumed_step is None else resumed_step + 1
+        self._tensorboard = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        self._wandb = _start_wandb(wandb, folder, resumed_step, project, name, config) if wandb else None
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Logs scalars (Python or NumPy numbers, or arrays of one element) at a step."""
+        if self._lines is None:
+            return
+        values = {key: float(value) for key, value in scalars.items()}
+        line = {"step": step, "time": round(time.time(), 3)}
+        line |= {key: value if math.isfinite(value) else None for key, value in values.items()}
+        self._lines.write(json.dumps(line) + "\n")
+        self._lines.flush()
+        for key, value in values.items():
+            self._tensorboard.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def close(self) -> None:
+        """Flushes and closes every file; further writes do nothing."""
+        if self._lines is None:
+            return
+        self._lines.close()
+        self._lines = None
+        self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _import(module: str, remedy: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{module} is needed to log metrics and is not installed: {remedy}") from error
+
+
+def _open_lines(file: Path, resumed_step: int | None) -> TextIO:
+    """metrics.jsonl, ready to append to: kept up to `resumed_step`, or started anew."""
+    if file.exists():
+        if resumed_step is None:
+            file.replace(file.with_name("metrics.previous.jsonl"))
+        else:
+            kept = [line for line in file.read_text().splitlines() if _logged_step(line) <= resumed_step]
+            rewritten = file.with_name("metrics.jsonl.tmp")
+            with rewritten.open("w") as lines:
+                lines.writelines(f"{line}\n" for line in kept)
+                lines.flush()
+                os.fsync(lines.fileno())
+            rewritten.replace(file)  # in one move: a crash leaves the old curve or the new one
+    return file.open("a")
+
+
+def _logged_step(line: str) -> float:
+    """The step of a line; infinite for one that a crash cut short."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _start_wandb(
+    wandb: ModuleType,
+    folder: Path,
+    resumed_step: int | None,
+    project: str,
+    name: str | None,
+    config: Mapping[str, Any] | None,
+) -> Any:
+    id_file = folder / "wandb_id.txt"
+    known = id_file.read_text().strip() if resumed_step is not None and id_file.exists() else None
+    run = wandb.init(project=project, name=name, config=dict(config or {}), dir=str(folder), id=known, resume="allow")
+    id_file.write_text(run.id)
+    return run
+
+
+class Stopwatch:
+    """Speed between two log lines, and the share of time spent in named waits.
+
+        with watch("data_wait"):
+            batch = next(batches)
+        ...
+        watch.summary(steps, samples)  ->  {"step_time_s": ..., "samples_per_s": ..., "data_wait_share": ...}
+
+    JAX runs ahead of Python, so the figures hold over a window that ends with fetching a result of its last step.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self._clock = clock
+        self._step_time_s: float | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts a new window now, e.g. after the compilation."""
+        self._start = self._clock()
+        self._paused_s = 0.0
+        self._waits_s: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Counts the time inside as `name`."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._waits_s[name] = self._waits_s.get(name, 0.0) + self._clock() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time inside out of the window: validation, a blocking save."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._paused_s += self._clock() - start
+
+    def summary(self, steps: int, samples: int) -> dict[str, float]:
+        """Figures of the window in which `steps` steps over `samples` samples were done; starts the next window."""
+        elapsed_s = max(self._clock() - self._start - self._paused_s, 1e-9)
+        shares = {f"{name}_share": wait_s / elapsed_s for name, wait_s in self._waits_s.items()}
+        self._step_time_s = elapsed_s / max(steps, 1)
+        self.restart()
+        return {"step_time_s": self._step_time_s, "samples_per_s": samples / elapsed_s, **shares}
+
+    def eta_s(self, remaining_steps: int) -> float | None:
+        """Seconds for the remaining steps at the pace of the last window; None before there was one."""
+        return None if self._step_time_s is None else remaining_steps * self._step_time_s

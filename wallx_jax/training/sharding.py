@@ -1,0 +1,84 @@
+"""The device mesh and where each parameter lies on it.
+
+Axes: "data" (copies of the model), "fsdp" (parameters and optimizer state cut along a width), "tensor" (heads and MLP
+width). A batch is cut over data and fsdp. Parameters are cut by role, read off their path; the stacked layer axis never.
+"""
+
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from wallx_jax import tree
+from wallx_jax.run_config import MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+
+# First match wins; specs are for the last axes of a parameter, its leading (layer) axes are whole.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"/(scale|bias)$", ()),
+    (r"(^|/)embed/embedding$", ("tensor", "fsdp")),
+    (r"/(q|k|v|qkv|gate|up|fc1|patch_embed|propri_proj|w1|w2)/kernel$", ("fsdp", "tensor")),
+    (r"/(o|proj|down|fc2|w3|proj_back)/kernel$", ("tensor", "fsdp")),
+    (r"(^|/)lm_head/kernel$", ("fsdp", "tensor")),
+)
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """Mesh over all (or the given) devices. Raises ValueError when the sizes do not multiply to their number."""
+    devices = devices or jax.devices()
+    sizes = [config.data, config.fsdp, config.tensor]
+    known = int(np.prod([size for size in sizes if size != -1]))
+    if sizes.count(-1) > 1 or known < 1 or len(devices) % known or (-1 not in sizes and known != len(devices)):
+        named = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise ValueError(f"{named} does not fit {len(devices)} devices; at most one axis may be -1 (takes the rest)")
+    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """How a parameter is cut. An axis that does not divide a dimension leaves that dimension whole.
+
+    Raises ValueError for a path that no rule knows.
+    """
+    for pattern, last in RULES:
+        if re.search(pattern, path):
+            spec = (None,) * (len(shape) - len(last)) + last
+            return PartitionSpec(
+                *(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=True))
+            )
+    raise ValueError(f"no sharding rule for parameter {path}; add one to training/sharding.py")
+
+
+def shardings(abstract, mesh: Mesh):
+    """A NamedSharding for every leaf of a parameter tree, optimizer state or TrainState.
+
+    Optimizer moments lie as their parameters do: a leaf is cut by the parameter path that its own path ends in.
+    """
+
+    def of(path, leaf):
+        if leaf.ndim == 0:
+            return replicated(mesh)
+        name = "/".join(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
+        return NamedSharding(mesh, param_spec(name, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(of, abstract)
+
+
+def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Cuts the batch axis, which follows `leading` whole axes, over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def describe(params: tree.Tree, mesh: Mesh) -> str:
+    """One line per distinct cut: how many bytes of parameters it holds, for the log."""
+    totals: dict[str, int] = {}
+    for path, leaf in tree.flatten(params).items():
+        spec = str(param_spec(path, leaf.shape, mesh))
+        totals[spec] = totals.get(spec, 0) + int(np.prod(leaf.shape)) * leaf.dtype.itemsize
+    return "\n".join(f"{size / 2**20:10.1f} MiB  {spec}" for spec, size in sorted(totals.items(), key=lambda x: -x[1]))

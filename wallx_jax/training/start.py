@@ -1,0 +1,133 @@
+"""Where a run's model comes from: a PyTorch directory, or a checkpoint of ours to resume or to take weights from.
+
+`find` reads headers and small files only, so that everything else about a run can be checked before weights move.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from wallx_jax import hub
+from wallx_jax.data.fast import FastTokenizer
+from wallx_jax.data.processor import Processor
+from wallx_jax.data.tokenizer import Tokenizer
+from wallx_jax.models.config import ActionConfig, WallXConfig
+from wallx_jax.models.wallx import abstract_params
+from wallx_jax.run_config import OptimConfig, RunConfig
+from wallx_jax.training import checkpoint_dir
+from wallx_jax.training.checkpoint import restore_params
+from wallx_jax.training.sharding import param_spec, shardings
+from wallx_jax.training.state import TrainState, create_state
+from wallx_jax.weights.load import load_params, read_config
+
+UPSTREAM_CHANNELS = 20  # action and state width of a fresh action side, as upstream's; a wider robot widens it
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The model before its weights are read.
+
+    config: shapes after the run's changes (vocabulary, channels, numerics).
+    files: the model directory, or the assets of a checkpoint: tokenizer and image-processor files.
+    checkpoint: the checkpoint's step directory; None for a PyTorch model.
+    processor: that of a checkpoint that is resumed whole; None: build one for this dataset.
+    """
+
+    config: WallXConfig
+    tokenizer: Tokenizer
+    files: Path
+    checkpoint: Path | None = None
+    processor: Processor | None = None
+
+    @property
+    def resumes(self) -> bool:
+        return self.processor is not None
+
+
+def find(run: RunConfig, robot_state_dim: int, robot_action_dim: int, fast: FastTokenizer | None) -> Origin:
+    """Looks the model up and works out its final shapes, reading no weights.
+
+    Raises:
+        FileNotFoundError, WeightsError, CheckpointError: naming what was looked for.
+    """
+    if run.loop.resume_ckpt is None:
+        files = hub.resolve(run.model.path, kind="model", revision=run.model.revision)
+        config, tokenizer = read_config(files, dict(run.model.numerics)), Tokenizer.from_dir(files)
+        return Origin(_final_config(run, config, tokenizer, robot_state_dim, robot_action_dim, fast), tokenizer, files)
+
+    checkpoint = checkpoint_dir.find_checkpoints(run.loop.resume_ckpt, run.loop.save_path)[0]
+    config = checkpoint_dir.read_model_config(checkpoint)
+    assets = checkpoint_dir.assets_dir(checkpoint)
+    if run.loop.load_ckpt_only:
+        config = dataclasses.replace(config, numerics=run.model.apply_numerics(config.numerics))
+        tokenizer = Tokenizer.from_dir(assets)
+        config = _final_config(run, config, tokenizer, robot_state_dim, robot_action_dim, fast)
+        return Origin(config, tokenizer, assets, checkpoint)
+    processor = Processor.from_dir(assets)
+    return Origin(config, processor.tokenizer, assets, checkpoint, processor)
+
+
+def _final_config(
+    run: RunConfig,
+    config: WallXConfig,
+    tokenizer: Tokenizer,
+    state_dim: int,
+    action_dim: int,
+    fast: FastTokenizer | None,
+) -> WallXConfig:
+    """Adds Wall-X's tokens to the tokenizer, and to the config what follows from tokenizer and robot.
+
+    Upstream cuts or grows a Qwen vocabulary to the tokenizer's length; a Wall-X file keeps rows beyond it.
+    """
+    rows = config.text.vocab_size
+    tokenizer.add_wallx_tokens(fast.vocab_size if fast is not None else None)
+    fresh = config.action.intermediate_size is None
+    rows = len(tokenizer) if fresh else max(rows, len(tokenizer))
+    if fresh:
+        config = dataclasses.replace(
+            config,
+            action=ActionConfig(
+                intermediate_size=run.model.action_expert_intermediate_size,
+                state_dim=UPSTREAM_CHANNELS,
+                action_dim=UPSTREAM_CHANNELS,
+            ),
+        )
+    return config.replace(
+        text={"vocab_size": rows},
+        action={
+            "state_dim": max(config.action.state_dim, state_dim),
+            "action_dim": max(config.action.action_dim, action_dim),
+        },
+        tokens=dataclasses.asdict(tokenizer.token_ids()),
+    )
+
+
+def load_state(origin: Origin, run: RunConfig, decay_steps: int, mesh: Mesh) -> TrainState:
+    """A fresh training state around the origin's weights, each parameter placed on the mesh as it is read."""
+    if origin.checkpoint is not None:
+        params = restore_params(origin.checkpoint, abstract_state(origin.config, run.optim, decay_steps, mesh).params)
+    else:
+        _, params = load_params(
+            origin.files,
+            numerics=dataclasses.asdict(origin.config.numerics),
+            action=origin.config.action,
+            vocab_size=origin.config.text.vocab_size,
+            action_dim=origin.config.action.action_dim,
+            state_dim=origin.config.action.state_dim,
+            seed=run.loop.seed,
+            put=lambda path, x: jax.device_put(x, NamedSharding(mesh, param_spec(path, x.shape, mesh))),
+        )
+    out = shardings(jax.eval_shape(lambda p: create_state(p, run.optim, decay_steps), params), mesh)
+    return jax.jit(lambda p: create_state(p, run.optim, decay_steps), out_shardings=out, donate_argnums=0)(params)
+
+
+def abstract_state(config: WallXConfig, optim: OptimConfig, decay_steps: int, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the training state."""
+    abstract = jax.eval_shape(lambda p: create_state(p, optim, decay_steps), abstract_params(config))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings(abstract, mesh)
+    )
+

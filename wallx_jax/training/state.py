@@ -1,0 +1,32 @@
+"""What a training run carries from step to step."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from wallx_jax import tree
+from wallx_jax.run_config import OptimConfig
+from wallx_jax.training.optimizer import is_trainable, make_optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """step: int32, optimizer steps tried. skipped: int32, those of them left out because of a non-finite loss or
+    gradient. params: nested dict of all parameters. opt_state: optax state of the trainable ones."""
+
+    step: jax.Array
+    skipped: jax.Array
+    params: tree.Tree
+    opt_state: Any
+
+
+def create_state(params: tree.Tree, config: OptimConfig, decay_steps: int) -> TrainState:
+    """A fresh state around these parameters (concrete, traced or under jax.eval_shape)."""
+    trainable, _ = tree.split(params, is_trainable(config))
+    opt_state: optax.OptState = make_optimizer(config, decay_steps).init(trainable)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, zero, params, opt_state)

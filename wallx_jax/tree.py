@@ -1,0 +1,52 @@
+"""Parameter trees are nested dicts of arrays; a parameter's path is its keys joined by "/".
+
+This is the one definition of "parameter path": weight names, sharding rules, learning-rate groups and
+freezing all speak it.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Tree = dict[str, Any]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dict -> {"a/b/c": leaf}, in sorted key order."""
+    flat = {}
+    for key in sorted(tree):
+        path = f"{prefix}{key}"
+        if isinstance(tree[key], Mapping):
+            flat.update(flatten(tree[key], f"{path}/"))
+        else:
+            flat[path] = tree[key]
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> Tree:
+    """{"a/b/c": leaf} -> nested dict; the inverse of `flatten`."""
+    tree: Tree = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree
+
+
+def map_with_path(function: Callable[[str, Any], Any], tree: Mapping[str, Any]) -> Tree:
+    """Applies `function(path, leaf)` to every leaf."""
+    return unflatten({path: function(path, leaf) for path, leaf in flatten(tree).items()})
+
+
+def split(tree: Mapping[str, Any], predicate: Callable[[str], bool]) -> tuple[Tree, Tree]:
+    """(leaves whose path satisfies `predicate`, the others); `merge` undoes it."""
+    flat = flatten(tree)
+    chosen = {path: leaf for path, leaf in flat.items() if predicate(path)}
+    rest = {path: leaf for path, leaf in flat.items() if path not in chosen}
+    return unflatten(chosen), unflatten(rest)
+
+
+def merge(a: Mapping[str, Any], b: Mapping[str, Any]) -> Tree:
+    """Joins two trees with disjoint leaves."""
+    return unflatten(dict(sorted({**flatten(a), **flatten(b)}.items())))

@@ -1,0 +1,262 @@
+"""Strict import of PyTorch model directories: Wall-X, and Qwen2.5-VL in its old and new naming.
+
+Every tensor is used and every parameter is found, or nothing is loaded and one error lists what does not fit. Shapes
+come from the tensors where a config.json is known to disagree with them: vocabulary rows, expert and channel widths,
+tying.
+"""
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wallx_jax import hub, tree
+from wallx_jax.models.config import ActionConfig, WallXConfig
+from wallx_jax.models.wallx import abstract_params
+from wallx_jax.weights import names, resize
+from wallx_jax.weights.names import Slot
+from wallx_jax.weights.safetensors_io import DTYPE_NAMES, Tensors, WeightsError, open_tensors
+
+FLOATS = ("F32", "BF16", "F16", "F64")
+EMBEDDING, HEAD = (names.BY_PATH[path].torch for path in resize.VOCABULARY)
+LISTED = 50  # names per kind of problem that an error spells out; more are grouped by layer
+
+Put = Callable[[str, np.ndarray], Any]
+
+
+def load_params(
+    path_or_repo: str | Path,
+    *,
+    revision: str | None = None,
+    numerics: Mapping[str, Any] | None = None,
+    action: ActionConfig | None = None,
+    vocab_size: int | None = None,
+    action_dim: int = 0,
+    state_dim: int = 0,
+    seed: int = 0,
+    put: Put | None = None,
+) -> tuple[WallXConfig, tree.Tree]:
+    """Reads a model directory (or hub repository) into the parameters of `wallx_jax.models.wallx`.
+
+    Args:
+        path_or_repo: a folder with config.json and safetensors, or a hub repo id.
+        revision: git revision on the hub.
+        numerics: fields of `Numerics` that override the directory's.
+        action: the action side to initialise where the directory has none (Qwen2.5-VL), as upstream does, from
+            normal(0, 0.02). Without it such a directory gives a model without an action side.
+        vocab_size: rows to cut or grow the vocabulary to, see `resize_vocabulary`; None keeps the file's.
+        action_dim, state_dim: channels of the robot; a checkpoint with fewer is widened, see `widen_channels`.
+        seed: of everything that is initialised.
+        put: called with each parameter's path and host array, stacked and in its final dtype; its result takes the
+            array's place. A `put` that places the array on devices keeps one parameter at a time in host memory.
+
+    Returns:
+        The config with the shapes that were found, and the parameters: a nested dict of contiguous arrays in the dtypes
+        of `models.dtypes.param_dtype`.
+
+    Raises:
+        WeightsError: if anything is missing, unexpected, wrongly shaped or malformed.
+        FileNotFoundError: if the directory or repository is not to be found.
+    """
+    directory = hub.resolve(path_or_repo, kind="model", revision=revision)
+    tensors = open_tensors(directory)
+    found = _canonical(directory, tensors)
+    config = _config(directory, tensors, found, numerics)
+    if config.text.tie_word_embeddings:
+        found.pop(HEAD, None)
+    slots = names.expand(config)
+    _check(directory, tensors, found, slots)
+
+    sources: dict[str, list[tuple[str, Slot]]] = {}
+    for name, slot in slots.items():
+        sources.setdefault(slot.row.path, []).append((found[name], slot))
+
+    def read(path: str, spec: Any) -> np.ndarray:
+        out = np.empty(spec.shape, spec.dtype)
+        for name, slot in sources[path]:
+            _copy(out if slot.layer is None else out[slot.layer], slot.row.op.to_jax(tensors[name]))
+        return out
+
+    resized, config = _resized(config, read, action, vocab_size, action_dim, state_dim, seed)
+    put = put or (lambda path, array: array)
+    params = {}
+    for path, spec in tree.flatten(abstract_params(config)).items():
+        if path in resized:
+            array = resized.pop(path)
+        elif path in sources:
+            array = read(path, spec)
+        else:
+            array = resize.fresh(path, spec.shape, spec.dtype, config, seed)
+        params[path] = put(path, array)
+        del array
+    return config, tree.unflatten(params)
+
+
+def _resized(
+    config: WallXConfig,
+    read: Callable[[str, Any], np.ndarray],
+    action: ActionConfig | None,
+    vocab_size: int | None,
+    action_dim: int,
+    state_dim: int,
+    seed: int,
+) -> tuple[dict[str, np.ndarray], WallXConfig]:
+    """The parameters whose shape is asked to change (flat), and the config after all changes."""
+    specs = tree.flatten(abstract_params(config))
+    changing = resize.VOCABULARY if vocab_size is not None else ()
+    widen = not names.is_qwen(config) and (action_dim > config.action.action_dim or state_dim > config.action.state_dim)
+    changing += resize.CHANNELS if widen else ()
+    params = tree.unflatten({path: read(path, specs[path]) for path in changing if path in specs})
+    if vocab_size is not None:
+        config, params = resize.resize_vocabulary(config, params, vocab_size, seed)
+    if widen:
+        config, params = resize.widen_channels(config, params, action_dim, state_dim, seed)
+    if names.is_qwen(config) and action is not None:
+        widths = {"action_dim": max(action.action_dim, action_dim), "state_dim": max(action.state_dim, state_dim)}
+        config = dataclasses.replace(config, action=dataclasses.replace(action, **widths))
+    return tree.flatten(params), config
+
+
+def _copy(target: np.ndarray, source: np.ndarray, block: int = 256) -> None:
+    """target[...] = source, in blocks that fit the cache: a transposed matrix costs half the time."""
+    if source.ndim != 2:
+        target[...] = source
+        return
+    for i in range(0, source.shape[0], block):
+        for j in range(0, source.shape[1], block):
+            target[i : i + block, j : j + block] = source[i : i + block, j : j + block]
+
+
+def read_config(directory: str | Path, numerics: Mapping[str, Any] | None = None) -> WallXConfig:
+    """config.json of a model directory, corrected by its tensors.
+
+    Tensors decide: vocabulary rows; whether there is an action side, the action expert's width and the numbers of
+    channels. Where config.json gives no numerics of ours, `param_dtype` is the embedding's. Tying: a model that
+    config.json calls untied needs a head; one that it calls tied and that stores one equal to the embedding is tied;
+    if the two differ, both are kept and a warning says so (dropping trained numbers would be silent).
+
+    Raises:
+        WeightsError: if config.json or the weight files are missing or malformed.
+    """
+    directory = Path(directory)
+    tensors = open_tensors(directory)
+    return _config(directory, tensors, _canonical(directory, tensors), numerics)
+
+
+def read_normalizers(directory: str | Path) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    """The statistics that upstream keeps among the weights: {robot: {"action" or "propri": {"min", "delta": [C]}}}.
+
+    They are no parameters: `load_params` leaves them out, as upstream's later loaders do.
+    """
+    tensors = open_tensors(Path(directory))
+    robots: dict[str, dict[str, dict[str, np.ndarray]]] = {}
+    for name in tensors:
+        if match := names.NORMALIZER.fullmatch(name):
+            stats = robots.setdefault(match["robot"], {}).setdefault(match["kind"], {})
+            stats[match["stat"]] = np.array(tensors[name])
+    return robots
+
+
+def _canonical(directory: Path, tensors: Tensors) -> dict[str, str]:
+    """{canonical name: name in the file}, without normalizers."""
+    found: dict[str, str] = {}
+    for name in tensors:
+        if names.NORMALIZER.fullmatch(name):
+            continue
+        if (short := names.canonical(name)) in found:
+            raise WeightsError(f"{directory} has the same tensor under two names: {found[short]} and {name}")
+        found[short] = name
+    return found
+
+
+def _config(
+    directory: Path, tensors: Tensors, found: Mapping[str, str], numerics: Mapping[str, Any] | None
+) -> WallXConfig:
+    try:
+        hf = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = WallXConfig.from_hf(hf)
+    except FileNotFoundError:
+        raise WeightsError(f"{directory} has no config.json; copy it from where the weights came from") from None
+    except (ValueError, AttributeError) as error:
+        raise WeightsError(f"{directory}: config.json: {error}") from None
+
+    def size(path: str, axis: int, otherwise: int) -> int:
+        name = names.BY_PATH[path].name(layer=0, qwen=False)
+        shape = tensors.info[found[name]].shape if name in found else ()
+        return shape[axis] if len(shape) == 2 else otherwise
+
+    config = config.replace(text={"vocab_size": size("embed/embedding", 0, config.text.vocab_size)})
+    if any(".moe.experts." in name or name.startswith("action_preprocessor.") for name in found):
+        a = config.action
+        config = config.replace(
+            action={
+                "intermediate_size": size("decoder/layers/mlp/action/gate/kernel", 0, a.intermediate_size or 2048),
+                "action_dim": size("action/proj_back/kernel", 0, a.action_dim),
+                "state_dim": size("action/propri_proj/kernel", 1, 2 * a.state_dim) // 2,
+            }
+        )
+    else:
+        config = config.replace(action={"intermediate_size": None})
+
+    if "param_dtype" not in hf.get("wallx_jax", {}) and EMBEDDING in found:
+        stored = DTYPE_NAMES[tensors.info[found[EMBEDDING]].dtype]
+        config = config.replace(numerics={"param_dtype": "bfloat16" if stored == "BF16" else "float32"})
+    config = config.replace(numerics=numerics or {})
+
+    stored_both = EMBEDDING in found and HEAD in found
+    if config.text.tie_word_embeddings and stored_both and not _equal(tensors, found[EMBEDDING], found[HEAD]):
+        warnings.warn(
+            f"{directory}: config.json says tie_word_embeddings, but {HEAD} differs from the embedding; "
+            "both are kept and the model is untied",
+            stacklevel=3,
+        )
+        config = config.replace(text={"tie_word_embeddings": False})
+    return config
+
+
+def _equal(tensors: Tensors, a: str, b: str) -> bool:
+    """Whether two tensors hold the same bytes."""
+    first, second = tensors.info[a], tensors.info[b]
+    return (
+        (first.dtype, first.shape) == (second.dtype, second.shape)
+        and np.array_equal(np.ravel(tensors[a]).view(np.uint8), np.ravel(tensors[b]).view(np.uint8))
+    )  # fmt: skip
+
+
+def _check(directory: Path, tensors: Tensors, found: Mapping[str, str], slots: Mapping[str, Slot]) -> None:
+    """Compares what is there with what the model needs, from headers alone.
+
+    Raises:
+        WeightsError: that lists every tensor that is missing, unexpected, wrongly shaped or not floating point.
+    """
+    info = {name: tensors.info[found[name]] for name in found}
+    common = [name for name in slots if name in found]
+    wrong = [name for name in common if info[name].shape != slots[name].shape]
+    kinds = {
+        "missing": [name for name in slots if name not in found],
+        "unexpected": [found[name] for name in found if name not in slots],
+        "wrongly shaped": [
+            f"{found[name]} {list(info[name].shape)}, expected {list(slots[name].shape)}" for name in wrong
+        ],
+        "of a type that no weight has": [
+            f"{found[name]} {DTYPE_NAMES[info[name].dtype]}"
+            for name in common
+            if DTYPE_NAMES[info[name].dtype] not in FLOATS
+        ],
+    }
+    if not any(kinds.values()):
+        return
+    lines = [f"{directory} does not fit the model that its config.json describes; nothing was loaded."]
+    layouts = {label for name in kinds["unexpected"] if (label := names.later_layout(name))}
+    lines += [f"This version does not read {label}." for label in sorted(layouts)]
+    if any("action_preprocessor" in name and info[name].shape[-1] * 2 == slots[name].shape[-1] for name in wrong):
+        lines += ["This version does not read projections without a mask (proj_with_mask false)."]
+    for kind, entries in kinds.items():
+        if entries:
+            shown = entries if len(entries) <= LISTED else names.group(entries)
+            lines += [f"{len(entries)} {kind}:", *(f"  {entry}" for entry in shown)]
+    raise WeightsError("\n".join(lines))

@@ -1,0 +1,248 @@
+"""Safetensors files: strict headers, tensors read lazily one by one, and atomic writes.
+
+The format: 8 bytes with the header's length (little endian), a JSON header {name: {dtype, shape, data_offsets}}, and
+the data, which the offsets must cover without holes or overlaps. Arrays are read through a memory map, so that nothing
+is in memory twice, and in each tensor's own dtype (files mix bfloat16 and float32).
+"""
+
+import contextlib
+import functools
+import json
+import math
+import os
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+    "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class WeightsError(ValueError):
+    """A model directory or weight file that cannot be used; the message says which, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as its file's header describes it; `start` and `stop` are byte offsets in the file."""
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Reads and checks a file's header.
+
+    Raises:
+        WeightsError: if anything in it breaks the format, or the file's length is not what the header promises.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        prefix = file.read(8)
+        if prefix == b"version ":
+            raise WeightsError(f"{path} is a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
+        if len(prefix) < 8:
+            raise WeightsError(f"{path} is truncated: {size} bytes, too short for a safetensors header; fetch it again")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > MAX_HEADER_BYTES:
+            raise WeightsError(f"{path} is not a safetensors file: its first 8 bytes give a header of {length} bytes")
+        if length > size - 8:
+            raise WeightsError(
+                f"{path} is truncated: the header has {length} bytes, only {size - 8} follow; fetch it again"
+            )
+        text = file.read(length)
+    try:
+        if not text.startswith(b"{"):
+            raise ValueError("it does not begin with '{'")
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} has a malformed header: {error or 'nested too deeply'}") from None
+
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise WeightsError(f"{path} has a malformed header: __metadata__ must map strings to strings")
+    base = 8 + length
+    tensors = {name: _tensor_info(path, name, entry, base) for name, entry in header.items()}
+    end = base
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if info.start != end:
+            what = (
+                "overlaps the tensor before it"
+                if info.start < end
+                else f"leaves a hole of {info.start - end} bytes before it"
+            )
+            raise WeightsError(f"{path} has a malformed header: {name} {what}")
+        end = info.stop
+    if end > size:
+        raise WeightsError(f"{path} is truncated: {size} bytes where its header promises {end}; fetch it again")
+    if end < size:
+        raise WeightsError(f"{path} is malformed: {size - end} bytes after the last tensor belong to none")
+    return tensors
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
+    return found
+
+
+def _tensor_info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
+    def bad(why: str) -> WeightsError:
+        return WeightsError(f"{path} has a malformed header: {name}: {why}")
+
+    def sizes(value: Any) -> bool:
+        return isinstance(value, list) and all(type(x) is int and 0 <= x < 2**63 for x in value)
+
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise bad("expected exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise bad(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
+    if not sizes(shape):
+        raise bad(f"shape {shape} is not a list of sizes")
+    if not sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise bad(f"data_offsets {offsets} are not [start, stop]")
+    start, stop = offsets
+    expected = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+    if stop - start != expected:
+        raise bad(f"{dtype} of shape {shape} takes {expected} bytes, data_offsets {offsets} give {stop - start}")
+    return TensorInfo(path, np.dtype(DTYPES[dtype]), tuple(shape), base + start, base + stop)
+
+
+class Tensors(Mapping[str, np.ndarray]):
+    """The tensors of a model directory. Indexing gives a read-only view of the file; `info` needs the headers only."""
+
+    def __init__(self, info: Mapping[str, TensorInfo]):
+        self.info = dict(info)
+        self._map = functools.cache(lambda path: np.memmap(path, np.uint8, mode="r"))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        info = self.info[name]
+        if info.start == info.stop:
+            return np.zeros(info.shape, info.dtype)
+        return self._map(info.file)[info.start : info.stop].view(np.ndarray).view(info.dtype).reshape(info.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.info)
+
+    def __len__(self) -> int:
+        return len(self.info)
+
+
+def open_tensors(directory: Path) -> Tensors:
+    """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` lists.
+
+    Raises:
+        WeightsError: if there is neither, or a header or the index is malformed, or they contradict each other.
+    """
+    directory = Path(directory)
+    if (directory / SINGLE).is_file():
+        return Tensors(read_header(directory / SINGLE))
+    if (directory / INDEX).is_file():
+        return Tensors(_read_shards(directory))
+    raise WeightsError(_nothing_to_read(directory))
+
+
+def _read_shards(directory: Path) -> dict[str, TensorInfo]:
+    index = directory / INDEX
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_unique)["weight_map"]
+        if not weight_map or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise TypeError("weight_map must name a shard for each tensor")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{index} is malformed: {error}") from None
+    shards = sorted(set(weight_map.values()))
+    if outside := [shard for shard in shards if Path(shard).name != shard]:
+        raise WeightsError(f"{index} names files outside its folder: {', '.join(outside)}")
+    if missing := [shard for shard in shards if not (directory / shard).is_file()]:
+        raise WeightsError(f"{directory} is incomplete: {INDEX} names shards that are not there: {', '.join(missing)}")
+    found: dict[str, TensorInfo] = {}
+    problems = []
+    for shard in shards:
+        for name, info in read_header(directory / shard).items():
+            if name in found:
+                problems.append(f"{name} is in both {found[name].file.name} and {shard}")
+            elif weight_map.get(name) != shard:
+                problems.append(f"{name} is in {shard}, the index says {weight_map.get(name, 'nothing of it')}")
+            found[name] = info
+    problems += [f"{name} is not in {shard}" for name, shard in weight_map.items() if name not in found]
+    if problems:
+        raise WeightsError(f"{index} and its shards contradict each other: {'; '.join(problems)}")
+    return found
+
+
+def _nothing_to_read(directory: Path) -> str:
+    if not directory.is_dir():
+        return f"{directory} is not a folder"
+    files = sorted(file.name for file in directory.iterdir() if file.is_file())
+    if "adapter_model.safetensors" in files:
+        return f"{directory} holds a LoRA adapter, not a model; merge it into its base model first (merge_and_unload)"
+    if pickles := [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]:
+        return (
+            f"{directory} holds pickled weights only ({', '.join(pickles)}); they are not read, since a pickle can run "
+            "any code. If you trust them, load and re-save them in PyTorch: "
+            "model.save_pretrained(dir, safe_serialization=True)"
+        )
+    if shards := [name for name in files if name.endswith(".safetensors")]:
+        return f"{directory} has {', '.join(shards)} but neither {SINGLE} nor {INDEX}; fetch the index too"
+    return f"{directory} holds no weights: expected {SINGLE}, or {INDEX} and its shards"
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes arrays (NumPy or JAX, any strides) under a temporary name, syncs, and renames: whole or not at all.
+
+    Widest dtype first, then by name, as the reference implementation orders them, so every tensor is aligned.
+    `metadata` defaults to {"format": "pt"}, which transformers asks for.
+    """
+    path = Path(path)
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict({"format": "pt"} if metadata is None else metadata)}
+    end = 0
+    for name in order:
+        array = tensors[name]
+        start, end = end, end + array.size * array.dtype.itemsize
+        dtype = DTYPE_NAMES[np.dtype(array.dtype)]
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    with atomic_file(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            file.write(np.ascontiguousarray(np.asarray(tensors[name])).reshape(-1).view(np.uint8).data)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """`with atomic_file(path) as file:` writes bytes that appear at `path` only when the block has succeeded."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes its files private
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
