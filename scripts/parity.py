@@ -2,11 +2,12 @@
 
     python scripts/parity.py --model DIR --golden FILE.npz [--json OUT]
 
-DIR holds config.json and model.safetensors in upstream's or Hugging Face's layout; FILE holds `in.*` and `out.*` arrays.
-A name's suffix selects the semantics: none for bidirectional action attention and Qwen's M-RoPE, `.causal` for causal
-action tokens, `.cuda` for causal action tokens and the rotary layout of upstream's kernel. Prints a line per output;
-exit code 1 when one differs by more than 1e-4 of its largest magnitude (gradients and updated parameters 1e-3), when
-integers differ at all, or when an output is not one that this script computes.
+DIR holds config.json and model.safetensors in upstream's or Hugging Face's layout; FILE holds `in.*` and `out.*`
+arrays. A name's suffix selects the semantics: none for bidirectional action attention and Qwen's M-RoPE, `.causal` for
+causal action tokens, `.cuda` for causal action tokens and the rotary layout of upstream's kernel.
+
+Prints a line per output. Exit code 1 when one differs by more than 1e-4 of its largest magnitude (gradients and updated
+parameters 1e-3), when integers differ at all, or when an output is not one that this script computes.
 """
 
 import argparse
@@ -138,7 +139,9 @@ class Case:
     def flow_target(self, group: Group) -> FlowTarget | None:
         if not self.horizon:
             return None
-        return FlowTarget(*(jnp.asarray(self.rows(name, group)) for name in ("action_chunk", "dof_mask", "noise", "time")))
+        return FlowTarget(
+            *(jnp.asarray(self.rows(name, group)) for name in ("action_chunk", "dof_mask", "noise", "time"))
+        )
 
     # What the golden files ask for
 
@@ -168,7 +171,10 @@ class Case:
         """int [3, B, S], action tokens included."""
 
         def of(group: Group) -> np.ndarray:
-            tokens, mask = jnp.asarray(self.rows("input_ids", group), jnp.int32), jnp.asarray(self.mask[list(group.rows)])
+            tokens, mask = (
+                jnp.asarray(self.rows("input_ids", group), jnp.int32),
+                jnp.asarray(self.mask[list(group.rows)]),
+            )
             return position_ids(tokens, mask, group.grids, self.config.vision, self.config.tokens, group.seconds)
 
         return self.scatter([np.asarray(of(group)) for group in self.groups], axis=1)
@@ -294,6 +300,7 @@ class Comparison:
 def compare(name: str, expected: np.ndarray, actual: np.ndarray | None, mask: np.ndarray) -> Comparison:
     if actual is None:
         return Comparison(name, False, note="not computed by this script")
+    actual = np.asarray(actual)
     if actual.shape != expected.shape:
         return Comparison(name, False, note=f"shape {actual.shape}, recorded {expected.shape}")
     base = name.split("/")[0].split(".")[0]

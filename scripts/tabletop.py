@@ -14,22 +14,23 @@ import numpy as np
 
 COLORS = {"red": (214, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220), "yellow": (240, 200, 30)}
 TABLE = (124, 104, 86)
-CAMERAS = {"observation.images.top": (56, 84), "observation.images.wrist_left": (28, 28)}  # key: (height, width)
+CAMERAS = {"observation.images.cam_high": (56, 84), "observation.images.cam_left_wrist": (56, 56)}  # key: (height, width)
 
-CELL = 0.12  # places are the centres of a grid of square cells
-PLACES = [(CELL * (column - 1), 0.18 + CELL * row) for row in range(2) for column in range(3)]
-VIEW_CENTRE = (0.0, 0.18 + CELL / 2)  # of the camera above the table, which sees all six cells
-JITTER = 0.015
-BLOCK = 0.055
+CELL = 0.14  # places are the centres of a grid of square cells
+PLACES = [(CELL * (column - 1), 0.17 + CELL * row) for row in range(2) for column in range(3)]
+VIEW_CENTRE = (0.0, 0.17 + CELL / 2)  # of the camera above the table, which sees all six cells
+JITTER = 0.02
+BLOCK = 0.06
 BLOCKS_SHOWN = 3
 MAT = 60
 
 BASES = ((-0.3, 0.0), (0.3, 0.0))  # left, right
 SHOULDER_HEIGHT, LINK, HAND = 0.2, 0.36, 0.12  # both links are equally long; the hand points down
 REST = ((-0.3, 0.2, 0.25), (0.3, 0.2, 0.25))  # where the holding hand retreats to
-REACH_HEIGHT, REACHED_WITHIN = 0.04, 0.04
-RATE = 0.08  # largest joint change in one step
-FPS = 10
+REACH_HEIGHT, REACHED_WITHIN = 0.04, 0.06
+RATE = 0.15  # largest joint change in one step
+FPS = 5
+DIMS = 14
 HOLDING, FREE = 0.1, 0.9  # grippers
 
 
@@ -64,7 +65,11 @@ class Layout:
 
     @property
     def instruction(self) -> str:
-        return f"reach the {self.target} block"
+        return instruction(self.target)
+
+
+def instruction(color: str) -> str:
+    return f"reach the {color} block"
 
 
 def sample_layout(rng: np.random.Generator) -> Layout:
@@ -89,7 +94,7 @@ class Tabletop:
     def __init__(self, layout: Layout):
         self.layout = layout
         self.state = layout.start.copy()
-        self.top = render(layout, VIEW_CENTRE, 3 * CELL, CAMERAS["observation.images.top"])
+        self.top = render(layout, VIEW_CENTRE, 3 * CELL, CAMERAS["observation.images.cam_high"])
 
     def step(self, action: np.ndarray) -> None:
         """`action` [14]: joint targets in the units of the state."""
@@ -101,8 +106,8 @@ class Tabletop:
     def images(self) -> dict[str, np.ndarray]:
         """uint8 [height, width, 3] per camera: from above the table, and from the left hand down."""
         x, y, z = self.hand(0)
-        wrist = render(self.layout, (x, y), 0.06 + max(z, 0.0), CAMERAS["observation.images.wrist_left"])
-        return {"observation.images.top": self.top, "observation.images.wrist_left": wrist}
+        wrist = render(self.layout, (x, y), 0.06 + max(z, 0.0), CAMERAS["observation.images.cam_left_wrist"])
+        return {"observation.images.cam_high": self.top, "observation.images.cam_left_wrist": wrist}
 
     def observation(self) -> dict:
         return {"images": self.images(), "state": self.state.copy(), "instruction": self.layout.instruction}
@@ -148,7 +153,7 @@ def render(layout: Layout, centre: tuple[float, float], width_m: float, size: tu
     return np.clip(np.round(image), 0, 255).astype(np.uint8)
 
 
-def demonstrate(layout: Layout, settle: int = 2) -> tuple[list[dict], list[np.ndarray]]:
+def demonstrate(layout: Layout, settle: int = 1) -> tuple[list[dict], list[np.ndarray]]:
     """Observations and actions of the expert, until the free hand has been at its goal for `settle` steps."""
     sim, observations, actions = Tabletop(layout), [], []
     while settle >= 0:

@@ -303,7 +303,9 @@ def app(tmp_path_factory):
     (folder / "app.py").write_text(
         "from wallx_jax.command_line import launch\n"
         "from wallx_jax.config import resolve\n"
-        "def main(c):\n    c.split_mode == 'x' and resolve(c)\n    print(c.learning_rate, c.num_epoch, c.save_path, c.resolution.face_view, c.resume.ckpt)\n"
+        "def main(c):\n"
+        "    c.split_mode == 'x' and resolve(c)\n"
+        "    print(c.learning_rate, c.num_epoch, c.save_path, c.resolution.face_view, c.resume.ckpt)\n"
         "launch(main)\n"
     )
     head = "from wallx_jax.config import default_config\ndef get_config(arg=''):\n    c = default_config()\n"

@@ -8,9 +8,12 @@ From Python: `wallx_jax.train.run(config)` with a ConfigDict from `wallx_jax.con
 import logging
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from wallx_jax.command_line import launch, render
@@ -20,12 +23,13 @@ from wallx_jax.data.lerobot import DatasetInfo, read_info
 from wallx_jax.data.mapping import check_dataset
 from wallx_jax.data.pipeline import eval_batches, train_iterator
 from wallx_jax.data.processor import Processor
-from wallx_jax.data.setup import build_processor, load_fast_tokenizer, load_stats, split_sources
+from wallx_jax.data.setup import blank_sample, build_processor, load_fast_tokenizer, load_stats, split_sources
+from wallx_jax.models.config import WallXConfig
 from wallx_jax.run_config import RunConfig
 from wallx_jax.training import checkpoint_dir, sharding, start
 from wallx_jax.training.checkpoint import Checkpointer, restore_state
 from wallx_jax.training.checkpoint_dir import CheckpointError
-from wallx_jax.training.loop import NonFiniteError, Steps, put_batch, run_loop
+from wallx_jax.training.loop import NonFiniteError, Steps, abstract_batch, run_loop
 from wallx_jax.training.metrics import MetricWriter
 from wallx_jax.training.progress import Progress
 from wallx_jax.training.start import Origin
@@ -37,8 +41,8 @@ logger = logging.getLogger(__name__)
 
 EVAL_SEED = 20_251_123  # of the validation noise: the same in every run, so that runs compare
 # Files of a model directory that later users of a checkpoint look for beside the tokenizer.
-EXTRA_ASSETS = ("preprocessor_config.json", "video_preprocessor_config.json", "generation_config.json", "chat_template.json",
-                "chat_template.jinja")  # fmt: skip
+EXTRA_ASSETS = ("preprocessor_config.json", "video_preprocessor_config.json", "generation_config.json",
+                "chat_template.json", "chat_template.jinja")  # fmt: skip
 USER_ERRORS = (ConfigError, CheckpointError, WeightsError, NonFiniteError, FileNotFoundError, ValueError, ImportError)
 
 
@@ -79,8 +83,12 @@ def run(config: ConfigDict) -> Path:
     save_path.mkdir(parents=True, exist_ok=True)
     (save_path / "config.yaml").write_text(render(config))
     assets = write_assets(processor, origin.files, save_path / "assets")
-    first = next(train_iterator(train_source, processor, global_batch // jax.process_count(), loop.seed))
-    announce(settings, info, origin, first, mesh, len(train_source), len(val_source), updates_per_epoch, total_steps)
+    sample = blank_sample(processor.config)
+    logger.info("dataset %s: %d training frames, %d held out", info.repo_id, len(train_source), len(val_source))
+    logger.info("model from %s, %s", origin.checkpoint or origin.files, origin.config.numerics)
+    logger.info("mesh %s on %s", dict(mesh.shape), jax.devices()[0].device_kind)
+    logger.info("one sample: %s", describe(sample))
+    logger.info("%d updates of %d samples, %d per epoch", total_steps, global_batch, updates_per_epoch)
 
     resumed_step = None
     if origin.resumes:
@@ -100,10 +108,10 @@ def run(config: ConfigDict) -> Path:
         name=loop.log_name,
         config=flatten(config),
     )
-    eval_batch = settings.data.eval_batch_size * mesh.shape["data"] * mesh.shape["fsdp"] // jax.process_count()
+    eval_batch = settings.data.eval_batch_size * mesh.shape["data"] * mesh.shape["fsdp"]
 
-    def held_out():
-        return eval_batches(val_source, processor, eval_batch, loop.eval_batches)
+    def held_out() -> Iterator[Batch]:
+        return eval_batches(val_source, processor, eval_batch // jax.process_count(), loop.eval_batches)
 
     checkpointer = Checkpointer(save_path, loop.max_to_keep, resumed_step)
 
@@ -111,10 +119,10 @@ def run(config: ConfigDict) -> Path:
         checkpointer.save(step, state, batches, flatten(config), origin.config, assets, loss=loss)
 
     try:
-        steps = compile_steps(settings, origin, decay_steps, state, first, held_out, mesh, progress)
-        state = run_loop(
-            state, batches, steps, total_steps, global_batch, loop, mesh, held_out, writer, progress, save
-        )
+        evaluates = loop.eval_interval and len(val_source)
+        sizes = (global_batch, eval_batch if evaluates else None)
+        steps = compile_steps(settings, origin.config, decay_steps, state, sample, sizes, mesh, progress)
+        state = run_loop(state, batches, steps, total_steps, global_batch, loop, mesh, held_out, writer, progress, save)
         checkpointer.wait()
     finally:
         progress.close()
@@ -146,43 +154,32 @@ def write_assets(processor: Processor, model_files: Path, folder: Path) -> Path:
 
 
 def compile_steps(
-    settings: RunConfig, origin: Origin, decay_steps: int, state: TrainState, first: Batch, held_out, mesh, progress
-) -> Steps:
-    """Compiles the train step, and the evaluation step where there is held-out data, for this run's shapes."""
-    loop = settings.loop
-    objective = Objective(not settings.model.use_fast_tokenizer, loop.flow_loss_weight)
-    train_step = make_train_step(origin.config, settings.optim, decay_steps, objective, loop.seed)
-    out = (jax.tree.map(lambda x: x.sharding, state), None)
-    batch = put_batch(first, mesh, loop.gradient_accumulation_steps)
-    with progress.compiling("the train step"):
-        train = jax.jit(train_step, donate_argnums=0, out_shardings=out).lower(state, batch).compile()
-    sample = next(iter(held_out()), None) if loop.eval_interval else None
-    if sample is None:
-        return Steps(train, None)
-    eval_step = make_eval_step(origin.config, objective, EVAL_SEED)
-    with progress.compiling("the evaluation step"):
-        index = jax.numpy.int32(0)
-        evaluate = jax.jit(eval_step).lower(state.params, put_batch(sample, mesh), index).compile()
-    return Steps(train, evaluate)
-
-
-def announce(
     settings: RunConfig,
-    info: DatasetInfo,
-    origin: Origin,
-    first: Batch,
-    mesh,
-    train_frames: int,
-    val_frames: int,
-    updates_per_epoch: int,
-    total_steps: int,
-) -> None:
-    """Logs what is about to happen."""
-    logger.info("dataset %s: %d training frames, %d held out", info.repo_id, train_frames, val_frames)
-    logger.info("model from %s, numerics %s", origin.checkpoint or origin.files, origin.config.numerics)
-    logger.info("mesh %s on %s", dict(mesh.shape), jax.devices()[0].device_kind)
-    logger.info("batch of %d micro-batches: %s", settings.loop.gradient_accumulation_steps, describe(first))
-    logger.info("%d updates, %d per epoch", total_steps, updates_per_epoch)
+    model: WallXConfig,
+    decay_steps: int,
+    state: TrainState,
+    sample: Batch,
+    batch_sizes: tuple[int, int | None],
+    mesh: Mesh,
+    progress: Progress,
+) -> Steps:
+    """Compiles the train step, and the evaluation step where there is held-out data, for this run's shapes.
+
+    `batch_sizes`: samples of a whole update, and of an evaluation batch (None: no evaluation).
+    """
+    loop, (train_size, eval_size) = settings.loop, batch_sizes
+    objective = Objective(not settings.model.use_fast_tokenizer, loop.flow_loss_weight)
+    train_step = make_train_step(model, settings.optim, decay_steps, objective, loop.seed)
+    batch = abstract_batch(sample, train_size, mesh, loop.gradient_accumulation_steps)
+    with progress.compiling("the train step"):
+        out = (jax.tree.map(lambda x: x.sharding, state), None)
+        train = jax.jit(train_step, donate_argnums=0, out_shardings=out).lower(state, batch).compile()
+    if eval_size is None:
+        return Steps(train, None)
+    with progress.compiling("the evaluation step"):
+        eval_step = jax.jit(make_eval_step(model, objective, EVAL_SEED))
+        evaluate = eval_step.lower(state.params, abstract_batch(sample, eval_size, mesh), jnp.int32(0)).compile()
+    return Steps(train, evaluate)
 
 
 def main(config: ConfigDict) -> None:

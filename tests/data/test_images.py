@@ -24,6 +24,7 @@ def noise(height, width, seed=0):
         ((97, 101), 128, (112, 140)),  # 128 * 97 / 101 = 122.9 is truncated to 122, not rounded
         ((8000, 8000), -1, (3584, 3584)),  # down to the maximum of 12845056 pixels
         ((14, 2000), -1, (28, 1988)),
+        ((20, 134), 100, (28, 112)),  # a side below half a block still gets one, as in qwen_vl_utils
     ],
 )
 def test_target_size(size, resolution, expected):
@@ -44,11 +45,11 @@ def test_grid_and_token_count():
         images.grid(196, 250)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
-    height=st.integers(20, 200),
-    width=st.integers(20, 200),
-    resolution=st.sampled_from([-1, 56, 64, 100, 128]),
+    height=st.integers(40, 200),
+    width=st.integers(40, 200),
+    resolution=st.sampled_from([-1, 84, 100, 128]),
     seed=st.integers(0, 3),
 )
 def test_resize_is_two_pillow_resizes_and_transformers_keeps_the_grid(height, width, resolution, seed):
@@ -72,9 +73,10 @@ def test_resize_is_two_pillow_resizes_and_transformers_keeps_the_grid(height, wi
     assert tuple(theirs["image_grid_thw"][0]) == images.grid(*ours.shape[:2])
 
 
-@settings(max_examples=200, deadline=None)
-@given(height=st.integers(1, 5000), width=st.integers(1, 5000))
+@settings(max_examples=100, deadline=None)
+@given(height=st.integers(15, 5000), width=st.integers(15, 5000))
 def test_smart_size_matches_transformers(height, width):
+    """From half a block on; below it, transformers lets the side vanish and then enlarges the picture."""
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
     try:

@@ -15,8 +15,15 @@ from wallx_jax.data.tokenizer import Tokenizer, fast_token
 from wallx_jax.models.config import TokenIds
 
 
+@pytest.fixture(scope="module")
+def plain():
+    """Qwen's tokenizer as it is; not to be changed."""
+    return Tokenizer.from_dir(qwen_vocab.tokenizer_dir())
+
+
 @pytest.fixture
 def qwen():
+    """Qwen's tokenizer, for tests that add tokens."""
     return Tokenizer.from_dir(qwen_vocab.tokenizer_dir())
 
 
@@ -42,16 +49,16 @@ TEXTS = [
 ]
 
 
-def test_ids_of_the_real_vocabulary(qwen):
-    assert qwen.encode("pick up the red block") == [29245, 705, 279, 2518, 2504]
-    assert len(qwen) == 151665
+def test_ids_of_the_real_vocabulary(plain):
+    assert plain.encode("pick up the red block") == [29245, 705, 279, 2518, 2504]
+    assert len(plain) == 151665
     known = qwen_vocab.SPECIAL_TOKENS + qwen_vocab.ORDINARY_TOKENS
-    assert [qwen.token_id(token) for token in known] == list(range(151643, 151665))
-    assert qwen.encode("<|im_start|>assistant\n") == [151644, 77091, 198]
-    assert qwen.token_ids() == TokenIds(propri=-1, action=-1)
+    assert [plain.token_id(token) for token in known] == list(range(151643, 151665))
+    assert plain.encode("<|im_start|>assistant\n") == [151644, 77091, 198]
+    assert plain.token_ids() == TokenIds(propri=-1, action=-1)
 
 
-def test_matches_tiktoken(qwen):
+def test_matches_tiktoken(plain):
     reference = tiktoken.Encoding(
         "qwen", pat_str=qwen_vocab.SPLIT_REGEX, mergeable_ranks=qwen_vocab.ranks(), special_tokens={}
     )
@@ -60,8 +67,8 @@ def test_matches_tiktoken(qwen):
     words = " ".join(str(rng.randrange(10**6)) for _ in range(500))
     for text in [*TEXTS, "".join(pieces), words]:
         expected = reference.encode(unicodedata.normalize("NFC", text), disallowed_special=())
-        assert qwen.encode(text) == expected
-        assert qwen.decode(expected) == unicodedata.normalize("NFC", text)
+        assert plain.encode(text) == expected
+        assert plain.decode(expected) == unicodedata.normalize("NFC", text)
 
 
 def test_wallx_tokens(qwen):
@@ -75,7 +82,7 @@ def test_wallx_tokens(qwen):
     assert qwen.encode("x<|action_token_2047|><|action|>y") == [87, 153714, 151666, 88]
     qwen.add_wallx_tokens(2048)  # a second time changes nothing
     qwen.add_wallx_tokens(1024)
-    assert len(qwen) == 153715 and qwen.config["action_token_vocab_size"] == 2048
+    assert len(qwen) == 153715 and qwen.fast_size == 2048
     assert qwen.decode([29245, 151645, 151665], skip_special=True) == "pick<|propri|>"
     assert qwen.added_tokens_in("a<|action|>b<tool_call><|action|>") == ["<|action|>", "<tool_call>"]
 
@@ -92,8 +99,7 @@ def test_save_round_trip_and_transformers(qwen, tmp_path):
     assert len(theirs) == 151683 and theirs.pad_token_id == 151643 and theirs.eos_token_id == 151645
     assert theirs.init_kwargs["action_token_start_index"] == 151667
     assert theirs.init_kwargs["action_token_vocab_size"] == 16
-    text = "<|im_start|>user\nlift it<|propri|>\n<|im_end|><|action_token_3|>"
-    for text in [*TEXTS, text]:
+    for text in [*TEXTS, "<|im_start|>user\nlift it<|propri|>\n<|im_end|><|action_token_3|>"]:
         assert again.encode(text) == qwen.encode(text) == theirs(text)["input_ids"]
     saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
     original = json.loads((qwen_vocab.tokenizer_dir() / "tokenizer_config.json").read_text())

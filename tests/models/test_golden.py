@@ -7,13 +7,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import parity
 import pytest
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import parity  # noqa: E402
 
 
 @pytest.mark.slow

@@ -96,7 +96,9 @@ def test_forward(tmp_path, heads, kv_heads, depth, full, layers, grids):
 
     logits, hidden = run(params, jnp.asarray(tokens), jnp.asarray(mask), images)
     for layer in range(layers - 1):  # transformers' last hidden state is after the final norm
-        np.testing.assert_allclose(hidden[layer][mask], expected.hidden_states[layer + 1].numpy()[mask], atol=2e-4, rtol=2e-4)
+        np.testing.assert_allclose(
+            hidden[layer][mask], expected.hidden_states[layer + 1].numpy()[mask], atol=2e-4, rtol=2e-4
+        )
     np.testing.assert_allclose(np.asarray(logits)[mask], expected.logits.numpy()[mask], atol=2e-4, rtol=2e-4)
 
 

@@ -117,7 +117,9 @@ def test_flow_loss_reductions():
 def test_masked_dims_drift_or_are_held():
     noise = jnp.ones((1, 2, 3))
     mask = jnp.asarray([[[1.0, 1.0, 0.0]] * 2])
-    drifted, held = (flow.integrate(lambda x, t: 2 * jnp.ones_like(x), noise, 4, mask, how) for how in ("drift", "held"))
+    drifted, held = (
+        flow.integrate(lambda x, t: 2 * jnp.ones_like(x), noise, 4, mask, how) for how in ("drift", "held")
+    )
     np.testing.assert_allclose(drifted, 3.0, atol=1e-6)
     np.testing.assert_allclose(held[..., :2], 3.0, atol=1e-6)
     np.testing.assert_allclose(held[..., 2], 0.0, atol=1e-6)
@@ -126,7 +128,9 @@ def test_masked_dims_drift_or_are_held():
 def test_euler_grid_covers_zero_to_one():
     """dx/dt = t integrated with left endpoints: sum of i/N * 1/N."""
     steps = 5
-    out = flow.integrate(lambda x, t: jnp.ones_like(x) * t[:, None, None], jnp.zeros((1, 1, 1)), steps, jnp.ones((1, 1, 1)), "drift")
+    out = flow.integrate(
+        lambda x, t: jnp.ones_like(x) * t[:, None, None], jnp.zeros((1, 1, 1)), steps, jnp.ones((1, 1, 1)), "drift"
+    )
     assert float(out[0, 0, 0]) == pytest.approx(sum(i / steps for i in range(steps)) / steps)
 
 
@@ -148,7 +152,10 @@ def test_sequence_mask():
 
 def test_vision_depth_is_cut_into_equal_super_blocks():
     assert segments(WallXConfig().vision) == [(0, 7, 1, 4)]
-    assert segments(TINY.replace(vision={"depth": 5, "fullatt_block_indexes": (1,)}).vision) == [(0, 1, 1, 1), (2, 3, 0, 1)]
+    assert segments(TINY.replace(vision={"depth": 5, "fullatt_block_indexes": (1,)}).vision) == [
+        (0, 1, 1, 1),
+        (2, 3, 0, 1),
+    ]
 
 
 def test_one_compilation_serves_every_prompt(params):

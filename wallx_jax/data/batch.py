@@ -44,6 +44,7 @@ def stack(samples: list[Batch]) -> Batch:
 
 def describe(batch: Batch) -> dict[str, str]:
     """{"tokens": "int32[8,112]", ...}, for logs and error messages."""
+
     def text(x):
         return f"{x.dtype}[{','.join(map(str, x.shape))}]"
 

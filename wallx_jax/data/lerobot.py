@@ -1,6 +1,7 @@
 """LeRobot v3.0 datasets: what the meta files say, and frames with their action chunks as a random-access source.
 
-The only module that imports lerobot and torch, and only when a frame with images is read.
+The only module that imports lerobot and torch, and only inside the functions that need them: meta and table files are
+read without.
 """
 
 import importlib.metadata

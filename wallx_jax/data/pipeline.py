@@ -66,7 +66,7 @@ def train_iterator(
         source: the training frames.
         processor: turns a frame into a sample.
         batch_size: samples per batch of this process.
-        seed: fixes the order, together with nothing else.
+        seed: the order depends on it and on the number of frames only.
         num_workers: worker processes; 0 reads ahead in a thread.
         process_index, process_count: which share of the samples this process of a multi-host run takes.
 

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 
 from wallx_jax import hub
 from wallx_jax.data import images
+from wallx_jax.data.batch import Batch
 from wallx_jax.data.fast import FastTokenizer
 from wallx_jax.data.lerobot import DatasetInfo, LeRobotSource
 from wallx_jax.data.mapping import check_horizon
@@ -87,3 +89,20 @@ def build_processor(
         predicted=run.robot.predicted(),
     )
     return Processor(config, tokenizer, stats, fast)
+
+
+def blank_sample(config: ProcessorConfig) -> Batch:
+    """Zeros in the shapes and dtypes of a sample (no batch axis), to compile for before any data is read."""
+    actions = np.zeros((config.horizon, config.action_dim), np.float32)
+    state = np.zeros(config.state_dim, np.float32)
+    return Batch(
+        images=tuple(np.zeros((*size, 3), np.uint8) for size in config.image_sizes),
+        tokens=np.zeros(config.prompt_length, np.int32),
+        token_mask=np.zeros(config.prompt_length, bool),
+        labels=np.zeros(config.label_window, np.int32),
+        state=state,
+        state_mask=state,
+        actions=actions,
+        action_mask=actions,
+        action_is_pad=np.zeros(config.horizon, bool),
+    )

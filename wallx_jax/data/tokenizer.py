@@ -148,8 +148,6 @@ class Tokenizer:
                 f"the vocabulary already has {self.fast_size} FAST tokens followed by other tokens, so "
                 f"{fast_vocab_size} cannot get consecutive ids; start from a tokenizer with none or all of them"
             )
-        if fast_vocab_size:
-            self.config |= {"action_token_start_index": self.fast_start, "action_token_vocab_size": self.fast_size}
 
     def _read_vocabulary(self) -> None:
         """Notes the added tokens, and the range of FAST tokens: counted while ids are consecutive."""

@@ -25,7 +25,7 @@ Observation = Mapping[str, Any]
 
 
 class Prediction(NamedTuple):
-    """actions: float32 [A, D] in robot units ([B, A, D] for a list of observations). timings_ms: where the time went."""
+    """actions: float32 [A, D] in robot units, [B, A, D] for a list of observations. timings_ms: where time went."""
 
     actions: np.ndarray
     timings_ms: dict[str, float]

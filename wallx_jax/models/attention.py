@@ -33,6 +33,6 @@ def suffix_mask(token_mask: jax.Array, horizon: int, action_attention: str) -> j
 
 
 def sequence_mask(token_mask: jax.Array, horizon: int, action_attention: str) -> jax.Array:
-    """Mask of prefix and action tokens in one pass: bool [B, T] -> [B, T + A, T + A]; no prefix token sees an action."""
+    """Mask of prefix and action tokens in one pass: bool [B, T] -> [B, T + A, T + A]. The prefix sees no action."""
     prefix = jnp.pad(prefix_mask(token_mask), ((0, 0), (0, 0), (0, horizon)))
     return jnp.concatenate([prefix, suffix_mask(token_mask, horizon, action_attention)], axis=1)

@@ -108,7 +108,9 @@ class Numerics:
         for option in dataclasses.fields(self):
             allowed = getattr(option.type, "__args__", (True, False))
             if getattr(self, option.name) not in allowed:
-                raise ValueError(f"numerics.{option.name} is {getattr(self, option.name)!r}; choose one of {list(allowed)}")
+                raise ValueError(
+                    f"numerics.{option.name} is {getattr(self, option.name)!r}; choose one of {list(allowed)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,9 @@ class WallXConfig:
         Raises ValueError that lists every required field that is missing, and for a model that is not this one.
         """
         if hf.get("model_type") not in (None, "qwen2_5_vl", "wall_x", "wallx"):
-            raise ValueError(f"config.json: model_type is {hf['model_type']!r}; wallx_jax reads 'qwen2_5_vl' (Wall-X and Qwen2.5-VL)")
+            raise ValueError(
+                f"config.json: model_type is {hf['model_type']!r}; wallx_jax reads 'qwen2_5_vl' (Wall-X and Qwen2.5-VL)"
+            )
         text_json = {**hf, **hf.get("text_config", {})}
         vision_json = dict(hf.get("vision_config", {}))
         vision_json.setdefault("in_channels", vision_json.get("in_chans", 3))
@@ -147,8 +151,8 @@ class WallXConfig:
             for prefix, section, names in (
                 ("", text_json, ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                                  "num_attention_heads", "num_key_value_heads", "mrope_section")),
-                ("vision_config.", vision_json, ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size",
-                                                 "fullatt_block_indexes")),
+                ("vision_config.", vision_json, ("depth", "hidden_size", "intermediate_size", "num_heads",
+                                                 "out_hidden_size", "fullatt_block_indexes")),
             )
             for name in names
             if section.get(name) is None
@@ -172,7 +176,9 @@ class WallXConfig:
         )
         ids = {"image": "image_token_id", "video": "video_token_id", "vision_start": "vision_start_token_id",
                "eos": "eos_token_id", "pad": "pad_token_id"}  # fmt: skip
-        tokens = TokenIds(**{ours: text_json[theirs] for ours, theirs in ids.items() if text_json.get(theirs) is not None})
+        tokens = TokenIds(
+            **{ours: text_json[theirs] for ours, theirs in ids.items() if text_json.get(theirs) is not None}
+        )
         return cls(_section(VisionConfig, vision_json), text, action, tokens, _section(Numerics, numerics))
 
     def to_hf(self) -> dict[str, Any]:
@@ -184,7 +190,7 @@ class WallXConfig:
             "model_type": "qwen2_5_vl",
             "attention_dropout": 0.0,
             "hidden_act": "silu",
-            **{k: list(x) if isinstance(x, tuple) else x for k, x in dataclasses.asdict(t).items() if k != "mrope_section"},
+            **{k: x for k, x in _plain(t).items() if k != "mrope_section"},
             "rope_scaling": {"type": "mrope", "mrope_section": list(t.mrope_section)},
             "max_position_embeddings": 128000,
             "max_window_layers": 70,
@@ -197,8 +203,7 @@ class WallXConfig:
             "image_token_id": self.tokens.image,
             "video_token_id": self.tokens.video,
             "vision_config": {
-                **{k: list(x) if isinstance(x, tuple) else x for k, x in dataclasses.asdict(v).items()
-                   if k not in ("rms_norm_eps", "rope_theta")},
+                **_plain(v),
                 "in_chans": v.in_channels,
                 "hidden_act": "silu",
                 "spatial_patch_size": v.patch_size,
@@ -226,11 +231,19 @@ class WallXConfig:
 def _section(kind: type, values: Mapping[str, Any]) -> Any:
     """Builds dataclass `kind` from the fields of `values` that it knows; lists become tuples."""
     names = {f.name for f in dataclasses.fields(kind)}
-    return kind(**{k: tuple(x) if isinstance(x, list) else x for k, x in values.items() if k in names and x is not None})
+    return kind(
+        **{k: tuple(x) if isinstance(x, list) else x for k, x in values.items() if k in names and x is not None}
+    )
+
+
+def _plain(section: Any) -> dict[str, Any]:
+    """A dataclass as JSON holds it: tuples become lists."""
+    return {k: list(x) if isinstance(x, tuple) else x for k, x in dataclasses.asdict(section).items()}
 
 
 TINY = WallXConfig(
-    vision=VisionConfig(depth=4, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, fullatt_block_indexes=(1, 3)),
+    vision=VisionConfig(depth=4, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64,
+                        fullatt_block_indexes=(1, 3)),
     text=TextConfig(vocab_size=699, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
                     num_key_value_heads=2, mrope_section=(2, 3, 3)),
     action=ActionConfig(intermediate_size=32),
@@ -239,9 +252,10 @@ TINY = WallXConfig(
 )  # fmt: skip
 
 MID = WallXConfig(
-    vision=VisionConfig(depth=8, hidden_size=512, intermediate_size=1376, num_heads=8, out_hidden_size=768, fullatt_block_indexes=(3, 7)),
-    text=TextConfig(vocab_size=4096, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
-                    num_key_value_heads=2, mrope_section=(8, 12, 12)),
+    vision=VisionConfig(depth=8, hidden_size=512, intermediate_size=1376, num_heads=8, out_hidden_size=768,
+                        fullatt_block_indexes=(3, 7)),
+    text=TextConfig(vocab_size=4096, hidden_size=768, intermediate_size=2048, num_hidden_layers=12,
+                    num_attention_heads=12, num_key_value_heads=2, mrope_section=(8, 12, 12)),
     action=ActionConfig(intermediate_size=768),
     tokens=TokenIds(image=4055, video=4056, vision_start=4052, pad=4043, eos=4045, propri=4065, action=4066),
     numerics=Numerics(param_dtype="float32", compute_dtype="float32"),

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from wallx_jax.models.config import ActionConfig
 
 
-def sample_noise_and_time(key: jax.Array, shape: tuple[int, int, int], config: ActionConfig) -> tuple[jax.Array, jax.Array]:
+def sample_noise_and_time(
+    key: jax.Array, shape: tuple[int, int, int], config: ActionConfig
+) -> tuple[jax.Array, jax.Array]:
     """Standard normal noise [B, A, C] and t = (1 - u) s with u ~ Beta(alpha, beta), [B]; both float32."""
     noise_key, time_key = jax.random.split(key)
     u = jax.random.beta(time_key, config.beta_alpha, config.beta_beta, shape[:1], jnp.float32)
@@ -27,7 +29,11 @@ def interpolate(actions: jax.Array, noise: jax.Array, time: jax.Array) -> jax.Ar
 
 
 def integrate(
-    velocity: Callable[[jax.Array, jax.Array], jax.Array], noise: jax.Array, steps: int, mask: jax.Array, masked_dims: str
+    velocity: Callable[[jax.Array, jax.Array], jax.Array],
+    noise: jax.Array,
+    steps: int,
+    mask: jax.Array,
+    masked_dims: str,
 ) -> jax.Array:
     """Euler steps on linspace(0, 1, steps + 1) from noise [B, A, C] to a normalised chunk.
 

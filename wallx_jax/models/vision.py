@@ -28,7 +28,7 @@ def image_grid(image: jax.Array, config: VisionConfig) -> Grid:
 
 
 def patchify(image: jax.Array, config: VisionConfig) -> jax.Array:
-    """uint8 RGB [B, h, w, 3] -> float32 [B, P, channels*frames*patch*patch] in merge order, as Qwen2-VL's image processor.
+    """uint8 RGB [B, h, w, 3] -> float32 [B, P, channels*frames*patch*patch] in merge order, as Qwen2-VL's processor.
 
     A still image counts as `temporal_patch_size` equal frames.
     """
@@ -118,7 +118,8 @@ class VisionTower(nnx.Module):
         runs, cell = frame_runs(grids), self.config.spatial_merge_size**2
         if (expected := sum(run.count * run.patches for run in runs)) != patches.shape[1]:
             raise ValueError(f"grids {grids} make {expected} patches, but {patches.shape[1]} were given")
-        x = self.patch_embed(_reorder(patches, runs, lambda run: plan_frame(run.rows, run.columns, self.config).order, 1))
+        plans = [plan_frame(run.rows, run.columns, self.config) for run in runs]
+        x = self.patch_embed(_reorder(patches, runs, [plan.order for plan in plans], 1))
 
         def block_group(x, blocks, full):
             def body(x, block):
@@ -129,8 +130,8 @@ class VisionTower(nnx.Module):
         for start, windowed, full, repeat in segments(self.config):
             length = windowed + full
             stacked = jax.tree.map(
-                lambda w, start=start, stop=start + repeat * length, length=length: (
-                    w[start:stop].reshape(-1, length, *w.shape[1:])
+                lambda w, start=start, stop=start + repeat * length, length=length: w[start:stop].reshape(
+                    -1, length, *w.shape[1:]
                 ),
                 self.blocks,
             )
@@ -143,7 +144,7 @@ class VisionTower(nnx.Module):
                 return x, None
 
             x = jax.lax.scan(super_block, x, stacked)[0]
-        return _reorder(self.merger(x), runs, lambda run: plan_frame(run.rows, run.columns, self.config).restore, cell)
+        return _reorder(self.merger(x), runs, [plan.restore for plan in plans], cell)
 
 
 def segments(config: VisionConfig) -> list[tuple[int, int, int, int]]:
@@ -167,11 +168,11 @@ def segments(config: VisionConfig) -> list[tuple[int, int, int, int]]:
     return result
 
 
-def _reorder(x: jax.Array, runs: Sequence[FrameRun], index_of, cell: int) -> jax.Array:
-    """Permutes the places of x [B, P / cell, ...] frame by frame."""
+def _reorder(x: jax.Array, runs: Sequence[FrameRun], orders: Sequence[np.ndarray], cell: int) -> jax.Array:
+    """Permutes the places of x [B, P / cell, ...] frame by frame, by the order of each run's frames."""
     index, start = [], 0
-    for run in runs:
+    for run, order in zip(runs, orders, strict=True):
         size = run.patches // cell
-        index.append((start + np.arange(run.count)[:, None] * size + index_of(run)).reshape(-1))
+        index.append((start + np.arange(run.count)[:, None] * size + order).reshape(-1))
         start += run.count * size
     return x[:, np.concatenate(index)]

@@ -124,7 +124,7 @@ class WallX(nnx.Module):
     def forward(
         self, prefix: Prefix, actions: tuple[jax.Array, jax.Array, jax.Array] | None = None, keep_layers: bool = False
     ) -> DecoderOutput:
-        """Prefix and suffix in one pass; `actions` is (noisy [B, A, C], mask [B, A, C], time [B]) or None for no suffix.
+        """Prefix and suffix in one pass; `actions`: (noisy [B, A, C], mask [B, A, C], time [B]), or None for no suffix.
 
         hidden [B, T + A, D]: the last A rows belong to the action tokens.
         """

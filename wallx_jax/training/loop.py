@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from wallx_jax.data.batch import Batch, describe
 from wallx_jax.models.wallx import LossSums
 from wallx_jax.run_config import LoopConfig
-from wallx_jax.training.checkpoint import Checkpointer
 from wallx_jax.training.metrics import MetricWriter, Stopwatch
 from wallx_jax.training.progress import Progress
 from wallx_jax.training.sharding import batch_sharding
@@ -33,6 +32,13 @@ class Steps:
     evaluate: Callable[[Any, Batch, jax.Array], tuple[LossSums, LossSums]] | None
 
 
+def abstract_batch(sample: Batch, size: int, mesh: Mesh, micro_batches: int | None = None) -> Batch:
+    """Shapes, dtypes and shardings of what `put_batch` gives for `size` samples like this one (no batch axis)."""
+    leading = (size,) if micro_batches is None else (micro_batches, size // micro_batches)
+    sharding = batch_sharding(mesh, len(leading) - 1)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*leading, *x.shape), x.dtype, sharding=sharding), sample)
+
+
 def put_batch(batch: Batch, mesh: Mesh, micro_batches: int | None = None) -> Batch:
     """Host arrays [N * B, ...] -> device arrays cut over the mesh, as [N, B, ...] when `micro_batches` N is given."""
     leading = 0 if micro_batches is None else 1
@@ -41,7 +47,7 @@ def put_batch(batch: Batch, mesh: Mesh, micro_batches: int | None = None) -> Bat
     def put(x: np.ndarray) -> jax.Array:
         x = np.asarray(x)
         if micro_batches is not None:
-            x = x.reshape(micro_batches, -1, *x.shape[1:])
+            x = x.reshape(micro_batches, len(x) // micro_batches, *x.shape[1:])
         return jax.make_array_from_process_local_data(sharding, x)
 
     return jax.tree.map(put, batch)
@@ -84,8 +90,8 @@ def run_loop(
             file = save_bad_batch(batch, Path(loop.save_path), step)
             raise NonFiniteError(
                 f"stopped at step {step}: {skipped} updates had a loss or gradients that are not finite "
-                f"(max_nonfinite_steps = {loop.max_nonfinite_steps}); the last batch is in {file}. Lower learning_rate, "
-                f"or look at the data with numpy.load"
+                f"(max_nonfinite_steps = {loop.max_nonfinite_steps}); the last batch is in {file}. "
+                f"Lower learning_rate, or look at the data with numpy.load"
             )
 
     for step in range(int(state.step) + 1, total_steps + 1):

@@ -18,7 +18,7 @@ ACTION_HEADS = "action/"
 
 
 def group_of(path: str, config: OptimConfig) -> str:
-    """"vlm", "action_expert" or "frozen" for a parameter path.
+    """ "vlm", "action_expert" or "frozen" for a parameter path.
 
     Upstream's `freeze_vlm` freezes the action heads too; `train_action_heads=False` does the same here.
     """
@@ -52,7 +52,9 @@ def make_optimizer(config: OptimConfig, decay_steps: int) -> optax.GradientTrans
     """
 
     def adamw(peak: float) -> optax.GradientTransformation:
-        return optax.adamw(schedule(peak, config, decay_steps), b1=0.9, b2=0.999, eps=1e-8, weight_decay=config.weight_decay)
+        return optax.adamw(
+            schedule(peak, config, decay_steps), b1=0.9, b2=0.999, eps=1e-8, weight_decay=config.weight_decay
+        )
 
     expert_peak = config.action_expert_learning_rate or config.learning_rate
     return optax.partition(

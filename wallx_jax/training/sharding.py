@@ -1,7 +1,7 @@
 """The device mesh and where each parameter lies on it.
 
 Axes: "data" (copies of the model), "fsdp" (parameters and optimizer state cut along a width), "tensor" (heads and MLP
-width). A batch is cut over data and fsdp. Parameters are cut by role, read off their path; the stacked layer axis never.
+width). A batch is cut over data and fsdp. Parameters are cut by role, read off their path; the layer axis never is.
 """
 
 import re
@@ -46,7 +46,10 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
         if re.search(pattern, path):
             spec = (None,) * (len(shape) - len(last)) + last
             return PartitionSpec(
-                *(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=True))
+                *(
+                    axis if axis and size % mesh.shape[axis] == 0 else None
+                    for axis, size in zip(spec, shape, strict=True)
+                )
             )
     raise ValueError(f"no sharding rule for parameter {path}; add one to training/sharding.py")
 

@@ -130,4 +130,3 @@ def abstract_state(config: WallXConfig, optim: OptimConfig, decay_steps: int, me
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings(abstract, mesh)
     )
-

@@ -31,7 +31,9 @@ class Objective:
 
 def loss_counts(batch: Batch, model: WallXConfig, objective: Objective) -> LossSums:
     """Denominators of the two losses over a whole global batch (any leading axes)."""
-    flow_count = losses.flow_count(batch.action_mask, model.numerics.flow_loss) if objective.use_flow else jnp.float32(1)
+    flow_count = (
+        losses.flow_count(batch.action_mask, model.numerics.flow_loss) if objective.use_flow else jnp.float32(1)
+    )
     return LossSums(jnp.maximum(losses.label_count(batch.labels), 1), jnp.maximum(flow_count, 1))
 
 
@@ -98,7 +100,7 @@ def make_train_step(
 def make_eval_step(
     model: WallXConfig, objective: Objective, seed: int
 ) -> Callable[[tree.Tree, Batch, jax.Array], tuple[LossSums, LossSums]]:
-    """eval_step(params, batch [B], index) -> (sums, counts). Batch `index` meets the same noise and times every time."""
+    """eval_step(params, batch [B], index) -> (sums, counts). Batch `index` always meets the same noise and times."""
 
     def eval_step(params: tree.Tree, batch: Batch, index: jax.Array) -> tuple[LossSums, LossSums]:
         noise, time = _noise_and_time(jax.random.fold_in(jax.random.key(seed), index), batch, model)

@@ -1,0 +1,126 @@
+"""What the demo trains on and from: a LeRobot dataset of scripted demonstrations, and a tiny untrained Wall-X.
+
+    python scripts/demo_assets.py dataset DIR --episodes 400
+    python scripts/demo_assets.py model DIR
+
+Both are ordinary: the dataset is LeRobot v3.0 with video, the model directory is upstream's layout with a tokenizer in
+Qwen's files, so the commands that read them know nothing of the demo.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import tabletop
+from tokenizers import models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Trainable
+
+from wallx_jax import tree
+from wallx_jax.data.prompt import prompt_text
+from wallx_jax.data.tokenizer import Tokenizer
+from wallx_jax.models.config import ActionConfig, Numerics, TextConfig, VisionConfig, WallXConfig
+from wallx_jax.models.wallx import init_params
+from wallx_jax.robots import ALOHA_DOF
+from wallx_jax.weights.export import save_directory
+
+# Qwen2.5's added tokens in Qwen's order: control tokens, then plain ones.
+CONTROL_TOKENS = [f"<|{name}|>" for name in (
+    "endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start",
+    "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad",
+)]  # fmt: skip
+PLAIN_TOKENS = [
+    "<tool_call>", "</tool_call>",
+    *(f"<|{name}|>" for name in ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")),
+]  # fmt: skip
+VIEWS = ("face_view", "left_wrist_view")
+WIDTH = 64
+MODEL = WallXConfig(
+    vision=VisionConfig(depth=1, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=WIDTH,
+                        fullatt_block_indexes=(0,)),
+    text=TextConfig(hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=3, num_attention_heads=4,
+                    num_key_value_heads=2, mrope_section=(2, 3, 3)),
+    action=ActionConfig(intermediate_size=2 * WIDTH, action_dim=tabletop.DIMS, state_dim=tabletop.DIMS),
+    numerics=Numerics(param_dtype="float32", compute_dtype="float32", remat="none"),
+)  # fmt: skip
+
+
+def write_dataset(folder: Path, episodes: int, seed: int = 0) -> None:
+    """Writes `episodes` demonstrations as a LeRobot v3.0 dataset. `folder` must not exist."""
+    import datasets
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    datasets.disable_progress_bars()
+    vector = {"dtype": "float32", "shape": (tabletop.DIMS,), "names": list(ALOHA_DOF)}
+    features = {"observation.state": vector, "action": vector}
+    for camera, (height, width) in tabletop.CAMERAS.items():
+        features[camera] = {"dtype": "video", "shape": (height, width, 3), "names": ["height", "width", "channels"]}
+    dataset = LeRobotDataset.create(
+        "demo/tabletop", fps=tabletop.FPS, features=features, root=folder, robot_type="aloha", use_videos=True
+    )
+    rng = np.random.default_rng(seed)
+    for _ in range(episodes):
+        layout = tabletop.sample_layout(rng)
+        for observation, action in zip(*tabletop.demonstrate(layout), strict=True):
+            vectors = {"observation.state": observation["state"], "action": action}
+            dataset.add_frame({**observation["images"], **vectors, "task": observation["instruction"]})
+        dataset.save_episode(parallel_encoding=False)  # a pool of processes costs more than such small videos
+    dataset.finalize()
+
+
+def write_tokenizer(folder: Path) -> Tokenizer:
+    """A byte-level BPE in which every word of the demo's prompts is one token, with Qwen's and Wall-X's added tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = [prompt_text(tabletop.instruction(color), VIEWS) for color in tabletop.COLORS]
+    bpe = Trainable(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator([piece for text in texts for piece in re.split(r"<\|\w+\|>", text)], trainer)
+    bpe.model.save(str(folder))  # vocab.json and merges.txt
+    first = bpe.get_vocab_size()
+    added = [(name, True) for name in CONTROL_TOKENS] + [(name, False) for name in PLAIN_TOKENS]
+    config = {
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "added_tokens_decoder": {
+            first + i: {"content": name, "special": special, "normalized": False} for i, (name, special) in enumerate(added)
+        },
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.from_dir(folder)
+    tokenizer.add_wallx_tokens()
+    tokenizer.save(folder)
+    return tokenizer
+
+
+def write_model(folder: Path, seed: int = 0) -> None:
+    """An untrained Wall-X with its tokenizer."""
+    tokenizer = write_tokenizer(folder)
+    config = MODEL.replace(text={"vocab_size": len(tokenizer)}, tokens=dataclasses.asdict(tokenizer.token_ids()))
+    save_directory(folder, config, tree.map_with_path(_rescale, init_params(config, seed)))
+
+
+def _rescale(path: str, x):
+    """Qwen's initial standard deviation, 0.02, suits its width; this narrow model, which has no pretraining either,
+    learns from scratch only if signals keep their size from layer to layer."""
+    name = path.split("/")[-1]
+    if name == "kernel":
+        onto_residual = any(part in path for part in ("/o/", "/down/", "/proj/", "/proj_back/"))
+        return x * ((0.5 if onto_residual else 1.0) / 0.02 / x.shape[-2] ** 0.5)
+    return x * (0.5 / 0.02) if name == "embedding" else x
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("dataset", "model"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--episodes", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.what == "dataset":
+        write_dataset(args.folder, args.episodes, args.seed)
+    else:
+        write_model(args.folder, args.seed)

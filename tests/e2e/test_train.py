@@ -1,0 +1,238 @@
+"""The main job, end to end on a tiny model: weights and dataset in, checkpoint out, resumed, acted with."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+
+import wallx_jax
+import wallx_jax.train
+from wallx_jax import tree
+from wallx_jax.config import ConfigError
+from wallx_jax.training import checkpoint_dir, sharding
+from wallx_jax.training.checkpoint import restore_params
+from wallx_jax.training.checkpoint_dir import CheckpointError
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+
+MAKE_MESH = sharding.make_mesh
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """The other virtual devices are for the sharding test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda config: MAKE_MESH(config, jax.devices()[:1]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return tiny_run.write_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def train(config):
+    return wallx_jax.train.run(config)
+
+
+@pytest.fixture(scope="module")
+def four_steps(model_dir, dataset_dir, tmp_path_factory):
+    """A run of four updates: (configuration, its last checkpoint)."""
+    config = tiny_run.run_config(model_dir, dataset_dir, tmp_path_factory.mktemp("run") / "four")
+    return config, train(config)
+
+
+def curve(folder):
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in lines if "loss" in line}
+
+
+def test_trains_logs_and_saves(four_steps, model_dir):
+    config, last = four_steps
+    assert last.name == "4"
+    lines = curve(config.save_path)
+    assert sorted(lines) == [1, 2, 3, 4]
+    wanted = {
+        "loss",
+        "flow_loss",
+        "cross_entropy_loss",
+        "grad_norm",
+        "learning_rate",
+        "samples_per_s",
+        "data_wait_share",
+    }
+    assert wanted <= set(lines[4])
+    assert lines[1]["learning_rate"] == 0 and lines[2]["learning_rate"] == pytest.approx(1e-3)
+    assert any("val_loss" in line for line in (Path(config.save_path) / "metrics.jsonl").read_text().splitlines())
+    assert list((Path(config.save_path) / "tensorboard").iterdir())
+    before, after = tree.flatten(wallx_jax.load_params(model_dir)[1]), tree.flatten(restore_params(last))
+    changed = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert changed == set(before), "weight decay alone moves every parameter"
+
+
+def test_resume_equals_the_uninterrupted_run(four_steps, model_dir, dataset_dir, tmp_path):
+    config, whole = four_steps
+    half = tiny_run.run_config(model_dir, dataset_dir, tmp_path / "run")
+    # The learning rate must fall as in the long run, so the loop of a long one is cut short.
+    real = wallx_jax.train.run_loop
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wallx_jax.train, "run_loop", lambda s, b, steps, total, *rest: real(s, b, steps, 2, *rest))
+        assert train(half).name == "2"
+    half.resume.ckpt = "latest"
+    resumed = train(half)
+    assert resumed.name == "4"
+    a, b = (tree.flatten(restore_params(path)) for path in (whole, resumed))
+    for path in a:
+        np.testing.assert_array_equal(a[path], b[path], err_msg=path)
+    ours, theirs = curve(half.save_path), curve(config.save_path)
+    assert {s: line["loss"] for s, line in ours.items()} == {s: line["loss"] for s, line in theirs.items()}
+
+
+def test_weights_only_resume_starts_anew(four_steps, model_dir, dataset_dir, tmp_path):
+    _, last = four_steps
+    config = tiny_run.run_config(
+        model_dir,
+        dataset_dir,
+        tmp_path / "run",
+        resume__ckpt=str(last),
+        resume__load_ckpt_only=True,
+        num_training_steps=1,
+    )
+    done = train(config)
+    assert done.name == "1"
+    # One update at learning rate 0: the weights are those of the checkpoint.
+    a, b = (tree.flatten(restore_params(path)) for path in (last, done))
+    for path in a:
+        np.testing.assert_array_equal(a[path], b[path], err_msg=path)
+
+
+def test_policy_acts_from_the_checkpoint_alone(four_steps, tmp_path):
+    import shutil
+
+    _, last = four_steps
+    shutil.copytree(last, tmp_path / "moved")
+    policy = wallx_jax.load_policy(tmp_path / "moved")
+    rng = np.random.default_rng(0)
+    observation = {
+        "images": {"face_view": rng.integers(0, 256, (64, 96, 3), dtype=np.uint8),
+                   "observation.images.cam_left_wrist": rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)},
+        "state": rng.normal(size=14).astype(np.float32),
+        "instruction": "open the cabinet",
+    }  # fmt: skip
+    actions = policy.predict(observation).actions
+    assert actions.shape == (4, 14) and np.isfinite(actions).all()
+    np.testing.assert_array_equal(actions, policy.predict(observation).actions)
+    assert not np.array_equal(actions, policy.predict(observation, seed=1).actions)
+    pair = policy.predict([observation, observation | {"instruction": "pick up the red block"}]).actions
+    assert pair.shape == (2, 4, 14)
+    with pytest.raises(ValueError, match="left_wrist_view.*missing"):
+        policy.predict(observation | {"images": {"face_view": observation["images"]["face_view"]}})
+    np.testing.assert_array_equal(actions, policy.predict(observation).actions)
+
+
+def test_accumulation_equals_one_batch(model_dir, dataset_dir, tmp_path):
+    """2 micro-batches of 2 and one of 4 give the same updates: means are taken over the whole."""
+    runs = [
+        tiny_run.run_config(model_dir, dataset_dir, tmp_path / name, num_training_steps=3, batch_size_per_gpu=size,
+                            gradient_accumulation_steps=n, eval_interval=0)
+        for name, size, n in (("a", 2, 2), ("b", 4, 1))
+    ]  # fmt: skip
+    a, b = (tree.flatten(restore_params(train(config))) for config in runs)
+    for path in a:
+        np.testing.assert_allclose(a[path], b[path], atol=2e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("mesh", [{"mesh__fsdp": 2}, {"mesh__data": 2}, {"mesh__tensor": 2}])
+def test_sharded_run_equals_one_device(model_dir, dataset_dir, tmp_path, mesh, monkeypatch):
+    per_device = 4 if "mesh__tensor" in mesh else 2
+    base = {"num_training_steps": 2, "eval_interval": 0}
+    one = tiny_run.run_config(model_dir, dataset_dir, tmp_path / "one", batch_size_per_gpu=4, **base)
+    many = tiny_run.run_config(model_dir, dataset_dir, tmp_path / "many", batch_size_per_gpu=per_device, **base, **mesh)
+    a = tree.flatten(restore_params(train(one)))
+    monkeypatch.setattr(sharding, "make_mesh", lambda config: MAKE_MESH(config, jax.devices()[:2]))
+    b = tree.flatten(restore_params(train(many)))
+    for path in a:
+        np.testing.assert_allclose(a[path], b[path], atol=2e-5, err_msg=path)
+
+
+def test_from_qwen_with_fast_tokens(dataset_dir, tmp_path):
+    from wallx_jax.data.fast import FastTokenizer
+
+    model = tiny_run.write_model(tmp_path / "qwen", qwen=True)
+    chunks = np.random.default_rng(0).uniform(-1, 1, (64, 4, 14))
+    FastTokenizer.fit(chunks, vocab_size=400).save(tmp_path / "fast")
+    config = tiny_run.run_config(
+        model, dataset_dir, tmp_path / "run", use_fast_tokenizer=True, action_tokenizer_path=str(tmp_path / "fast"),
+        num_training_steps=2, action_expert_intermediate_size=16,
+    )  # fmt: skip
+    last = train(config)
+    line = curve(config.save_path)[2]
+    assert line["flow_loss"] == 0 and line["cross_entropy_loss"] > 1
+    saved = checkpoint_dir.read_model_config(last)
+    assert saved.action.intermediate_size == 16
+    tokenizer = wallx_jax.load_policy(last).processor.tokenizer
+    assert saved.text.vocab_size == len(tokenizer) == tokenizer.fast_start + tokenizer.fast_size
+
+
+def test_freezing_moves_only_the_action_side(model_dir, dataset_dir, tmp_path):
+    config = tiny_run.run_config(
+        model_dir,
+        dataset_dir,
+        tmp_path / "run",
+        freeze_vlm=True,
+        action_expert_learning_rate=2e-3,
+        num_training_steps=3,
+    )
+    before, after = tree.flatten(wallx_jax.load_params(model_dir)[1]), tree.flatten(restore_params(train(config)))
+    changed = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert changed == {p for p in before if p.startswith(("decoder/layers/mlp/action/", "action/"))}
+
+
+def test_nothing_starts_on_a_wrong_configuration(four_steps, model_dir, dataset_dir, tmp_path):
+    done, _ = four_steps
+    for changes, error, match in (
+        ({"dof_config": {"arm": 13}}, ConfigError, "sums to 13.*has 14"),
+        ({"camera_views": {"face_view": "nowhere"}}, ConfigError, "no such camera"),
+        ({"max_length": 60, "resolution__face_view": 280}, ConfigError, "raise max_length"),
+        ({"repo_id": "nobody/nothing"}, FileNotFoundError, "nobody/nothing"),
+        ({"pretrained_wallx_path": "nobody/nothing"}, FileNotFoundError, "nobody/nothing"),
+        ({"save_path": done.save_path}, CheckpointError, "resume.ckpt"),
+        ({"resume__ckpt": str(tmp_path / "gone")}, CheckpointError, "no such directory"),
+    ):
+        config = tiny_run.run_config(model_dir, dataset_dir, tmp_path / "never", **changes)
+        with pytest.raises(error, match=match):
+            train(config)
+        assert not (tmp_path / "never").exists()
+
+
+def test_command_line(model_dir, dataset_dir, tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text(
+        "import sys\n"
+        f"sys.path[:0] = [{str(ROOT / 'tests')!r}, {str(ROOT / 'tests' / 'data')!r}]\n"
+        "from pathlib import Path\n"
+        "import tiny_run\n"
+        "def get_config(arg=''):\n"
+        f"    return tiny_run.run_config(Path({str(model_dir)!r}), Path({str(dataset_dir)!r}), Path('unused'))\n"
+    )
+    environment = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
+
+    def command(*settings):
+        line = [sys.executable, "-m", "wallx_jax.train", f"--config={file}", f"--workdir={tmp_path / 'run'}", *settings]
+        return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+    ok = command("--config.num_training_steps=2", "--config.num_workers=1")
+    assert ok.returncode == 0, ok.stderr
+    assert "compiled the train step in" in ok.stderr and "Traceback" not in ok.stderr
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
+    again = command()
+    assert again.returncode == 1 and "already holds checkpoints" in again.stderr and "Traceback" not in again.stderr
+    wrong = command("--config.learning_rat=1")
+    assert wrong.returncode == 2 and "learning_rate" in wrong.stderr and len(wrong.stderr.strip().splitlines()) == 1

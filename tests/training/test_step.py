@@ -1,0 +1,173 @@
+"""One update: non-finite losses, schedule, groups, sharding rules."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from wallx_jax import tree
+from wallx_jax.data.batch import Batch
+from wallx_jax.models.config import PRESETS, TINY
+from wallx_jax.models.wallx import abstract_params, init_params
+from wallx_jax.run_config import MeshConfig, OptimConfig
+from wallx_jax.training import sharding
+from wallx_jax.training.optimizer import group_of, make_optimizer, schedule
+from wallx_jax.training.state import create_state
+from wallx_jax.training.step import Objective, make_eval_step, make_train_step
+
+OPTIM = OptimConfig(
+    learning_rate=1e-3,
+    min_lr=1e-4,
+    warmup_steps=2,
+    action_expert_learning_rate=None,
+    weight_decay=0.1,
+    max_grad_norm=1.0,
+    freeze_vlm=False,
+    train_action_expert_only=False,
+    train_action_heads=True,
+)
+SMALL = TINY.replace(
+    vision={"depth": 1, "hidden_size": 16, "out_hidden_size": 32, "fullatt_block_indexes": (0,)},
+    text={"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "mrope_section": (1, 1, 2)},
+    action={"intermediate_size": 16, "action_dim": 6, "state_dim": 6},
+)
+HORIZON = 3
+
+
+def random_batch(leading: tuple[int, ...], seed: int = 0, labels: int = 0) -> Batch:
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 600, (*leading, 12))
+    tokens[..., 3], tokens[..., 8] = SMALL.tokens.image, SMALL.tokens.propri
+    channels = np.broadcast_to((np.arange(6) < 4).astype(np.float32), (*leading, HORIZON, 6))
+    return Batch(
+        images=(rng.integers(0, 256, (*leading, 28, 28, 3), dtype=np.uint8),),
+        tokens=tokens.astype(np.int32),
+        token_mask=np.ones(tokens.shape, bool),
+        labels=np.where(rng.random((*leading, labels)) < 0.5, -100, 7).astype(np.int32),
+        state=rng.uniform(-1, 1, (*leading, 6)).astype(np.float32),
+        state_mask=np.ones((*leading, 6), np.float32),
+        actions=(rng.uniform(-1, 1, (*leading, HORIZON, 6)) * channels).astype(np.float32),
+        action_mask=channels,
+        action_is_pad=np.zeros((*leading, HORIZON), bool),
+    )
+
+
+@pytest.fixture(scope="module")
+def step():
+    return jax.jit(make_train_step(SMALL, OPTIM, 10, Objective(), seed=0))
+
+
+@pytest.fixture(scope="module")
+def state():
+    return create_state(init_params(SMALL, 0), OPTIM, 10)
+
+
+def leaves(params):
+    return tree.flatten(jax.device_get(params))
+
+
+def test_a_non_finite_update_is_left_out_and_counted(step, state):
+    good, bad = random_batch((1, 2)), random_batch((1, 2))
+    bad = dataclasses.replace(bad, actions=bad.actions + np.float32("nan"))
+    after, metrics = step(state, good)
+    skipped, bad_metrics = step(after, bad)
+    assert bool(metrics["finite"]) and not bool(bad_metrics["finite"])
+    assert (int(skipped.step), int(skipped.skipped)) == (2, 1)
+    jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), (skipped.params, skipped.opt_state))
+    _, next_metrics = step(skipped, good)
+    assert float(next_metrics["learning_rate"]) == pytest.approx(5e-4), "the schedule counts updates, not batches"
+
+
+def test_loss_falls_and_noise_follows_seed_and_step(step, state):
+    batch, losses, current = random_batch((1, 2)), [], state
+    for _ in range(30):
+        current, metrics = step(current, batch)
+        losses.append(float(metrics["loss"]))
+    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
+    again, metrics = step(state, batch)
+    assert float(metrics["loss"]) == losses[0]
+    other = jax.jit(make_train_step(SMALL, OPTIM, 10, Objective(), seed=1))(state, batch)[1]
+    assert float(other["loss"]) != losses[0]
+
+
+def test_accumulation_weighs_labels_not_micro_batches():
+    """Micro-batches with different numbers of labels: the mean is over all labels, as in one batch."""
+    step = jax.jit(make_train_step(SMALL, OPTIM, 10, Objective(use_flow=False), seed=0))
+    state = create_state(init_params(SMALL, 0), OPTIM, 10)
+    whole = random_batch((1, 4), labels=5)
+    whole.labels[0, :2, 1:] = -100
+    split = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[2:]), whole)
+    a, b = step(state, whole)[1], step(state, split)[1]
+    assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-5)
+    assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-4)
+    assert float(a["flow_loss"]) == 0
+
+
+def test_validation_noise_is_fixed(state):
+    evaluate = jax.jit(make_eval_step(SMALL, Objective(), seed=3))
+    batch = random_batch((2,))
+    first, again, other = (evaluate(state.params, batch, jnp.int32(i))[0].flow for i in (0, 0, 1))
+    assert float(first) == float(again) != float(other)
+
+
+def test_schedule():
+    rate = schedule(1e-3, OPTIM, 12)
+    assert [float(rate(n)) for n in (0, 1, 2, 7, 12, 50)] == pytest.approx([0, 5e-4, 1e-3, 5.5e-4, 1e-4, 1e-4])
+    expert = schedule(2e-3, OPTIM, 12)
+    assert float(expert(12)) == pytest.approx(2e-4), "another group ends at the same fraction of its own peak"
+
+
+def test_groups():
+    paths = list(tree.flatten(abstract_params(SMALL)))
+    expert = [p for p in paths if p.startswith("decoder/layers/mlp/action/")]
+    heads = [p for p in paths if p.startswith("action/")]
+    assert expert and heads
+
+    def grouped(**changes):
+        config = dataclasses.replace(OPTIM, **changes)
+        return {name: [p for p in paths if group_of(p, config) == name] for name in ("vlm", "action_expert", "frozen")}
+
+    assert grouped()["action_expert"] == expert and not grouped()["frozen"]
+    assert grouped(freeze_vlm=True)["vlm"] == heads
+    assert grouped(freeze_vlm=True, train_action_heads=False)["vlm"] == []
+    assert set(grouped(train_action_expert_only=True)["frozen"]) == set(paths) - set(expert) - set(heads)
+    config = dataclasses.replace(OPTIM, freeze_vlm=True)
+    frozen_state = create_state(init_params(SMALL, 0), config, 10)
+    moments = sum(x.size for x in jax.tree.leaves(frozen_state.opt_state))
+    trained = sum(x.size for p, x in leaves(frozen_state.params).items() if p in expert + heads)
+    assert moments < 2 * trained + 10, "frozen parameters have no optimizer state"
+
+
+def test_every_parameter_and_moment_has_a_place_on_the_mesh():
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
+    config = PRESETS["wall_oss_3b"]
+    abstract = jax.eval_shape(lambda p: create_state(p, OPTIM, 10), abstract_params(config))
+    placed = sharding.shardings(abstract, mesh)
+    cut = whole = 0
+    for leaf, where in zip(jax.tree.leaves(abstract), jax.tree.leaves(placed), strict=True):
+        shard = where.shard_shape(leaf.shape)
+        if np.prod(shard, dtype=int) * 4 == np.prod(leaf.shape, dtype=int):
+            cut += leaf.size
+        else:
+            whole += leaf.size
+    assert cut / (cut + whole) > 0.99
+    with pytest.raises(ValueError, match="no sharding rule for parameter a/b"):
+        sharding.param_spec("a/b", (2, 2), mesh)
+
+
+def test_mesh_sizes_must_fit():
+    assert dict(sharding.make_mesh(MeshConfig(data=-1, fsdp=2, tensor=1)).shape) == {"data": 2, "fsdp": 2, "tensor": 1}
+    for wrong in (MeshConfig(data=3, fsdp=1, tensor=1), MeshConfig(data=-1, fsdp=3, tensor=1)):
+        with pytest.raises(ValueError, match="does not fit 4 devices"):
+            sharding.make_mesh(wrong)
+
+
+def test_decay_reaches_every_parameter():
+    """Weight decay 0.1 on norms, biases and embeddings too, as upstream: zero gradients still shrink them."""
+    params = {"decoder": {"norm": {"scale": jnp.ones(3)}}, "embed": {"embedding": jnp.ones((2, 2))}}
+    optimizer = make_optimizer(dataclasses.replace(OPTIM, warmup_steps=0), 10)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    for update in jax.tree.leaves(updates):
+        np.testing.assert_allclose(update, -1e-3 * 0.1, rtol=1e-5)
