@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import tabletop
-from tokenizers import models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Trainable
+from tokenizers import models, pre_tokenizers, trainers
 
 from wallx_jax import tree
 from wallx_jax.data.prompt import prompt_text
@@ -86,7 +86,8 @@ def write_tokenizer(folder: Path) -> Tokenizer:
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
         "added_tokens_decoder": {
-            first + i: {"content": name, "special": special, "normalized": False} for i, (name, special) in enumerate(added)
+            first + i: {"content": name, "special": special, "normalized": False}
+            for i, (name, special) in enumerate(added)
         },
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

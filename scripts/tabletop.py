@@ -14,7 +14,10 @@ import numpy as np
 
 COLORS = {"red": (214, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220), "yellow": (240, 200, 30)}
 TABLE = (124, 104, 86)
-CAMERAS = {"observation.images.cam_high": (56, 84), "observation.images.cam_left_wrist": (56, 56)}  # key: (height, width)
+CAMERAS = {
+    "observation.images.cam_high": (56, 84),
+    "observation.images.cam_left_wrist": (56, 56),
+}  # key: (height, width)
 
 CELL = 0.14  # places are the centres of a grid of square cells
 PLACES = [(CELL * (column - 1), 0.17 + CELL * row) for row in range(2) for column in range(3)]
@@ -28,8 +31,8 @@ BASES = ((-0.3, 0.0), (0.3, 0.0))  # left, right
 SHOULDER_HEIGHT, LINK, HAND = 0.2, 0.36, 0.12  # both links are equally long; the hand points down
 REST = ((-0.3, 0.2, 0.25), (0.3, 0.2, 0.25))  # where the holding hand retreats to
 REACH_HEIGHT, REACHED_WITHIN = 0.04, 0.06
-RATE = 0.15  # largest joint change in one step
-FPS = 5
+RATE = 0.25  # largest joint change in one step
+FPS = 4
 DIMS = 14
 HOLDING, FREE = 0.1, 0.9  # grippers
 
@@ -82,7 +85,7 @@ def sample_layout(rng: np.random.Generator) -> Layout:
     free_arm = int(rng.integers(2))
     start = []
     for arm in range(2):
-        hand = rng.uniform((-0.2, 0.12, 0.12), (0.2, 0.36, 0.28))
+        hand = rng.uniform((-0.2, 0.12, REACH_HEIGHT), (0.2, 0.36, 0.2))
         gripper = (FREE if arm == free_arm else HOLDING) + rng.uniform(-0.1, 0.1)
         start += [*joints_for(hand, arm), gripper]
     return Layout(blocks, colors[0], free_arm, np.array(start, np.float32))
@@ -136,7 +139,7 @@ def expert_action(sim: Tabletop) -> np.ndarray:
 def render(layout: Layout, centre: tuple[float, float], width_m: float, size: tuple[int, int]) -> np.ndarray:
     """uint8 [height, width, 3] view straight down on a stretch of table `width_m` wide around `centre`, y upwards."""
     height, width = size
-    fine = 3  # samples per pixel and side
+    fine = 2  # samples per pixel and side
     pixel = width_m / (width * fine)
     xs = centre[0] + (np.arange(width * fine) + 0.5 - width * fine / 2) * pixel
     ys = centre[1] - (np.arange(height * fine) + 0.5 - height * fine / 2) * pixel

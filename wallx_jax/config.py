@@ -91,6 +91,7 @@ def default_config() -> OrderedConfig:
     c.action_horizon = 32  # future actions per sample, in frames; the first is the current frame's
     c.max_length = 768  # tokens of prompt and actions together; what does not fit is an error
     c.max_fast_tokens = 256  # room for FAST tokens within max_length
+    c.frame_cache = placeholder(str)  # directory to keep decoded, resized frames in; None: decode every time
     c.num_workers = 4  # data processes; 0 reads in the training process
 
     # Optimisation. Steps are optimizer updates.

@@ -69,6 +69,7 @@ class DataConfig:
     action_horizon: int
     max_length: int
     max_fast_tokens: int
+    frame_cache: str | None
     num_workers: int
     batch_size: int
     eval_batch_size: int

@@ -65,7 +65,7 @@ def run(config: ConfigDict) -> Path:
         checkpoint_dir.refuse_overwrite(save_path)
 
     origin, processor = plan_model(settings, info)
-    train_source, val_source = split_sources(settings, info)
+    train_source, val_source = split_sources(settings, info, processor.config)
     micro_batch = settings.data.batch_size * mesh.shape["data"] * mesh.shape["fsdp"]
     global_batch = micro_batch * loop.gradient_accumulation_steps
     updates_per_epoch = max(len(train_source) // global_batch, 1)

@@ -206,7 +206,9 @@ def test_nothing_starts_on_a_wrong_configuration(four_steps, model_dir, dataset_
         ({"save_path": done.save_path}, CheckpointError, "resume.ckpt"),
         ({"resume__ckpt": str(tmp_path / "gone")}, CheckpointError, "no such directory"),
     ):
-        config = tiny_run.run_config(model_dir, dataset_dir, tmp_path / "never", **changes)
+        config = tiny_run.run_config(model_dir, dataset_dir, tmp_path / "never")
+        for key, value in changes.items():
+            config.update_from_flattened_dict({key.replace("__", "."): value})
         with pytest.raises(error, match=match):
             train(config)
         assert not (tmp_path / "never").exists()

@@ -182,7 +182,8 @@ def _read_tables(files: Sequence[Path], columns: list[str] | None = None) -> pa.
 class RawSample:
     """One frame as recorded: uint8 RGB [H, W, 3] per camera in the configured order, state float32 [D], the next
     actions float32 [A, D] starting with this frame's, action_is_pad bool [A] (True past the episode's end, where the
-    last action repeats), the instruction, the episode and the frame's place in it. NaN values are kept."""
+    last action repeats), the instruction, the episode and the frame's place in it. NaN values are kept. `resized`: the
+    images have the model's size already (data.cache)."""
 
     images: tuple[np.ndarray, ...]
     state: np.ndarray
@@ -191,6 +192,7 @@ class RawSample:
     instruction: str
     episode: int
     frame: int
+    resized: bool = False
 
 
 class LeRobotSource:

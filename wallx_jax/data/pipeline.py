@@ -128,6 +128,8 @@ class _Encode:
 
     def __call__(self, raw: RawSample) -> Batch:
         try:
-            return self.processor.encode(raw.images, raw.state, raw.instruction, raw.actions, raw.action_is_pad)
+            return self.processor.encode(
+                raw.images, raw.state, raw.instruction, raw.actions, raw.action_is_pad, resized=raw.resized
+            )
         except ValueError as error:
             raise ValueError(f"episode {raw.episode}, frame {raw.frame}: {error}") from error

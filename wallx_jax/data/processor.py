@@ -107,6 +107,7 @@ class Processor:
         instruction: str,
         actions: Any | None = None,
         action_is_pad: Any | None = None,
+        resized: bool = False,
     ) -> Batch:
         """One observation, with the actions that followed when training, -> one sample without batch axis.
 
@@ -116,6 +117,7 @@ class Processor:
             instruction: what to do.
             actions: [A, D] robot units; NaN where there is no value (masked, channel by channel).
             action_is_pad: bool [A].
+            resized: the images come from `data.images.resize` already.
 
         Raises:
             ValueError: naming the field, the value and what was expected; also if the prompt does not fit.
@@ -123,7 +125,7 @@ class Processor:
         config = self.config
         if not isinstance(instruction, str) or not instruction.strip():
             raise ValueError(f"instruction is {instruction!r}; it must be a sentence")
-        pixels = self._images(images)
+        pixels = self._images(images, resized)
         state = np.asarray(state, np.float64)
         if state.shape != (self.state.dims,):
             raise ValueError(f"state has shape {state.shape}; this robot's has {(self.state.dims,)}")
@@ -145,11 +147,12 @@ class Processor:
         state = self.state.normalize(state) * state_mask
         return Batch(pixels, tokens, token_mask, labels, state, state_mask, values, mask, is_pad)
 
-    def _images(self, images: Sequence[Any]) -> tuple[np.ndarray, ...]:
+    def _images(self, images: Sequence[Any], resized: bool) -> tuple[np.ndarray, ...]:
         config = self.config
         if len(images) != len(config.views):
             raise ValueError(f"got {len(images)} images; expected {len(config.views)}, in order {list(config.views)}")
-        layout = zip(config.views, images, config.resolutions, config.image_sizes, strict=True)
+        resolutions = (None,) * len(images) if resized else config.resolutions
+        layout = zip(config.views, images, resolutions, config.image_sizes, strict=True)
         return tuple(_image(view, image, resolution, size) for view, image, resolution, size in layout)
 
     def _text(self, instruction: str, actions: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -218,7 +221,7 @@ class Processor:
 
 def _image(view: str, image: Any, resolution: int, size: tuple[int, int]) -> np.ndarray:
     """Checked and resized to uint8 [*size, 3]."""
-    resized = image_ops.resize(image, resolution, view)
+    resized = image if resolution is None else image_ops.resize(image, resolution, view)
     if resized.shape != (*size, 3):
         raise ValueError(
             f"{view}: an image of (height, width) {np.shape(image)[:2]} becomes {resized.shape[:2]} at resolution "

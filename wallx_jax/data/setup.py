@@ -7,6 +7,7 @@ import numpy as np
 from wallx_jax import hub
 from wallx_jax.data import images
 from wallx_jax.data.batch import Batch
+from wallx_jax.data.cache import CachedSource
 from wallx_jax.data.fast import FastTokenizer
 from wallx_jax.data.lerobot import DatasetInfo, LeRobotSource
 from wallx_jax.data.mapping import check_horizon
@@ -25,14 +26,19 @@ def load_fast_tokenizer(run: RunConfig) -> FastTokenizer | None:
     return FastTokenizer.from_dir(hub.resolve(run.model.action_tokenizer_path, kind="model"))
 
 
-def split_sources(run: RunConfig, info: DatasetInfo) -> tuple[LeRobotSource, LeRobotSource]:
-    """(training frames, held-out frames); the second may be empty."""
+Source = LeRobotSource | CachedSource
+
+
+def split_sources(run: RunConfig, info: DatasetInfo, config: ProcessorConfig) -> tuple[Source, Source]:
+    """(training frames, held-out frames) in the layout of the processor; the second may be empty."""
     data = run.data
-    cameras = [camera.key for camera in data.cameras]
-    return tuple(
-        LeRobotSource(info, data.action_horizon, cameras, data.state_key, data.action_key, frames)
+    sources = [
+        LeRobotSource(info, config.horizon, config.camera_keys, config.state_key, config.action_key, frames)
         for frames in split_frames(info, data.train_test_split, data.split_mode, data.split_seed)
-    )
+    ]
+    if data.frame_cache is not None:
+        sources = [CachedSource(source, config, data.frame_cache) for source in sources]
+    return tuple(sources)
 
 
 def load_stats(run: RunConfig, info: DatasetInfo) -> NormStats:

@@ -1,0 +1,36 @@
+"""The demo: a tiny Wall-X from random weights on the tabletop dataset that scripts/demo_assets.py writes.
+
+`make demo` does everything; by hand, after its first two steps:
+
+    python -m wallx_jax.train --config=configs/demo.py
+
+It differs from a real run in sizes alone: a large learning rate for a narrow model without pretraining, a short chunk,
+images as small as they come.
+"""
+
+from wallx_jax.config import default_config
+from wallx_jax.robots import ALOHA_DOF
+
+
+def get_config(arg: str = ""):
+    c = default_config()
+    c.pretrained_wallx_path = "runs/demo/model"
+    c.repo_id = "runs/demo/dataset"
+    c.save_path = "runs/demo/run"
+    c.camera_views = {"face_view": "cam_high", "left_wrist_view": "cam_left_wrist"}
+    c.resolution.face_view = c.resolution.left_wrist_view = -1  # as recorded
+    c.dof_config = ALOHA_DOF
+    c.agent_pos_config = ALOHA_DOF
+    c.action_horizon = 8
+    c.max_length = 128
+    c.learning_rate = 3e-3
+    c.min_lr = 3e-4
+    c.num_warmup_steps = 50
+    c.batch_size_per_gpu = 32
+    c.num_training_steps = 2000
+    c.num_epoch = 0
+    c.num_workers = 0
+    c.save_interval = 1000
+    c.eval_interval = 500
+    c.log_interval = 50
+    return c
