@@ -22,10 +22,10 @@ CAMERAS = {
 CELL = 0.14  # places are the centres of a grid of square cells
 PLACES = [(CELL * (column - 1), 0.17 + CELL * row) for row in range(2) for column in range(3)]
 VIEW_CENTRE = (0.0, 0.17 + CELL / 2)  # of the camera above the table, which sees all six cells
-JITTER = 0.02
-BLOCK = 0.06
+JITTER = 0.015
+BLOCK = 0.09
 BLOCKS_SHOWN = 3
-MAT = 60
+MAT = 25
 
 BASES = ((-0.3, 0.0), (0.3, 0.0))  # left, right
 SHOULDER_HEIGHT, LINK, HAND = 0.2, 0.36, 0.12  # both links are equally long; the hand points down
@@ -97,7 +97,7 @@ class Tabletop:
     def __init__(self, layout: Layout):
         self.layout = layout
         self.state = layout.start.copy()
-        self.top = render(layout, VIEW_CENTRE, 3 * CELL, CAMERAS["observation.images.cam_high"])
+        self.top = render(layout, VIEW_CENTRE, CAMERAS["observation.images.cam_high"][1] / 28 * CELL, CAMERAS["observation.images.cam_high"])
 
     def step(self, action: np.ndarray) -> None:
         """`action` [14]: joint targets in the units of the state."""

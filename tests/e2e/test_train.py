@@ -17,6 +17,7 @@ from wallx_jax.config import ConfigError
 from wallx_jax.training import checkpoint_dir, sharding
 from wallx_jax.training.checkpoint import restore_params
 from wallx_jax.training.checkpoint_dir import CheckpointError
+from wallx_jax.training.loop import NonFiniteError
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -238,3 +239,29 @@ def test_command_line(model_dir, dataset_dir, tmp_path):
     assert again.returncode == 1 and "already holds checkpoints" in again.stderr and "Traceback" not in again.stderr
     wrong = command("--config.learning_rat=1")
     assert wrong.returncode == 2 and "learning_rate" in wrong.stderr and len(wrong.stderr.strip().splitlines()) == 1
+
+
+def test_divergence_stops_the_run_and_keeps_the_batch(model_dir, dataset_dir, tmp_path):
+    changes = {"learning_rate": 1e30, "num_warmup_steps": 0, "num_training_steps": 20, "max_nonfinite_steps": 2}
+    config = tiny_run.run_config(
+        model_dir, dataset_dir, tmp_path / "run", eval_interval=0, save_interval=100, **changes
+    )
+    with pytest.raises(NonFiniteError, match="max_nonfinite_steps = 2"):
+        train(config)
+    (file,) = (tmp_path / "run").glob("nonfinite_step_*.npz")
+    with np.load(file) as batch:
+        assert batch["image_0"].shape == (2, 56, 84, 3) and np.isfinite(batch["actions"]).all()
+    assert checkpoint_dir.latest_step(tmp_path / "run") is None
+
+
+def test_frame_cache_and_profile(four_steps, model_dir, dataset_dir, tmp_path):
+    """Cached frames give the very same run; a profile covers the steps it was asked for."""
+    config, _ = four_steps
+    changes = {"profile": True, "profile_wait_iters": 1, "profile_warmup_iters": 0, "profile_active_iters": 1}
+    cached = tiny_run.run_config(
+        model_dir, dataset_dir, tmp_path / "run", frame_cache=str(tmp_path / "cache"), **changes
+    )
+    train(cached)
+    ours, theirs = curve(cached.save_path), curve(config.save_path)
+    assert {s: line["loss"] for s, line in ours.items()} == {s: line["loss"] for s, line in theirs.items()}
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
