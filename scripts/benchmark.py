@@ -4,8 +4,8 @@
     python scripts/benchmark.py --preset wall_oss_3b --aot --devices 8 [--json OUT]
 
 Each sample has three 252x196 images and 285 tokens, 32 of them action tokens. Weights are random: speed does not depend
-on them. Prints JSON. `--aot` compiles for N virtual CPU devices, sharded over fsdp; the CPU compiler keeps some bfloat16
-arrays in float32, so its figures are upper bounds for an accelerator.
+on them. Prints JSON. `--aot` compiles for N virtual CPU devices, sharded over fsdp; the CPU compiler keeps some
+bfloat16 arrays in float32, so its figures are upper bounds for an accelerator.
 """
 
 import argparse

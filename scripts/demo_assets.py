@@ -9,14 +9,14 @@ Qwen's files, so the commands that read them know nothing of the demo.
 
 import argparse
 import dataclasses
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 import tabletop
-from tokenizers import Tokenizer as Trainable
-from tokenizers import models, pre_tokenizers, trainers
+import tokenizers
+
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from wallx_jax import tree
 from wallx_jax.data.prompt import prompt_text
@@ -71,27 +71,28 @@ def write_dataset(folder: Path, episodes: int, seed: int = 0) -> None:
 
 
 def write_tokenizer(folder: Path) -> Tokenizer:
-    """A byte-level BPE in which every word of the demo's prompts is one token, with Qwen's and Wall-X's added tokens."""
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = [prompt_text(tabletop.instruction(color), VIEWS) for color in tabletop.COLORS]
-    bpe = Trainable(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator([piece for text in texts for piece in re.split(r"<\|\w+\|>", text)], trainer)
-    bpe.model.save(str(folder))  # vocab.json and merges.txt
-    first = bpe.get_vocab_size()
-    added = [(name, True) for name in CONTROL_TOKENS] + [(name, False) for name in PLAIN_TOKENS]
-    config = {
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-        "added_tokens_decoder": {
-            first + i: {"content": name, "special": special, "normalized": False}
-            for i, (name, special) in enumerate(added)
-        },
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    tokenizer = Tokenizer.from_dir(folder)
+    """A byte-level BPE trained on the demo's prompts, with Qwen's and Wall-X's added tokens.
+
+    It does not cut at words and takes only merges that every prompt contains, so that the fixed phrases of the prompt
+    are one token each and the colours another one: 30 tokens instead of the 70 that words would take, which halves the
+    work and doubles the share of tokens that matter.
+    """
+    prompts = [prompt_text(tabletop.instruction(color), VIEWS) for color in tabletop.COLORS]
+    pieces = [piece for prompt in prompts for piece in re.split(r"<\|\w+\|>", prompt)]
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        min_frequency=len(prompts),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    words = [*tabletop.COLORS, tabletop.UNNAMED] * len(prompts)
+    bpe.train_from_iterator(pieces + words, trainer)
+    bpe.add_special_tokens(CONTROL_TOKENS)
+    bpe.add_tokens(PLAIN_TOKENS)
+    tokenizer = Tokenizer(bpe)
     tokenizer.add_wallx_tokens()
     tokenizer.save(folder)
     return tokenizer

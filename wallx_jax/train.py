@@ -61,10 +61,11 @@ def run(config: ConfigDict) -> Path:
     settings = check_dataset(settings, info)
     mesh = sharding.make_mesh(settings.mesh)
     loop, save_path = settings.loop, Path(settings.loop.save_path)
-    if loop.resume_ckpt is None or loop.load_ckpt_only:
-        checkpoint_dir.refuse_overwrite(save_path)
 
     origin, processor = plan_model(settings, info)
+    continues = origin.resumes and origin.checkpoint.parent == (save_path / checkpoint_dir.FOLDER).absolute()
+    if not continues:
+        checkpoint_dir.refuse_overwrite(save_path)
     train_source, val_source = split_sources(settings, info, processor.config)
     micro_batch = settings.data.batch_size * mesh.shape["data"] * mesh.shape["fsdp"]
     global_batch = micro_batch * loop.gradient_accumulation_steps
@@ -90,14 +91,12 @@ def run(config: ConfigDict) -> Path:
     logger.info("one sample: %s", describe(sample))
     logger.info("%d updates of %d samples, %d per epoch", total_steps, global_batch, updates_per_epoch)
 
-    resumed_step = None
     if origin.resumes:
         abstract = start.abstract_state(origin.config, settings.optim, decay_steps, mesh)
         state, _ = restore_state(loop.resume_ckpt, abstract, batches, save_path)
-        if origin.checkpoint.parent == (save_path / checkpoint_dir.FOLDER).absolute():
-            resumed_step = int(state.step)
+        resumed_step = int(state.step) if continues else None
     else:
-        state = start.load_state(origin, settings, decay_steps, mesh)
+        state, resumed_step = start.load_state(origin, settings, decay_steps, mesh), None
 
     progress = Progress(total_steps, int(state.step))
     writer = MetricWriter(

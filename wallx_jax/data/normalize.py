@@ -97,7 +97,9 @@ class Normalizer:
     def pad(self, x: Any) -> np.ndarray:
         """[..., D] values or flags -> float32 [..., C] with zeros after them."""
         x = np.asarray(x, np.float32)
-        return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.width - self.dims)])
+        padded = np.zeros((*x.shape[:-1], self.width), np.float32)
+        padded[..., : self.dims] = x
+        return padded
 
     def mask(self) -> np.ndarray:
         """float32 [C]: 1 where the robot has the channel."""

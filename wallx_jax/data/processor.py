@@ -4,6 +4,7 @@ Legend: T prefix tokens, W label window, A action horizon, C model channels, D r
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -157,10 +158,11 @@ class Processor:
 
     def _text(self, instruction: str, actions: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens [T], mask [T] and labels [W]; `actions` normalised [A, C] or None when acting."""
-        config, answer = self.config, None
-        if config.objective == "fast" and actions is not None:
-            # Without padding and masked dims, whose zeros would change the tokens.
-            answer = self.fast.encode(actions[:, : self.action.dims][:, self._predicted])
+        if self.config.objective == "flow" or actions is None:
+            return _unanswered(self.tokenizer, instruction, self.config)
+        config = self.config
+        # Without padding and masked dims, whose zeros would change the tokens.
+        answer = self.fast.encode(actions[:, : self.action.dims][:, self._predicted])
         encoded = prompt.build_prefix(self.tokenizer, instruction, config.views, config.image_tokens, answer=answer)
         return prompt.fit(encoded, config.prompt_length, config.label_window)
 
@@ -217,6 +219,17 @@ class Processor:
         stats = load_norm_stats(directory, config.state_key, config.action_key)
         fast = FastTokenizer.from_dir(Path(directory) / "fast") if (Path(directory) / "fast").is_dir() else None
         return cls(config, Tokenizer.from_dir(directory), stats, fast)
+
+
+@functools.lru_cache(maxsize=4096)  # a dataset repeats a few instructions; tokenising costs more than all the rest
+def _unanswered(
+    tokenizer: Tokenizer, instruction: str, config: ProcessorConfig
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    encoded = prompt.build_prefix(tokenizer, instruction, config.views, config.image_tokens)
+    arrays = prompt.fit(encoded, config.prompt_length, config.label_window)
+    for array in arrays:
+        array.flags.writeable = False  # shared by all samples with this instruction
+    return arrays
 
 
 def _image(view: str, image: Any, resolution: int, size: tuple[int, int]) -> np.ndarray:

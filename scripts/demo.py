@@ -1,0 +1,118 @@
+"""The whole way on this machine's CPU: record demonstrations, train a tiny Wall-X from scratch, see what it learnt.
+
+    python scripts/demo.py [--workdir runs/demo] [--episodes 400] [--steps N]
+
+Four steps, each an ordinary command or library call: write a LeRobot dataset and an untrained model, train with
+`python -m wallx_jax.train --config=configs/demo.py`, compare with held-out episodes, act in the simulator. Prints a
+table and leaves it in WORKDIR as results.json and demo.png.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYOUTS = 50
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--episodes", type=int, default=400, help="demonstrations in the dataset")
+    parser.add_argument("--steps", type=int, help="optimizer updates; default: configs/demo.py's")
+    args = parser.parse_args()
+    start = time.perf_counter()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the hub
+    model, dataset, run = (args.workdir / name for name in ("model", "dataset", "run"))
+    for folder in (model, dataset, run):
+        shutil.rmtree(folder, ignore_errors=True)
+    args.workdir.mkdir(parents=True, exist_ok=True)
+
+    say(start, f"recording {args.episodes} demonstrations in {dataset}")
+    make_assets("dataset", dataset, args.workdir / "dataset.log", "--episodes", str(args.episodes))
+    make_assets("model", model, args.workdir / "model.log")
+
+    say(start, "training")
+    overrides = {"pretrained_wallx_path": model, "repo_id": dataset}
+    if args.steps:
+        overrides["num_training_steps"] = args.steps
+    command = [sys.executable, "-m", "wallx_jax.train", f"--config={ROOT / 'configs/demo.py'}", f"--workdir={run}"]
+    subprocess.run([*command, *(f"--config.{key}={value}" for key, value in overrides.items())], check=True)
+
+    say(start, "evaluating")
+    results = evaluate(model, dataset, run, args.workdir / "demo.png")
+    results["minutes"] = (time.perf_counter() - start) / 60
+    (args.workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(table(results))
+    say(start, f"done; see {args.workdir / 'demo.png'}")
+
+
+def say(start: float, what: str) -> None:
+    print(f"[{time.perf_counter() - start:4.0f} s] {what}", flush=True)
+
+
+def make_assets(what: str, folder: Path, log: Path, *options: str) -> None:
+    """Runs demo_assets.py; the encoders' chatter goes to `log`, which is shown if it fails."""
+    command = [sys.executable, str(ROOT / "scripts/demo_assets.py"), what, str(folder), *options]
+    with log.open("w") as file:
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+    if code:
+        sys.exit(f"{log.read_text(errors='replace')[-3000:]}\nerror: {' '.join(command)} failed; the whole log: {log}")
+
+
+def evaluate(model: Path, dataset: Path, run: Path, figure: Path) -> dict:
+    """Errors and success rates of the trained policy, with inputs blanked, and of the untrained one."""
+    # Imported here, when the commands before are through: this process would only hold memory that they need.
+    import demo_evaluate as ev
+
+    from wallx_jax.inference.policy import Policy, load_policy
+    from wallx_jax.weights.load import load_params
+
+    policy = load_policy(run)
+    untrained = Policy(policy.config, load_params(model, numerics={"param_dtype": "float32"})[1], policy.processor)
+    recorded = ev.read_held_out(dataset, policy, split)
+    layouts = ev.test_layouts(LAYOUTS)
+    cases = {f"{name} blank" if name != "nothing" else "trained": (policy, blank)
+             for name, blank in ev.blanks(policy).items()}  # fmt: skip
+    cases["untrained"] = untrained, ev.blanks(policy)["nothing"]
+
+    open_loop, closed_loop, kept = {"hold still": recorded.hold_still()}, {}, {}
+    for name, (actor, blank) in cases.items():
+        chunks = ev.act(actor, [blank(o) for o in recorded.observations])
+        rollouts = ev.roll_out(actor, layouts, blank)
+        kept[name] = chunks, rollouts
+        open_loop[name] = recorded.error(chunks)
+        closed_loop[name] = {
+            "named": ev.rate(r.success for r in rollouts),
+            "other": ev.rate(r.wrong for r in rollouts),
+        }
+    results = {"open_loop": open_loop, "closed_loop": closed_loop, "held_out_frames": len(recorded.observations)}
+    ev.plot(figure, recorded, *kept["trained"], results)
+    return results
+
+
+def table(results: dict) -> str:
+    """The results as people read them."""
+    lines = [
+        "",
+        f"{'':16}{'open loop':>12}{'closed loop, ' + str(LAYOUTS) + ' layouts':>32}",
+        f"{'':16}{'mean error':>12}{'named block':>16}{'another block':>16}",
+    ]
+    for name, error in results["open_loop"].items():
+        line = f"{name:16}{error:12.4f}"
+        if case := results["closed_loop"].get(name):
+            line += f"{case['named']:16.0%}{case['other']:16.0%}"
+        lines.append(line)
+    share = results["open_loop"]["trained"] / results["open_loop"]["hold still"]
+    lines += ["", f"open-loop error is {share:.0%} of holding still (radians and gripper units, mean over 14 dimensions)"]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

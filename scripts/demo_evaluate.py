@@ -1,0 +1,171 @@
+"""How well a policy does on the tabletop: open loop on held-out episodes, closed loop in the simulator, both also with
+one of its inputs blanked.
+
+Legend: N observations, A action horizon, D robot dims.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import tabletop
+
+from wallx_jax.data.lerobot import LeRobotSource, RawSample, read_info
+from wallx_jax.data.pipeline import split_frames
+from wallx_jax.inference.policy import Policy
+from wallx_jax.robots import ALOHA_DOF
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
+
+BATCH = 50  # observations per call of the policy, always, so that it is compiled once
+TEST_SEED = 1_000_000  # layouts from here on are in no dataset
+CALLS, EXECUTED = 4, 6  # of the policy per episode, and actions of each chunk that are carried out
+Observation = dict
+
+
+def blanks(policy: Policy) -> dict[str, Callable[[Observation], Observation]]:
+    """What takes one input away: the picture turns grey, the colour's name is left out, the state is the average."""
+    average = policy.processor.stats.state.mean
+
+    def picture(o: Observation) -> Observation:
+        return o | {"images": {key: np.full_like(image, 127) for key, image in o["images"].items()}}
+
+    return {
+        "nothing": lambda o: o,
+        "picture": picture,
+        "words": lambda o: o | {"instruction": tabletop.instruction(tabletop.UNNAMED)},
+        "state": lambda o: o | {"state": average},
+    }
+
+
+def act(policy: Policy, observations: Sequence[Observation], seed: int = 0) -> np.ndarray:
+    """Action chunks [N, A, D] in batches of BATCH."""
+    count = len(observations)
+    padded = [observations[i % count] for i in range(-(-count // BATCH) * BATCH)]
+    chunks = [policy.predict(padded[i : i + BATCH], seed=seed).actions for i in range(0, len(padded), BATCH)]
+    return np.concatenate(chunks)[:count]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Held-out frames in order, as recorded; actions [N, A, D] and `valid` [N, A] within the episode."""
+
+    observations: list[Observation]
+    actions: np.ndarray
+    valid: np.ndarray
+    episodes: np.ndarray
+
+    def error(self, chunks: np.ndarray) -> float:
+        """Mean absolute difference from what the expert did; `chunks` broadcasts to [N, A, D]."""
+        return float(np.abs(chunks - self.actions)[self.valid].mean())
+
+    def hold_still(self) -> float:
+        """The error of staying where one is."""
+        return self.error(np.stack([o["state"] for o in self.observations])[:, None])
+
+
+def read_held_out(dataset: Path, policy: Policy, split: float) -> Recorded:
+    """The episodes of `dataset` that training did not see, read as training reads them."""
+    info, layout = read_info(dataset), policy.processor.config
+    frames = split_frames(info, split)[1]
+    source = LeRobotSource(
+        info, layout.horizon, layout.camera_keys, layout.state_key, layout.action_key, frames=frames
+    )
+    samples: list[RawSample] = [source[i] for i in range(len(source))]
+    observations = [
+        {"images": dict(zip(layout.camera_keys, s.images, strict=True)), "state": s.state, "instruction": s.instruction}
+        for s in samples
+    ]
+    return Recorded(
+        observations,
+        np.stack([s.actions for s in samples]),
+        ~np.stack([s.action_is_pad for s in samples]),
+        np.array([s.episode for s in samples]),
+    )
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One closed-loop episode: where both tips were [steps, 2 arms, 3], and the colour reached in the end, if any."""
+
+    layout: tabletop.Layout
+    path: np.ndarray
+    reached: str | None
+
+    @property
+    def success(self) -> bool:
+        return self.reached == self.layout.target
+
+    @property
+    def wrong(self) -> bool:
+        return self.reached not in (None, self.layout.target)
+
+
+def test_layouts(count: int) -> list[tabletop.Layout]:
+    return [tabletop.sample_layout(np.random.default_rng(TEST_SEED + i)) for i in range(count)]
+
+
+def roll_out(
+    policy: Policy, layouts: Sequence[tabletop.Layout], blank: Callable[[Observation], Observation]
+) -> list[Rollout]:
+    """All layouts side by side: CALLS times, look, plan a chunk, carry out EXECUTED of its actions."""
+    sims = [tabletop.Tabletop(layout) for layout in layouts]
+    paths = [[[sim.hand(0), sim.hand(1)]] for sim in sims]
+    for call in range(CALLS):
+        chunks = act(policy, [blank(sim.observation()) for sim in sims], seed=call)
+        for sim, path, chunk in zip(sims, paths, chunks, strict=True):
+            for action in chunk[:EXECUTED]:
+                sim.step(action)
+                path.append([sim.hand(0), sim.hand(1)])
+    return [Rollout(sim.layout, np.array(path), sim.reached()) for sim, path in zip(sims, paths, strict=True)]
+
+
+def rate(flags: Sequence[bool]) -> float:
+    return float(np.mean(list(flags)))
+
+
+def plot(file: Path, recorded: Recorded, chunks: np.ndarray, rollouts: Sequence[Rollout], results: dict) -> None:
+    """Predicted chunks over recorded actions, the rates as bars, and a few layouts with the way the hands took."""
+    figure = plt.figure(figsize=(14, 9), layout="constrained")
+    top, middle, bottom = figure.subfigures(3, 1)
+    names = list(ALOHA_DOF)
+    shown = [names.index(f"{side}_{joint}") for side in ("left", "right") for joint in ("waist", "shoulder")]
+    first = recorded.episodes <= recorded.episodes[0] + 2
+    ends = np.flatnonzero(np.diff(recorded.episodes[first])) + 0.5
+    for axis, dim in zip(top.subplots(1, len(shown)), shown, strict=True):
+        frames = np.arange(first.sum())
+        axis.plot(frames, recorded.actions[first, 0, dim], "k", linewidth=2, label="expert")
+        for frame in frames:
+            ahead = chunks[frame, recorded.valid[frame], dim]
+            axis.plot(frame + np.arange(len(ahead)), ahead, "C1", linewidth=0.8, label="policy" if not frame else None)
+        for end in ends:
+            axis.axvline(end, color="0.8")
+        axis.set(title=names[dim], xlabel="frame of three held-out episodes")
+    top.axes[0].set_ylabel("rad")
+    top.axes[0].legend()
+
+    left, right = middle.subplots(1, 2)
+    open_loop, closed_loop = results["open_loop"], results["closed_loop"]
+    left.bar(list(open_loop), list(open_loop.values()))
+    left.set(title="open loop: mean absolute error on held-out episodes")
+    reached = [case["named"] for case in closed_loop.values()]
+    right.bar(list(closed_loop), reached, label="the named block")
+    right.bar(list(closed_loop), [case["other"] for case in closed_loop.values()], bottom=reached, label="another one")
+    right.set(title=f"closed loop: block reached in {len(rollouts)} held-out layouts", ylim=(0, 1))
+    right.legend()
+
+    for axis, rollout in zip(bottom.subplots(1, 5), rollouts, strict=False):
+        axis.imshow(tabletop.Tabletop(rollout.layout).observation()["images"][tabletop.OVERHEAD])
+        for arm, color in enumerate(("white", "cyan")):
+            line = tabletop.to_pixels(rollout.path[:, arm])
+            style = "-o" if arm == rollout.layout.free_arm else ":"
+            axis.plot(*line.T, style, color=color, markersize=2, linewidth=1)
+        height, width = tabletop.CAMERAS[tabletop.OVERHEAD]
+        axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])
+        outcome = "reached" if rollout.success else f"reached {rollout.reached}"
+        axis.set_title(f"{rollout.layout.target}: {outcome}", fontsize=9)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
