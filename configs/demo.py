@@ -26,11 +26,12 @@ def get_config(arg: str = ""):
     c.learning_rate = 3e-3
     c.min_lr = 3e-4
     c.num_warmup_steps = 50
-    c.batch_size_per_gpu = 32
+    c.batch_size_per_gpu = 64
     c.num_training_steps = 2000
     c.num_epoch = 0
     c.num_workers = 0
     c.save_interval = 1000
-    c.eval_interval = 500
+    c.eval_interval = 400
+    c.eval_batches = 2
     c.log_interval = 50
     return c

@@ -10,6 +10,7 @@ table and leaves it in WORKDIR as results.json and demo.png.
 import argparse
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,7 @@ def evaluate(model: Path, dataset: Path, run: Path, figure: Path) -> dict:
 
     policy = load_policy(run)
     untrained = Policy(policy.config, load_params(model, numerics={"param_dtype": "float32"})[1], policy.processor)
+    split = runpy.run_path(str(ROOT / "configs/demo.py"))["get_config"]().train_test_split
     recorded = ev.read_held_out(dataset, policy, split)
     layouts = ev.test_layouts(LAYOUTS)
     cases = {f"{name} blank" if name != "nothing" else "trained": (policy, blank)
@@ -110,7 +112,10 @@ def table(results: dict) -> str:
             line += f"{case['named']:16.0%}{case['other']:16.0%}"
         lines.append(line)
     share = results["open_loop"]["trained"] / results["open_loop"]["hold still"]
-    lines += ["", f"open-loop error is {share:.0%} of holding still (radians and gripper units, mean over 14 dimensions)"]
+    lines += [
+        "",
+        f"open-loop error is {share:.0%} of holding still (radians and gripper units, mean over 14 dimensions)",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import tabletop
 import tokenizers
-
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from wallx_jax import tree
@@ -43,7 +42,7 @@ MODEL = WallXConfig(
     text=TextConfig(hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=3, num_attention_heads=4,
                     num_key_value_heads=2, mrope_section=(2, 3, 3)),
     action=ActionConfig(intermediate_size=2 * WIDTH, action_dim=tabletop.DIMS, state_dim=tabletop.DIMS),
-    numerics=Numerics(param_dtype="float32", compute_dtype="float32", remat="none"),
+    numerics=Numerics(param_dtype="float32", compute_dtype="float32"),
 )  # fmt: skip
 
 

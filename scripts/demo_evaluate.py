@@ -71,9 +71,7 @@ def read_held_out(dataset: Path, policy: Policy, split: float) -> Recorded:
     """The episodes of `dataset` that training did not see, read as training reads them."""
     info, layout = read_info(dataset), policy.processor.config
     frames = split_frames(info, split)[1]
-    source = LeRobotSource(
-        info, layout.horizon, layout.camera_keys, layout.state_key, layout.action_key, frames=frames
-    )
+    source = LeRobotSource(info, layout.horizon, layout.camera_keys, layout.state_key, layout.action_key, frames=frames)
     samples: list[RawSample] = [source[i] for i in range(len(source))]
     observations = [
         {"images": dict(zip(layout.camera_keys, s.images, strict=True)), "state": s.state, "instruction": s.instruction}

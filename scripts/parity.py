@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -23,6 +24,7 @@ import numpy as np
 
 from wallx_jax.models import flow, losses
 from wallx_jax.models.config import WallXConfig
+from wallx_jax.models.generate import generate
 from wallx_jax.models.positions import next_position, position_ids
 from wallx_jax.models.vision_plan import Grid, token_count
 from wallx_jax.models.wallx import FlowTarget, LossSums, Prefix, bind
@@ -53,17 +55,23 @@ ADAMW = OptimConfig(
 DECAY_STEPS = 10
 
 
+Arrays = dict[str, jax.Array]
+PER_ROW = ("input_ids", "attention_mask", "labels", "proprioception", "agent_pos_mask", "action_chunk", "dof_mask",
+           "noise", "time", "euler_noise")  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Group:
     """Rows of the recorded batch with equal grids, which can run as one batch.
 
     blocks: per visual block, in the order of the prompt, ("image" or "video", grid, seconds per frame).
-    patches: float32 [B, P, patch_dim] in that order.
+    arrays: the recorded per-row inputs of these rows, and "patches" float32 [B, P, patch_dim] in the order of blocks.
+        They are arguments of the compiled functions: as constants they would take the compiler minutes.
     """
 
     rows: tuple[int, ...]
     blocks: tuple[tuple[str, Grid, float], ...]
-    patches: np.ndarray
+    arrays: Arrays
 
     @property
     def grids(self) -> tuple[Grid, ...]:
@@ -99,7 +107,15 @@ def group_rows(inputs: dict[str, np.ndarray], config: WallXConfig) -> list[Group
         rows, stacks = groups.setdefault(tuple(blocks), ([], []))
         rows.append(row)
         stacks.append(np.concatenate(parts) if parts else np.zeros((0, config.vision.patch_dim), np.float32))
-    return [Group(tuple(rows), blocks, np.stack(stacks)) for blocks, (rows, stacks) in groups.items()]
+    return [
+        Group(tuple(rows), blocks, {"patches": jnp.asarray(np.stack(stacks))} | _rows(inputs, rows))
+        for blocks, (rows, stacks) in groups.items()
+    ]
+
+
+def _rows(inputs: dict[str, np.ndarray], rows: list[int]) -> Arrays:
+    arrays = {name: inputs[name][rows] for name in PER_ROW if name in inputs}
+    return {name: jnp.asarray(x, jnp.int32 if x.dtype.kind == "i" else None) for name, x in arrays.items()}
 
 
 class Case:
@@ -111,37 +127,39 @@ class Case:
         self.mask = inputs["attention_mask"].astype(bool)
         self.horizon = int(inputs["moe_token_types"][0].sum()) if "moe_token_types" in inputs else 0
         self.prefix_length = self.mask.shape[1] - self.horizon
-        self.labels = inputs.get("labels")
 
     def config_for(self, semantics: str) -> WallXConfig:
         return self.config.replace(numerics=SEMANTICS[semantics])
 
-    def rows(self, name: str, group: Group) -> np.ndarray:
-        return self.inputs[name][list(group.rows)]
-
-    def scatter(self, per_group: list[np.ndarray], axis: int = 0) -> np.ndarray:
+    def scatter(self, per_group: Sequence[jax.Array], axis: int = 0) -> np.ndarray:
         """Group results back in row order along `axis`."""
         order = np.argsort(np.concatenate([group.rows for group in self.groups]))
         return np.take(np.concatenate(per_group, axis=axis), order, axis=axis)
 
     # The model's inputs for one group
 
-    def prefix(self, net, group: Group) -> Prefix:
-        length = self.prefix_length
-        features = net.encode_patches(group.patches, group.grids) if group.blocks else None
+    def prefix(self, net, group: Group, arrays: Arrays) -> Prefix:
+        features = net.encode_patches(arrays["patches"], group.grids) if group.blocks else None
         state = (None, None)
-        if "proprioception" in self.inputs:
-            state = tuple(jnp.asarray(self.rows(name, group)[:, 0]) for name in ("proprioception", "agent_pos_mask"))
-        tokens = jnp.asarray(self.rows("input_ids", group)[:, :length], jnp.int32)
-        mask = jnp.asarray(self.mask[list(group.rows), :length])
-        return net.embed_prefix(tokens, mask, features, group.grids, *state, seconds_per_frame=group.seconds)
+        if "proprioception" in arrays:
+            state = (arrays["proprioception"][:, 0], arrays["agent_pos_mask"][:, 0])
+        tokens, mask = (arrays[name][:, : self.prefix_length] for name in ("input_ids", "attention_mask"))
+        return net.embed_prefix(tokens, mask > 0, features, group.grids, *state, seconds_per_frame=group.seconds)
 
-    def flow_target(self, group: Group) -> FlowTarget | None:
+    def flow_target(self, arrays: Arrays) -> FlowTarget | None:
         if not self.horizon:
             return None
-        return FlowTarget(
-            *(jnp.asarray(self.rows(name, group)) for name in ("action_chunk", "dof_mask", "noise", "time"))
-        )
+        return FlowTarget(*(arrays[name] for name in ("action_chunk", "dof_mask", "noise", "time")))
+
+    def run(self, function, semantics: str = "") -> list:
+        """function(net, group, arrays), compiled, on every group."""
+        config = self.config_for(semantics)
+        return [
+            jax.jit(lambda params, arrays, group=group: function(bind(config, params), group, arrays))(
+                self.params, group.arrays
+            )
+            for group in self.groups
+        ]
 
     # What the golden files ask for
 
@@ -149,12 +167,13 @@ class Case:
     def features(self) -> dict[str, np.ndarray]:
         """Vision features of all images, and of all videos, in row order."""
         found: dict[str, list[tuple[int, np.ndarray]]] = {"image": [], "video": []}
-        for group in self.groups:
-            if not group.blocks:
+        outputs = self.run(
+            lambda net, group, arrays: net.encode_patches(arrays["patches"], group.grids) if group.blocks else None
+        )
+        for group, out in zip(self.groups, outputs, strict=True):
+            if out is None:
                 continue
-            encode = jax.jit(lambda p, x, grids=group.grids: bind(self.config, p).encode_patches(x, grids))
-            out = np.asarray(encode(self.params, group.patches))
-            for row, features in zip(group.rows, out, strict=True):
+            for row, features in zip(group.rows, np.asarray(out), strict=True):
                 at = 0
                 for kind, grid, _ in group.blocks:
                     count = token_count(grid, self.config.vision)
@@ -170,45 +189,40 @@ class Case:
     def positions(self) -> np.ndarray:
         """int [3, B, S], action tokens included."""
 
-        def of(group: Group) -> np.ndarray:
-            tokens, mask = (
-                jnp.asarray(self.rows("input_ids", group), jnp.int32),
-                jnp.asarray(self.mask[list(group.rows)]),
+        def of(net, group: Group, arrays: Arrays) -> jax.Array:
+            mask = arrays["attention_mask"] > 0
+            return position_ids(
+                arrays["input_ids"], mask, group.grids, self.config.vision, self.config.tokens, group.seconds
             )
-            return position_ids(tokens, mask, group.grids, self.config.vision, self.config.tokens, group.seconds)
 
-        return self.scatter([np.asarray(of(group)) for group in self.groups], axis=1)
+        return self.scatter(self.run(of), axis=1)
 
     @functools.cache  # noqa: B019
     def hidden(self, semantics: str) -> dict[str, np.ndarray]:
         """Hidden states [B, S, D], those of every layer [L, B, S, D], and logits [B, S, V]."""
-        config = self.config_for(semantics)
 
-        def run(params, group: Group):
-            net = bind(config, params)
+        def of(net, group: Group, arrays: Arrays):
             suffix = None
-            if (target := self.flow_target(group)) is not None:
+            if (target := self.flow_target(arrays)) is not None:
                 suffix = (flow.interpolate(target.actions, target.noise, target.time), target.mask, target.time)
-            out = net.forward(self.prefix(net, group), suffix, keep_layers=True)
+            out = net.forward(self.prefix(net, group, arrays), suffix, keep_layers=True)
             return out.hidden, out.layers, net.logits(out.hidden)
 
-        results = [jax.jit(functools.partial(run, group=group))(self.params) for group in self.groups]
+        hidden, layers, logits = zip(*self.run(of, semantics), strict=True)
         return {
-            "hidden": self.scatter([np.asarray(r[0]) for r in results]),
-            "hidden_layers": self.scatter([np.asarray(r[1]) for r in results], axis=1),
-            "logits": self.scatter([np.asarray(r[2]) for r in results]),
+            "hidden": self.scatter(hidden),
+            "hidden_layers": self.scatter(layers, axis=1),
+            "logits": self.scatter(logits),
         }
 
-    def loss(self, params, semantics: str):
-        """(loss, its parts), with the means taken over all rows."""
+    def loss(self, params, all_arrays: list[Arrays], semantics: str):
+        """(loss, its parts), with the means taken over all rows; `all_arrays` as the groups'."""
         net = bind(self.config_for(semantics), params)
         sums, counts = LossSums(jnp.float32(0), jnp.float32(0)), LossSums(jnp.float32(0), jnp.float32(0))
-        for group in self.groups:
-            labels = np.zeros((len(group.rows), 0), np.int32)
-            if self.labels is not None:
-                labels = self.rows("labels", group)[:, 1 : self.prefix_length].astype(np.int32)
-            target = self.flow_target(group)
-            part = net.loss_sums(self.prefix(net, group), jnp.asarray(labels), target)
+        for group, arrays in zip(self.groups, all_arrays, strict=True):
+            labels = arrays.get("labels", jnp.zeros((len(group.rows), 0), jnp.int32))[:, 1 : self.prefix_length]
+            target = self.flow_target(arrays)
+            part = net.loss_sums(self.prefix(net, group, arrays), labels, target)
             flow_count = losses.flow_count(target.mask, "all") if target is not None else jnp.float32(0)
             sums = jax.tree.map(jnp.add, sums, part)
             counts = jax.tree.map(jnp.add, counts, LossSums(losses.label_count(labels), flow_count))
@@ -217,7 +231,8 @@ class Case:
 
     @functools.cache  # noqa: B019
     def grad_fn(self, semantics: str):
-        return jax.jit(jax.value_and_grad(functools.partial(self.loss, semantics=semantics), has_aux=True))
+        compiled = jax.jit(jax.value_and_grad(functools.partial(self.loss, semantics=semantics), has_aux=True))
+        return lambda params: compiled(params, [group.arrays for group in self.groups])
 
     @functools.cache  # noqa: B019
     def loss_and_grads(self, semantics: str):
@@ -225,14 +240,15 @@ class Case:
         return loss, parts, torch_tensors(self.config, grads)
 
     def euler(self, semantics: str, steps: int) -> np.ndarray:
-        config = self.config_for(semantics)
+        def of(net, group: Group, arrays: Arrays) -> jax.Array:
+            prefix = self.prefix(net, group, arrays)
+            return net.sample_actions(prefix, arrays["euler_noise"], arrays["dof_mask"], steps)
 
-        def run(params, group: Group):
-            net = bind(config, params)
-            noise, mask = (jnp.asarray(self.rows(name, group)) for name in ("euler_noise", "dof_mask"))
-            return net.sample_actions(self.prefix(net, group), noise, mask, steps)
+        return self.scatter(self.run(of, semantics))
 
-        return self.scatter([np.asarray(jax.jit(functools.partial(run, group=g))(self.params)) for g in self.groups])
+    def generated(self, count: int) -> np.ndarray:
+        """int [B, count]: greedy continuation, the end of text ignored."""
+        return self.scatter(self.run(lambda net, group, arrays: generate(net, self.prefix(net, group, arrays), count)))
 
     @functools.cache  # noqa: B019
     def adamw(self, semantics: str, updates: int) -> dict[str, object]:
@@ -253,7 +269,7 @@ class Case:
         lost, norms, rates = (np.array(column, np.float64) for column in zip(*seen, strict=True))
         return {"losses": lost, "grad_norms": norms, "lrs": rates, "param": torch_tensors(self.config, params)}
 
-    def compute(self, name: str, updates: int) -> np.ndarray | None:
+    def compute(self, name: str, expected: np.ndarray, updates: int) -> np.ndarray | None:
         """The array called out.NAME, or None when it is not one that this script knows; `updates` AdamW steps are run
         for those that need them."""
         head, _, tensor = name.partition("/")
@@ -274,6 +290,8 @@ class Case:
             return np.asarray({"loss": loss, "cross_entropy_loss": parts.cross_entropy, "flow_loss": parts.flow}[base])
         if base == "grad":
             return self.loss_and_grads(semantics)[2].get(tensor)
+        if base == "gen_tokens":
+            return self.generated(expected.shape[1])
         if base.startswith("euler") and base[5:].isdigit():
             return self.euler(semantics, int(base[5:]))
         if base.startswith("adamw_"):
@@ -328,7 +346,9 @@ def run(model_dir: Path, golden: Path) -> list[Comparison]:
     config = config.replace(tokens={name: number for name, number in ids.items() if number is not None})
     case = Case(config, jax.tree.map(jnp.asarray, params), inputs)
     updates = len(expected.get("adamw_losses", ()))
-    return [compare(name, array, case.compute(name, updates), case.mask) for name, array in sorted(expected.items())]
+    return [
+        compare(name, array, case.compute(name, array, updates), case.mask) for name, array in sorted(expected.items())
+    ]
 
 
 def main() -> int:

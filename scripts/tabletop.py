@@ -15,8 +15,8 @@ import numpy as np
 
 DIMS = 14  # of state and action
 FPS = 4
-COLORS = {"red": (214, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220), "yellow": (240, 200, 30)}
-BLOCKS_SHOWN = 3
+COLORS = {"red": (214, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220)}
+BLOCKS_SHOWN = 3  # of the colours
 OVERHEAD, WRIST = "observation.images.cam_high", "observation.images.cam_left_wrist"
 CAMERAS = {OVERHEAD: (56, 84), WRIST: (56, 56)}  # (height, width) in pixels
 

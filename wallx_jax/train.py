@@ -22,7 +22,7 @@ from wallx_jax.data.batch import Batch, describe
 from wallx_jax.data.lerobot import DatasetInfo, read_info
 from wallx_jax.data.mapping import check_dataset
 from wallx_jax.data.pipeline import eval_batches, train_iterator
-from wallx_jax.data.processor import Processor
+from wallx_jax.data.processor import Processor, ProcessorConfig
 from wallx_jax.data.setup import blank_sample, build_processor, load_fast_tokenizer, load_stats, split_sources
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.run_config import RunConfig
@@ -137,10 +137,32 @@ def plan_model(settings: RunConfig, info: DatasetInfo) -> tuple[Origin, Processo
     data = settings.data
     origin = start.find(settings, info.dims(data.state_key), info.dims(data.action_key), fast)
     if origin.resumes:
+        check_same_layout(settings, origin.processor.config)
         return origin, origin.processor
     action = origin.config.action
     stats = load_stats(settings, info)
     return origin, build_processor(settings, info, origin.tokenizer, fast, stats, action.state_dim, action.action_dim)
+
+
+def check_same_layout(settings: RunConfig, stored: ProcessorConfig) -> None:
+    """Raises ConfigError when a run to be resumed was set up for other samples than this configuration asks for."""
+    data = settings.data
+    wanted = {
+        "use_fast_tokenizer": (settings.model.use_fast_tokenizer, stored.objective == "fast"),
+        "action_horizon": (data.action_horizon, stored.horizon),
+        "camera_views": (
+            {camera.view: camera.key for camera in data.cameras},
+            dict(zip(stored.views, stored.camera_keys, strict=True)),
+        ),
+    }
+    differing = [
+        f"{name} = {now!r}, but the run of resume.ckpt has {then!r}: use that, or start anew from its weights with "
+        "resume.load_ckpt_only=True"
+        for name, (now, then) in wanted.items()
+        if now != then
+    ]
+    if differing:
+        raise ConfigError(*differing)
 
 
 def write_assets(processor: Processor, model_files: Path, folder: Path) -> Path:

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The video decoding and encoding 
 class PlainProcessor:
     """Stands in for the processor: passes the sample on, with its place in the dataset as tokens."""
 
-    def encode(self, images, state, instruction, actions, action_is_pad):
+    def encode(self, images, state, instruction, actions, action_is_pad, resized=False):
         if state[0] == 12345:
             raise ValueError("state is odd")
         ones, rows = np.ones_like, np.zeros(4, np.int32)
@@ -147,7 +147,7 @@ def test_errors_reach_the_caller(dataset_info, source):
         train_iterator(LeRobotSource(dataset_info, HORIZON, [], frames=[]), PlainProcessor(), 4, seed=0)
 
     class Odd(PlainProcessor):
-        def encode(self, images, state, *rest):
+        def encode(self, images, state, *rest, **options):
             return super().encode(images, state * 0 + 12345, *rest)
 
     with pytest.raises(ValueError, match="episode \\d, frame \\d: state is odd"):

@@ -206,6 +206,7 @@ def test_nothing_starts_on_a_wrong_configuration(four_steps, model_dir, dataset_
         ({"pretrained_wallx_path": "nobody/nothing"}, FileNotFoundError, "nobody/nothing"),
         ({"save_path": done.save_path}, CheckpointError, "resume.ckpt"),
         ({"resume__ckpt": str(tmp_path / "gone")}, CheckpointError, "no such directory"),
+        ({"resume__ckpt": done.save_path, "action_horizon": 5}, ConfigError, "action_horizon = 5.*has 4"),
     ):
         config = tiny_run.run_config(model_dir, dataset_dir, tmp_path / "never")
         for key, value in changes.items():

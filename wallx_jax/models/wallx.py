@@ -92,6 +92,10 @@ class WallX(nnx.Module):
         """Normalised patches [B, P, patch_dim] in merge order -> features [B, M, D]."""
         return self.vision(patches.astype(self.dtype), grids)
 
+    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+        """int [B, T] -> [B, T, D]."""
+        return self.embed.embedding[...][tokens].astype(self.dtype)
+
     def embed_prefix(
         self,
         tokens: jax.Array,
@@ -103,7 +107,7 @@ class WallX(nnx.Module):
         seconds_per_frame: Sequence[float] | None = None,
     ) -> Prefix:
         """Token embeddings [B, T, D] with visual features and the state put in their places, and positions."""
-        x = self.embed.embedding[...][tokens].astype(self.dtype)
+        x = self.embed_tokens(tokens)
         if features is not None:
             visual, rank = visual_rank(tokens, self.config.tokens)
             placed = jnp.take_along_axis(features, jnp.minimum(rank, features.shape[1] - 1)[..., None], axis=1)

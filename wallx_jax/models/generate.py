@@ -1,0 +1,92 @@
+"""Text from a prefix, token by token, in one compiled loop over a key/value cache of fixed size.
+
+Legend: B batch, T prefix tokens, N new tokens, L layers, S = T + N cache places, K key heads, H head dim.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from wallx_jax.models.decoder import KV
+from wallx_jax.models.wallx import Prefix, WallX
+
+
+class _State(NamedTuple):
+    """step: how many tokens are out; tokens [B, N] so far; kv: [L, B, S, K, H]; logits [B, V] for the next one; done
+    [B]: the row has said its end token."""
+
+    step: jax.Array
+    tokens: jax.Array
+    kv: KV
+    logits: jax.Array
+    done: jax.Array
+    key: jax.Array
+
+
+def generate(
+    net: WallX,
+    prefix: Prefix,
+    max_new_tokens: int,
+    *,
+    end_token: int | None = None,
+    fill_token: int = 0,
+    temperature: float = 0.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """int32 [B, N] tokens that continue each row of the prefix.
+
+    Args:
+        max_new_tokens: N; the loop ends earlier when every row has said `end_token`.
+        end_token: None: never stop.
+        fill_token: stands behind a row's end token.
+        temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature).
+        key: for drawing.
+    """
+    batch, length = prefix.mask.shape
+    cache, hidden = net.encode_prefix(prefix)
+    room = [(0, 0), (0, 0), (0, max_new_tokens), (0, 0), (0, 0)]
+    seen = jnp.pad(prefix.mask, ((0, 0), (0, max_new_tokens)))
+    places = jnp.arange(length + max_new_tokens)
+
+    def pick(logits: jax.Array, key: jax.Array) -> jax.Array:
+        logits = logits.astype(jnp.float32)
+        if temperature == 0:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
+
+    def unfinished(state: _State) -> jax.Array:
+        return (state.step < max_new_tokens) & ~jnp.all(state.done)
+
+    def one_token(state: _State) -> _State:
+        key, draw = jax.random.split(state.key)
+        token = jnp.where(state.done, fill_token, pick(state.logits, draw))
+        tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1)
+        done = state.done if end_token is None else state.done | (token == end_token)
+
+        written = seen | ((places >= length) & (places < length + state.step))
+        mask = jnp.pad(written, ((0, 0), (0, 1)), constant_values=True)[:, None]  # the token itself comes last
+        ids = (cache.next_position + state.step)[None, :, None]
+        out = net.decoder(
+            net.embed_tokens(token[:, None]),
+            jnp.broadcast_to(ids, (3, batch, 1)),
+            mask,
+            past=state.kv,
+            keep_kv=True,
+        )
+        kv = jax.tree.map(
+            lambda kept, new: jax.lax.dynamic_update_slice_in_dim(kept, new, length + state.step, axis=2),
+            state.kv,
+            out.kv,
+        )
+        return _State(state.step + 1, tokens, kv, net.logits(out.hidden[:, 0]), done, key)
+
+    start = _State(
+        jnp.int32(0),
+        jnp.full((batch, max_new_tokens), fill_token, jnp.int32),
+        jax.tree.map(lambda x: jnp.pad(x, room), cache.kv),
+        net.logits(hidden[:, -1]),
+        jnp.zeros(batch, bool),
+        jax.random.key(0) if key is None else key,
+    )
+    return jax.lax.while_loop(unfinished, one_token, start).tokens
