@@ -1,6 +1,7 @@
 """The main job, end to end on a tiny model: weights and dataset in, checkpoint out, resumed, acted with."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import wallx_jax
 import wallx_jax.train
 from wallx_jax import tree
 from wallx_jax.config import ConfigError
+from wallx_jax.data.fast import FastDecodeError, FastTokenizer
 from wallx_jax.training import checkpoint_dir, sharding
 from wallx_jax.training.checkpoint import restore_params
 from wallx_jax.training.checkpoint_dir import CheckpointError
@@ -24,6 +26,15 @@ pytestmark = pytest.mark.slow
 
 
 MAKE_MESH = sharding.make_mesh
+RNG = np.random.default_rng(0)
+OBSERVATION = {
+    "images": {
+        "face_view": RNG.integers(0, 256, (64, 96, 3), dtype=np.uint8),
+        "observation.images.cam_left_wrist": RNG.integers(0, 256, (48, 48, 3), dtype=np.uint8),
+    },
+    "state": RNG.normal(size=14).astype(np.float32),
+    "instruction": "open the cabinet",
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -115,18 +126,10 @@ def test_weights_only_resume_starts_anew(four_steps, model_dir, dataset_dir, tmp
 
 
 def test_policy_acts_from_the_checkpoint_alone(four_steps, tmp_path):
-    import shutil
-
     _, last = four_steps
     shutil.copytree(last, tmp_path / "moved")
     policy = wallx_jax.load_policy(tmp_path / "moved")
-    rng = np.random.default_rng(0)
-    observation = {
-        "images": {"face_view": rng.integers(0, 256, (64, 96, 3), dtype=np.uint8),
-                   "observation.images.cam_left_wrist": rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)},
-        "state": rng.normal(size=14).astype(np.float32),
-        "instruction": "open the cabinet",
-    }  # fmt: skip
+    observation = OBSERVATION
     actions = policy.predict(observation).actions
     assert actions.shape == (4, 14) and np.isfinite(actions).all()
     np.testing.assert_array_equal(actions, policy.predict(observation).actions)
@@ -163,9 +166,7 @@ def test_sharded_run_equals_one_device(model_dir, dataset_dir, tmp_path, mesh, m
         np.testing.assert_allclose(a[path], b[path], atol=2e-5, err_msg=path)
 
 
-def test_from_qwen_with_fast_tokens(dataset_dir, tmp_path):
-    from wallx_jax.data.fast import FastTokenizer
-
+def test_from_qwen_with_fast_tokens(dataset_dir, tmp_path, monkeypatch):
     model = tiny_run.write_model(tmp_path / "qwen", qwen=True)
     chunks = np.random.default_rng(0).uniform(-1, 1, (64, 4, 14))
     FastTokenizer.fit(chunks, vocab_size=400).save(tmp_path / "fast")
@@ -178,8 +179,21 @@ def test_from_qwen_with_fast_tokens(dataset_dir, tmp_path):
     assert line["flow_loss"] == 0 and line["cross_entropy_loss"] > 1
     saved = checkpoint_dir.read_model_config(last)
     assert saved.action.intermediate_size == 16
-    tokenizer = wallx_jax.load_policy(last).processor.tokenizer
+    policy = wallx_jax.load_policy(last)
+    tokenizer = policy.processor.tokenizer
     assert saved.text.vocab_size == len(tokenizer) == tokenizer.fast_start + tokenizer.fast_size
+
+    # Two updates teach nothing: what it says is no chunk, and that is an error. A right answer is decoded.
+    with pytest.raises(FastDecodeError):
+        policy.predict(OBSERVATION)
+    with pytest.raises(FastDecodeError, match="no <|im_end|> within 3 tokens"):
+        policy.predict(OBSERVATION, max_tokens=3)
+    said = [tokenizer.fast_start + i for i in policy.processor.fast.encode(np.zeros((4, 14)))]
+    answer = np.array([[*said, saved.tokens.eos, saved.tokens.pad]])
+    monkeypatch.setattr(policy, "_speak", lambda budget: lambda params, batch: answer)
+    np.testing.assert_allclose(
+        policy.predict(OBSERVATION).actions, policy.processor.decode_actions(np.zeros((4, 14))), atol=1e-5
+    )
 
 
 def test_freezing_moves_only_the_action_side(model_dir, dataset_dir, tmp_path):
