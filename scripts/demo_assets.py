@@ -10,6 +10,9 @@ Qwen's files, so the commands that read them know nothing of the demo.
 import argparse
 import dataclasses
 import re
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +37,7 @@ PLAIN_TOKENS = [
     "<tool_call>", "</tool_call>",
     *(f"<|{name}|>" for name in ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")),
 ]  # fmt: skip
+REPO_ID = "demo/tabletop"
 VIEWS = ("face_view", "left_wrist_view")
 WIDTH = 64
 MODEL = WallXConfig(
@@ -46,8 +50,25 @@ MODEL = WallXConfig(
 )  # fmt: skip
 
 
-def write_dataset(folder: Path, episodes: int, seed: int = 0) -> None:
-    """Writes `episodes` demonstrations as a LeRobot v3.0 dataset. `folder` must not exist."""
+def write_dataset(folder: Path, episodes: int, seed: int = 0, processes: int = 2) -> None:
+    """Writes `episodes` demonstrations as a LeRobot v3.0 dataset; `folder` must not exist.
+
+    An episode of so few small frames costs bookkeeping rather than encoding, so several processes share the work: each
+    writes a dataset of its own, and lerobot joins them.
+    """
+    from lerobot.datasets.aggregate import aggregate_datasets
+
+    parts = [folder.with_name(f"{folder.name}.part{i}") for i in range(processes)]
+    counts = [episodes * (i + 1) // processes - episodes * i // processes for i in range(processes)]
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        list(pool.map(write_part, parts, counts, [(seed, i) for i in range(processes)]))
+    aggregate_datasets([REPO_ID] * processes, REPO_ID, parts, folder)
+    for part in parts:
+        shutil.rmtree(part)
+
+
+def write_part(folder: Path, episodes: int, seed: tuple[int, ...]) -> None:
+    """Writes `episodes` demonstrations, of layouts drawn with `seed`, in one process."""
     import datasets
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -56,9 +77,7 @@ def write_dataset(folder: Path, episodes: int, seed: int = 0) -> None:
     features = {"observation.state": vector, "action": vector}
     for camera, (height, width) in tabletop.CAMERAS.items():
         features[camera] = {"dtype": "video", "shape": (height, width, 3), "names": ["height", "width", "channels"]}
-    dataset = LeRobotDataset.create(
-        "demo/tabletop", fps=tabletop.FPS, features=features, root=folder, robot_type="aloha", use_videos=True
-    )
+    dataset = LeRobotDataset.create(REPO_ID, tabletop.FPS, features, folder, robot_type="aloha", use_videos=True)
     rng = np.random.default_rng(seed)
     for _ in range(episodes):
         layout = tabletop.sample_layout(rng)

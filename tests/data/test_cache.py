@@ -10,6 +10,7 @@ from wallx_jax.data.cache import CachedSource
 from wallx_jax.data.images import resize, target_size
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.processor import ProcessorConfig
+from wallx_jax.data.video import decode_in_order
 
 CAMERAS = tuple(synthetic.CAMERAS)
 RESOLUTIONS = (84, 56)
@@ -45,6 +46,25 @@ def test_gives_what_resizing_the_source_gives(source, tmp_path, monkeypatch):
     for i, sample in enumerate(first):
         for a, b in zip(again[i].images, sample.images, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_filling_from_front_to_back_gives_the_same_frames(source, dataset_info, tmp_path, monkeypatch):
+    cached = CachedSource(source, CONFIG, tmp_path)
+    cached.fill()
+    everything = LeRobotSource(dataset_info, 3, CAMERAS)
+    for camera, kept, resolution in zip(range(2), cached._open(), RESOLUTIONS, strict=False):
+        for index in range(len(everything)):
+            np.testing.assert_array_equal(kept[index], resize(everything[index].images[camera], resolution))
+    monkeypatch.setattr(LeRobotSource, "__getitem__", lambda *_: pytest.fail("a kept frame was decoded again"))
+    assert cached[1].resized
+    CachedSource(source, CONFIG, tmp_path).fill()
+
+
+def test_a_short_video_file_is_named(dataset_info):
+    lengths = dataset_info.episode_lengths + np.array([0, 0, 0, 1])
+    longer = dataclasses.replace(dataset_info, episode_lengths=lengths)
+    with pytest.raises(ValueError, match="file-000.mp4 lacks 1 of the frames"):
+        list(decode_in_order(longer, CAMERAS[0]))
 
 
 def test_other_sizes_or_another_dataset_have_another_cache(source, tmp_path):

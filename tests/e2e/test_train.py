@@ -240,11 +240,11 @@ def test_command_line(model_dir, dataset_dir, tmp_path):
         "def get_config(arg=''):\n"
         f"    return tiny_run.run_config(Path({str(model_dir)!r}), Path({str(dataset_dir)!r}), Path('unused'))\n"
     )
-    environment = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
 
-    def command(*settings):
-        line = [sys.executable, "-m", "wallx_jax.train", f"--config={file}", f"--workdir={tmp_path / 'run'}", *settings]
-        return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
+    def command(*settings, config=file):
+        line = [sys.executable, "-m", "wallx_jax.train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+        environment = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
+        return subprocess.run([*line, *settings], cwd=ROOT, capture_output=True, text=True, env=environment)
 
     ok = command("--config.num_training_steps=2", "--config.num_workers=1")
     assert ok.returncode == 0, ok.stderr
@@ -254,6 +254,10 @@ def test_command_line(model_dir, dataset_dir, tmp_path):
     assert again.returncode == 1 and "already holds checkpoints" in again.stderr and "Traceback" not in again.stderr
     wrong = command("--config.learning_rat=1")
     assert wrong.returncode == 2 and "learning_rate" in wrong.stderr and len(wrong.stderr.strip().splitlines()) == 1
+    offline = command(config="configs/aloha.py")
+    assert offline.returncode == 1 and "Traceback" not in offline.stderr
+    (line,) = [line for line in offline.stderr.splitlines() if line.startswith("error")]
+    assert "lerobot/aloha_mobile_cabinet" in line and str(tmp_path) in line, "what was looked for, and where to put it"
 
 
 def test_divergence_stops_the_run_and_keeps_the_batch(model_dir, dataset_dir, tmp_path):

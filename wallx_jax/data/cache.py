@@ -1,4 +1,4 @@
-"""Decoded, resized frames kept on disk: from the second epoch on, reading costs no video decoding and no resizing."""
+"""Decoded, resized frames kept on disk: with them, reading a sample costs no video decoding and no resizing."""
 
 import dataclasses
 import hashlib
@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from wallx_jax.data.images import resize
 from wallx_jax.data.lerobot import LeRobotSource, RawSample
 from wallx_jax.data.processor import ProcessorConfig
+from wallx_jax.data.video import decode_in_order, is_video
 
 
 class CachedSource:
-    """A LeRobotSource whose images come resized, from a cache that fills as frames are first asked for.
+    """A LeRobotSource whose images come resized, from a cache on disk.
 
-    Every process may read and fill it; two that decode the same frame write the same bytes. The folder's name is a hash
-    of the dataset's files and of the image sizes, so that a changed dataset never meets an old cache.
+    `fill` decodes the videos from front to back. Frames that are not in the cache are decoded one by one and kept;
+    every process may do that, since two that decode the same frame write the same bytes. The folder's name is a hash of
+    the dataset's files and of the image sizes, so that a changed dataset never meets an old cache.
 
     Args:
         source: the frames.
@@ -45,6 +48,19 @@ class CachedSource:
             _allocate(self.folder / name, frames * int(np.prod(row, dtype=np.int64)))
         self._maps: list[np.ndarray] | None = None
 
+    def fill(self) -> None:
+        """Puts every frame of the dataset's videos into the cache, with a progress bar, unless they are all there."""
+        info, (*images, done) = self.source.info, self._open()
+        if done.all() or not all(is_video(info, camera) for camera in self.source.cameras):
+            return
+        cameras = zip(self.source.cameras, images, self.resolutions, self.views, strict=True)
+        with tqdm(total=len(images) * info.num_frames, desc=f"decoding {info.repo_id}", unit="frame") as bar:
+            for camera, kept, resolution, view in cameras:
+                for index, frame in decode_in_order(info, camera):
+                    kept[index] = resize(frame, resolution, view)
+                    bar.update()
+        done[:] = 1  # last: a frame that is marked is whole
+
     def __len__(self) -> int:
         return len(self.source)
 
@@ -62,7 +78,7 @@ class CachedSource:
             raw = self.source[i]
             for image, kept, resolution, view in zip(raw.images, images, self.resolutions, self.views, strict=True):
                 kept[index] = resize(image, resolution, view)
-            done[index] = 1  # last: a frame that is marked is whole
+            done[index] = 1
         else:
             raw = self.source.low_dim(i)
         return dataclasses.replace(raw, images=tuple(np.array(kept[index]) for kept in images), resized=True)

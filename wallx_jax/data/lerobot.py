@@ -163,6 +163,13 @@ def read_columns(info: DatasetInfo, keys: Sequence[str]) -> list[np.ndarray]:
     return columns
 
 
+def read_episodes(info: DatasetInfo, keys: Sequence[str]) -> list[np.ndarray]:
+    """Columns [num_episodes] of meta/episodes, in episode order."""
+    files = sorted((info.root / "meta" / "episodes").glob("*/*.parquet"))
+    table = _read_tables(files, ["episode_index", *keys]).sort_by("episode_index")
+    return [table[key].to_numpy() for key in keys]
+
+
 def _read_tables(files: Sequence[Path], columns: list[str] | None = None) -> pa.Table:
     """Reads and joins parquet files; names the file that is missing or broken."""
     tables = []

@@ -38,6 +38,7 @@ def split_sources(run: RunConfig, info: DatasetInfo, config: ProcessorConfig) ->
     ]
     if data.frame_cache is not None:
         sources = [CachedSource(source, config, data.frame_cache) for source in sources]
+        sources[0].fill()  # of the whole dataset: both splits read it
     return tuple(sources)
 
 
