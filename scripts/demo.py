@@ -1,6 +1,6 @@
 """The whole way on this machine's CPU: record demonstrations, train a tiny Wall-X from scratch, see what it learnt.
 
-    python scripts/demo.py [--workdir runs/demo] [--episodes 400] [--steps N]
+    python scripts/demo.py [--workdir runs/demo] [--episodes 2000] [--steps N]
 
 Four steps, each an ordinary command or library call: write a LeRobot dataset and an untrained model, train with
 `python -m wallx_jax.train --config=configs/demo.py`, compare with held-out episodes, act in the simulator. Prints a
@@ -24,14 +24,14 @@ LAYOUTS = 50
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--episodes", type=int, default=400, help="demonstrations in the dataset")
+    parser.add_argument("--episodes", type=int, default=2000, help="demonstrations in the dataset")
     parser.add_argument("--steps", type=int, help="optimizer updates; default: configs/demo.py's")
     args = parser.parse_args()
     start = time.perf_counter()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the hub
-    model, dataset, run = (args.workdir / name for name in ("model", "dataset", "run"))
-    for folder in (model, dataset, run):
+    model, dataset, run, cache = (args.workdir / name for name in ("model", "dataset", "run", "cache"))
+    for folder in (model, dataset, run, cache):
         shutil.rmtree(folder, ignore_errors=True)
     args.workdir.mkdir(parents=True, exist_ok=True)
 
@@ -40,7 +40,7 @@ def main() -> None:
     make_assets("model", model, args.workdir / "model.log")
 
     say(start, "training")
-    overrides = {"pretrained_wallx_path": model, "repo_id": dataset}
+    overrides = {"pretrained_wallx_path": model, "repo_id": dataset, "frame_cache": cache}
     if args.steps:
         overrides["num_training_steps"] = args.steps
     command = [sys.executable, "-m", "wallx_jax.train", f"--config={ROOT / 'configs/demo.py'}", f"--workdir={run}"]

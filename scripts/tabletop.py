@@ -18,23 +18,24 @@ FPS = 4
 COLORS = {"red": (214, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220)}
 BLOCKS_SHOWN = 3  # of the colours
 OVERHEAD, WRIST = "observation.images.cam_high", "observation.images.cam_left_wrist"
-CAMERAS = {OVERHEAD: (56, 84), WRIST: (56, 56)}  # (height, width) in pixels
+CAMERAS = {OVERHEAD: (28, 84), WRIST: (28, 28)}  # (height, width) in pixels
 
-CELL = 0.14  # places are the centres of a grid of square cells, each 28 pixels wide in the overhead view
-ROWS, COLUMNS = 2, 3
+CELL = 0.2  # places are the centres of a grid of square cells, each 28 pixels wide in the overhead view
+ROWS, COLUMNS = 1, 3
 VIEW_CENTRE = (0.0, 0.24)  # of the grid and of the camera above it
 PLACES = [
     (VIEW_CENTRE[0] + CELL * (column - (COLUMNS - 1) / 2), VIEW_CENTRE[1] + CELL * (row - (ROWS - 1) / 2))
     for row in range(ROWS)
     for column in range(COLUMNS)
 ]
-BLOCK, JITTER = 0.09, 0.015
+BLOCK, JITTER = 0.12, 0.015
 UNNAMED = "unnamed"  # in the place of a colour: names none
 TABLE = (124, 104, 86)
 
 BASES = ((-0.3, 0.0), (0.3, 0.0))  # left, right
 SHOULDER_HEIGHT, LINK, HAND = 0.2, 0.36, 0.12  # both links are equally long; the hand points down
 REST = ((-0.3, 0.2, 0.25), (0.3, 0.2, 0.25))  # where the holding hand retreats to
+HOME = ((-0.1, 0.2, 0.2), (0.1, 0.2, 0.2))  # where the hands start, within 2 cm
 REACH_HEIGHT = 0.04  # of a hand that has reached its block
 TOLERANCE = 0.06
 RATE = 0.25  # largest joint change in one step
@@ -73,14 +74,14 @@ def instruction(color: str) -> str:
 
 
 def sample_layout(rng: np.random.Generator) -> Layout:
-    """Blocks of different colours on different places. The hands start anywhere above the places, also right at a
-    block, so that where a hand is does not tell where it is to go."""
+    """Blocks of different colours on different places. The hands start near home whatever the blocks and the
+    words are, so that nothing but picture and words tells where to go."""
     colors = [str(name) for name in rng.permutation(list(COLORS))[:BLOCKS_SHOWN]]
     places = rng.permutation(PLACES)[:BLOCKS_SHOWN] + rng.uniform(-JITTER, JITTER, (BLOCKS_SHOWN, 2))
     blocks = {color: (x, y, rng.uniform(-0.3, 0.3)) for color, (x, y) in zip(colors, places, strict=True)}
     free_arm, start = int(rng.integers(2)), []
     for arm in range(2):
-        hand = rng.uniform((-0.2, 0.12, REACH_HEIGHT), (0.2, 0.36, 0.2))
+        hand = np.array(HOME[arm]) + rng.uniform(-0.02, 0.02, 3)
         gripper = (FREE if arm == free_arm else HOLDING) + rng.uniform(-0.1, 0.1)
         start += [*joints_for(hand, arm), gripper]
     return Layout(blocks, colors[0], free_arm, np.array(start, np.float32))
@@ -152,7 +153,7 @@ def render(layout: Layout, centre: tuple[float, float], width_m: float, size: tu
     steps = [(np.arange(n, dtype=np.float32) + 0.5 - n / 2) * (width_m / width) for n in (width, height)]
     x, y = centre[0] + steps[0][None], centre[1] - steps[1][:, None]
     right, far = (x - VIEW_CENTRE[0]) / CELL, (y - VIEW_CENTRE[1]) / CELL
-    shade = 25 * right + 6 * np.sin(40 * y + 3 * np.sin(9 * x))  # the second term is the grain of the wood
+    shade = 40 * right + 6 * np.sin(40 * y + 3 * np.sin(9 * x))  # the second term is the grain of the wood
     image = np.array(TABLE, np.float32) + shade[..., None] + 25 * far[..., None] * np.array([1, 0, -1], np.float32)
     for color, (bx, by, turn) in layout.blocks.items():
         along = np.cos(turn) * (x - bx) + np.sin(turn) * (y - by)
