@@ -44,7 +44,7 @@ MODEL = WallXConfig(
     vision=VisionConfig(depth=1, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=WIDTH,
                         fullatt_block_indexes=(0,)),
     text=TextConfig(hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=3, num_attention_heads=4,
-                    num_key_value_heads=2, mrope_section=(2, 3, 3)),
+                    num_key_value_heads=2, mrope_section=(4, 2, 2)),
     action=ActionConfig(intermediate_size=2 * WIDTH, action_dim=tabletop.DIMS, state_dim=tabletop.DIMS),
     numerics=Numerics(param_dtype="float32", compute_dtype="float32"),
 )  # fmt: skip
