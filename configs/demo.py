@@ -27,12 +27,12 @@ def get_config(arg: str = ""):
     c.min_lr = 3e-4
     c.num_warmup_steps = 50
     c.batch_size_per_gpu = 64
-    c.num_training_steps = 1600
+    c.num_training_steps = 1500
     c.num_epoch = 0
     c.num_workers = 0
     c.frame_cache = "runs/demo/cache"
-    c.save_interval = 800
-    c.eval_interval = 400
+    c.save_interval = 750
+    c.eval_interval = 250
     c.eval_batches = 2
     c.log_interval = 50
     return c

@@ -1,6 +1,6 @@
 """The whole way on this machine's CPU: record demonstrations, train a tiny Wall-X from scratch, see what it learnt.
 
-    python scripts/demo.py [--workdir runs/demo] [--episodes 2000] [--steps N]
+    python scripts/demo.py [--workdir runs/demo] [--episodes 1500] [--steps N]
 
 Four steps, each an ordinary command or library call: write a LeRobot dataset and an untrained model, train with
 `python -m wallx_jax.train --config=configs/demo.py`, compare with held-out episodes, act in the simulator. Prints a
@@ -24,7 +24,7 @@ LAYOUTS = 50
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--episodes", type=int, default=2000, help="demonstrations in the dataset")
+    parser.add_argument("--episodes", type=int, default=1500, help="demonstrations in the dataset")
     parser.add_argument("--steps", type=int, help="optimizer updates; default: configs/demo.py's")
     args = parser.parse_args()
     start = time.perf_counter()
@@ -72,7 +72,8 @@ def evaluate(model: Path, dataset: Path, run: Path, figure: Path) -> dict:
     # Imported here, when the commands before are through: this process would only hold memory that they need.
     import demo_evaluate as ev
 
-    from wallx_jax.inference.policy import Policy, load_policy
+    from wallx_jax.inference.load import load_policy
+    from wallx_jax.inference.policy import Policy
     from wallx_jax.weights.load import load_params
 
     policy = load_policy(run)

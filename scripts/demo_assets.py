@@ -1,6 +1,6 @@
 """What the demo trains on and from: a LeRobot dataset of scripted demonstrations, and a tiny untrained Wall-X.
 
-    python scripts/demo_assets.py dataset DIR --episodes 2000
+    python scripts/demo_assets.py dataset DIR --episodes 1500
     python scripts/demo_assets.py model DIR
 
 Both are ordinary: the dataset is LeRobot v3.0 with video, the model directory is upstream's layout with a tokenizer in
@@ -137,7 +137,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("dataset", "model"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--episodes", type=int, default=2000)
+    parser.add_argument("--episodes", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.what == "dataset":

@@ -1,10 +1,10 @@
 """A small two-armed tabletop: coloured blocks, one of which the words name, and a hand that has to go there.
 
 Two arms of ALOHA's 14 joints (waist, shoulder, elbow, forearm roll, wrist angle, wrist rotate, gripper; left arm first)
-stand behind a table. One hand already holds something, so its gripper is closed; the other one, open, is to reach the
-named block while the holding arm retreats to its rest pose. Which hand is free shows in the joint state alone: the
-cameras see neither arms nor grippers. So the picture tells where the blocks are, the words which one, the state which
-hand and from where. Lengths in metres, angles in radians, grippers from 0 (closed) to 1 (open).
+stand behind a table. One hand holds something and waits at its rest pose, gripper closed; the other one, open and
+anywhere over the table, is to reach the named block. Which hand is free shows in the joint state alone: the cameras see
+neither arms nor grippers. So the picture tells where the blocks are, the words which one, the state which hand and from
+where. Lengths in metres, angles in radians, grippers from 0 (closed) to 1 (open).
 
 The world: x to the right, y away from the robot, z up, the table at z = 0.
 """
@@ -16,26 +16,22 @@ import numpy as np
 DIMS = 14  # of state and action
 FPS = 4
 COLORS = {"red": (214, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220)}
-BLOCKS_SHOWN = 3  # of the colours
 OVERHEAD, WRIST = "observation.images.cam_high", "observation.images.cam_left_wrist"
-CAMERAS = {OVERHEAD: (28, 84), WRIST: (28, 28)}  # (height, width) in pixels
+# (height, width) in pixels, in multiples of the 28 pixels of a token, and large enough not to be scaled up.
+CAMERAS = {OVERHEAD: (56, 84), WRIST: (56, 56)}
 
-CELL = 0.2  # places are the centres of a grid of square cells, each 28 pixels wide in the overhead view
-ROWS, COLUMNS = 1, 3
-VIEW_CENTRE = (0.0, 0.24)  # of the grid and of the camera above it
-PLACES = [
-    (VIEW_CENTRE[0] + CELL * (column - (COLUMNS - 1) / 2), VIEW_CENTRE[1] + CELL * (row - (ROWS - 1) / 2))
-    for row in range(ROWS)
-    for column in range(COLUMNS)
-]
+CELL = 0.2  # side of the square of table that one token of the overhead view shows
+PLACES = [(-CELL, 0.24), (0.0, 0.24), (CELL, 0.24)]  # in the middle of the near row of tokens
+VIEW_CENTRE, VIEW_WIDTH = (0.0, 0.34), 3 * CELL  # of the overhead camera
 BLOCK, JITTER = 0.12, 0.015
 UNNAMED = "unnamed"  # in the place of a colour: names none
 TABLE = (124, 104, 86)
 
 BASES = ((-0.3, 0.0), (0.3, 0.0))  # left, right
 SHOULDER_HEIGHT, LINK, HAND = 0.2, 0.36, 0.12  # both links are equally long; the hand points down
-REST = ((-0.3, 0.2, 0.25), (0.3, 0.2, 0.25))  # where the holding hand retreats to
-HOME = ((-0.1, 0.2, 0.2), (0.1, 0.2, 0.2))  # where the hands start, within 2 cm
+REST = ((-0.3, 0.2, 0.25), (0.3, 0.2, 0.25))  # where the holding hand waits, within 2 cm
+# Where the free hand may start: wide enough that its place on the way says little about where it is going.
+HOME, HOME_SPREAD = ((-0.1, 0.2, 0.2), (0.1, 0.2, 0.2)), (0.25, 0.1, 0.1)
 REACH_HEIGHT = 0.04  # of a hand that has reached its block
 TOLERANCE = 0.06
 RATE = 0.25  # largest joint change in one step
@@ -74,16 +70,17 @@ def instruction(color: str) -> str:
 
 
 def sample_layout(rng: np.random.Generator) -> Layout:
-    """Blocks of different colours on different places. The hands start near home whatever the blocks and the
+    """A block of each colour, each on a place of its own. The hands start where they do whatever the blocks and the
     words are, so that nothing but picture and words tells where to go."""
-    colors = [str(name) for name in rng.permutation(list(COLORS))[:BLOCKS_SHOWN]]
-    places = rng.permutation(PLACES)[:BLOCKS_SHOWN] + rng.uniform(-JITTER, JITTER, (BLOCKS_SHOWN, 2))
+    colors = [str(name) for name in rng.permutation(list(COLORS))]
+    places = rng.permutation(PLACES) + rng.uniform(-JITTER, JITTER, (len(colors), 2))
     blocks = {color: (x, y, rng.uniform(-0.3, 0.3)) for color, (x, y) in zip(colors, places, strict=True)}
     free_arm, start = int(rng.integers(2)), []
     for arm in range(2):
-        hand = np.array(HOME[arm]) + rng.uniform(-0.02, 0.02, 3)
-        gripper = (FREE if arm == free_arm else HOLDING) + rng.uniform(-0.1, 0.1)
-        start += [*joints_for(hand, arm), gripper]
+        free = arm == free_arm
+        centre, spread, gripper = (HOME[arm], HOME_SPREAD, FREE) if free else (REST[arm], 0.02, HOLDING)
+        hand = centre + rng.uniform(-1, 1, 3) * spread
+        start += [*joints_for(hand, arm), gripper + rng.uniform(-0.1, 0.1)]
     return Layout(blocks, colors[0], free_arm, np.array(start, np.float32))
 
 
@@ -93,7 +90,7 @@ class Tabletop:
     def __init__(self, layout: Layout):
         self.layout = layout
         self.state = layout.start.copy()
-        self._overhead = render(layout, VIEW_CENTRE, COLUMNS * CELL, CAMERAS[OVERHEAD])
+        self._overhead = render(layout, VIEW_CENTRE, VIEW_WIDTH, CAMERAS[OVERHEAD])
 
     def step(self, action: np.ndarray) -> None:
         """Moves every joint towards its target in `action` [14], at most RATE."""
@@ -168,5 +165,5 @@ def render(layout: Layout, centre: tuple[float, float], width_m: float, size: tu
 def to_pixels(points: np.ndarray) -> np.ndarray:
     """World (x, y) [..., 2] -> (column, row) in the overhead view [..., 2], float."""
     height, width = CAMERAS[OVERHEAD]
-    scale = width / (COLUMNS * CELL)
+    scale = width / VIEW_WIDTH
     return (np.asarray(points)[..., :2] - VIEW_CENTRE) * (scale, -scale) + (width / 2 - 0.5, height / 2 - 0.5)

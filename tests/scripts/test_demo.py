@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wallx_jax.config import resolve
+from wallx_jax.data.images import target_size
 from wallx_jax.data.lerobot import LeRobotSource, read_info
 from wallx_jax.data.prompt import build_prefix
 from wallx_jax.models.wallx import abstract_params
@@ -78,10 +79,19 @@ def test_layouts_follow_their_seed_and_vary():
     assert {each.target for each in many} == set(tabletop.COLORS)
     assert {each.free_arm for each in many} == {0, 1}
     for each in many:
-        assert len(each.blocks) == tabletop.BLOCKS_SHOWN and each.target in each.blocks
+        assert set(each.blocks) == set(tabletop.COLORS) and each.target in each.blocks
         points = np.array([block[:2] for block in each.blocks.values()])
         gaps = np.linalg.norm(points[:, None] - points[None], axis=-1)[np.triu_indices(len(points), 1)]
         assert gaps.min() > tabletop.BLOCK
+
+
+def test_pictures_reach_the_model_as_they_are():
+    """No resize between the simulator and the model, and each place is the middle of one token of the overhead view."""
+    for size in tabletop.CAMERAS.values():
+        assert target_size(*size) == size
+    for place in tabletop.PLACES:
+        column, row = tabletop.to_pixels(place)
+        assert abs((column + 0.5) % 28 - 14) < 0.01 and abs((row + 0.5) % 28 - 14) < 0.01
 
 
 def test_pictures_show_the_blocks_but_not_which_hand_is_free():
