@@ -10,7 +10,6 @@ table and leaves it in WORKDIR as results.json and demo.png.
 import argparse
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -47,7 +46,7 @@ def main() -> None:
     subprocess.run([*command, *(f"--config.{key}={value}" for key, value in overrides.items())], check=True)
 
     say(start, "evaluating")
-    results = evaluate(model, dataset, run, args.workdir / "demo.png")
+    results = evaluate(model, run, args.workdir / "demo.png")
     results["minutes"] = (time.perf_counter() - start) / 60
     (args.workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(table(results))
@@ -67,35 +66,40 @@ def make_assets(what: str, folder: Path, log: Path, *options: str) -> None:
         sys.exit(f"{log.read_text(errors='replace')[-3000:]}\nerror: {' '.join(command)} failed; the whole log: {log}")
 
 
-def evaluate(model: Path, dataset: Path, run: Path, figure: Path) -> dict:
+def evaluate(model: Path, run: Path, figure: Path) -> dict:
     """Errors and success rates of the trained policy, with inputs blanked, and of the untrained one."""
     # Imported here, when the commands before are through: this process would only hold memory that they need.
     import demo_evaluate as ev
 
-    from wallx_jax.inference.load import load_policy
+    from wallx_jax.evaluation import openloop
+    from wallx_jax.evaluation.subject import open_subject
     from wallx_jax.inference.policy import Policy
     from wallx_jax.weights.load import load_params
 
-    policy = load_policy(run)
+    subject = open_subject(argparse.Namespace(checkpoint=run, dataset=None, config=None))
+    policy = subject.policy
     untrained = Policy(policy.config, load_params(model, numerics={"param_dtype": "float32"})[1], policy.processor)
-    split = runpy.run_path(str(ROOT / "configs/demo.py"))["get_config"]().train_test_split
-    recorded = ev.read_held_out(dataset, policy, split)
+    recorded = openloop.read(subject.held_out, stride=1)
     layouts = ev.test_layouts(LAYOUTS)
     cases = {f"{name} blank" if name != "nothing" else "trained": (policy, blank)
              for name, blank in ev.blanks(policy).items()}  # fmt: skip
     cases["untrained"] = untrained, ev.blanks(policy)["nothing"]
 
-    open_loop, closed_loop, kept = {"hold still": recorded.hold_still()}, {}, {}
+    def error(chunks) -> float:
+        return openloop.errors(chunks, recorded, policy.processor.predicted).mean
+
+    open_loop, closed_loop, kept = {}, {}, {}
+    open_loop["hold still"] = error(openloop.baselines(recorded, policy.processor)["hold_still"])
     for name, (actor, blank) in cases.items():
-        chunks = ev.act(actor, [blank(o) for o in recorded.observations])
+        chunks = openloop.predict(actor, [blank(o) for o in recorded.observations], ev.BATCH)
         rollouts = ev.roll_out(actor, layouts, blank)
         kept[name] = chunks, rollouts
-        open_loop[name] = recorded.error(chunks)
+        open_loop[name] = error(chunks)
         closed_loop[name] = {
             "named": ev.rate(r.success for r in rollouts),
             "other": ev.rate(r.wrong for r in rollouts),
         }
-    results = {"open_loop": open_loop, "closed_loop": closed_loop, "held_out_frames": len(recorded.observations)}
+    results = {"open_loop": open_loop, "closed_loop": closed_loop, "held_out_frames": len(recorded)}
     ev.plot(figure, recorded, *kept["trained"], results)
     return results
 

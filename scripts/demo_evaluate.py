@@ -12,9 +12,8 @@ import matplotlib
 import numpy as np
 import tabletop
 
-from wallx_jax.data.lerobot import LeRobotSource, RawSample, read_info
-from wallx_jax.data.pipeline import split_frames
-from wallx_jax.inference.policy import Policy
+from wallx_jax.evaluation.openloop import Recorded, predict
+from wallx_jax.inference.policy import Observation, Policy
 from wallx_jax.robots import ALOHA_DOF
 
 matplotlib.use("Agg")
@@ -23,7 +22,6 @@ import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
 BATCH = 50  # observations per call of the policy, always, so that it is compiled once
 TEST_SEED = 1_000_000  # layouts from here on are in no dataset
 CALLS, EXECUTED = 4, 6  # of the policy per episode, and actions of each chunk that are carried out
-Observation = dict
 
 
 def blanks(policy: Policy) -> dict[str, Callable[[Observation], Observation]]:
@@ -39,50 +37,6 @@ def blanks(policy: Policy) -> dict[str, Callable[[Observation], Observation]]:
         "words": lambda o: o | {"instruction": tabletop.instruction(tabletop.UNNAMED)},
         "state": lambda o: o | {"state": average},
     }
-
-
-def act(policy: Policy, observations: Sequence[Observation], seed: int = 0) -> np.ndarray:
-    """Action chunks [N, A, D] in batches of BATCH."""
-    count = len(observations)
-    padded = [observations[i % count] for i in range(-(-count // BATCH) * BATCH)]
-    chunks = [policy.predict(padded[i : i + BATCH], seed=seed).actions for i in range(0, len(padded), BATCH)]
-    return np.concatenate(chunks)[:count]
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """Held-out frames in order, as recorded; actions [N, A, D] and `valid` [N, A] within the episode."""
-
-    observations: list[Observation]
-    actions: np.ndarray
-    valid: np.ndarray
-    episodes: np.ndarray
-
-    def error(self, chunks: np.ndarray) -> float:
-        """Mean absolute difference from what the expert did; `chunks` broadcasts to [N, A, D]."""
-        return float(np.abs(chunks - self.actions)[self.valid].mean())
-
-    def hold_still(self) -> float:
-        """The error of staying where one is."""
-        return self.error(np.stack([o["state"] for o in self.observations])[:, None])
-
-
-def read_held_out(dataset: Path, policy: Policy, split: float) -> Recorded:
-    """The episodes of `dataset` that training did not see, read as training reads them."""
-    info, layout = read_info(dataset), policy.processor.config
-    frames = split_frames(info, split)[1]
-    source = LeRobotSource(info, layout.horizon, layout.camera_keys, layout.state_key, layout.action_key, frames=frames)
-    samples: list[RawSample] = [source[i] for i in range(len(source))]
-    observations = [
-        {"images": dict(zip(layout.camera_keys, s.images, strict=True)), "state": s.state, "instruction": s.instruction}
-        for s in samples
-    ]
-    return Recorded(
-        observations,
-        np.stack([s.actions for s in samples]),
-        ~np.stack([s.action_is_pad for s in samples]),
-        np.array([s.episode for s in samples]),
-    )
 
 
 @dataclass(frozen=True)
@@ -113,7 +67,7 @@ def roll_out(
     sims = [tabletop.Tabletop(layout) for layout in layouts]
     paths = [[[sim.hand(0), sim.hand(1)]] for sim in sims]
     for call in range(CALLS):
-        chunks = act(policy, [blank(sim.observation()) for sim in sims], seed=call)
+        chunks = predict(policy, [blank(sim.observation()) for sim in sims], BATCH, seed=call)
         for sim, path, chunk in zip(sims, paths, chunks, strict=True):
             for action in chunk[:EXECUTED]:
                 sim.step(action)

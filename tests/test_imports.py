@@ -30,6 +30,7 @@ ALLOWED = {
     "training": SETTINGS | {"models", "weights", "data"},
     # Serving a checkpoint needs to read it, but nothing else of training.
     "inference": SETTINGS | {"models", "weights", "data", "training.checkpoint", "training.checkpoint_dir"},
+    "evaluation": SETTINGS | {"models", "weights", "data", "training", "inference"},
     "serving": SETTINGS | {"models.config", "data", "inference"},
     "train": SETTINGS | {"models", "weights", "data", "training", "inference"},
 }

@@ -8,7 +8,8 @@ __version__ = "0.1.0"
 # Looked up on first use, so that importing the package stays light.
 _EXPORTS = {
     "load_params": "wallx_jax.weights.load",
-    "load_policy": "wallx_jax.inference.policy",
+    "load_policy": "wallx_jax.inference.load",
+    "load_vlm": "wallx_jax.inference.load",
     "compute_stats": "wallx_jax.data.stats",
 }
 __all__ = list(_EXPORTS)

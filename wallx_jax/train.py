@@ -19,11 +19,11 @@ from ml_collections import ConfigDict
 from wallx_jax.command_line import launch, render
 from wallx_jax.config import ConfigError, flatten, resolve
 from wallx_jax.data.batch import Batch, describe
-from wallx_jax.data.lerobot import DatasetInfo, read_info
+from wallx_jax.data.lerobot import read_info
 from wallx_jax.data.mapping import check_dataset
 from wallx_jax.data.pipeline import eval_batches, train_iterator
-from wallx_jax.data.processor import Processor, ProcessorConfig
-from wallx_jax.data.setup import blank_sample, build_processor, load_fast_tokenizer, load_stats, split_sources
+from wallx_jax.data.processor import Processor
+from wallx_jax.data.setup import blank_sample, split_sources
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.run_config import RunConfig
 from wallx_jax.training import checkpoint_dir, sharding, start
@@ -32,7 +32,6 @@ from wallx_jax.training.checkpoint_dir import CheckpointError
 from wallx_jax.training.loop import NonFiniteError, Steps, abstract_batch, run_loop
 from wallx_jax.training.metrics import MetricWriter
 from wallx_jax.training.progress import Progress
-from wallx_jax.training.start import Origin
 from wallx_jax.training.state import TrainState
 from wallx_jax.training.step import Objective, make_eval_step, make_train_step
 from wallx_jax.weights.safetensors_io import WeightsError
@@ -62,7 +61,7 @@ def run(config: ConfigDict) -> Path:
     mesh = sharding.make_mesh(settings.mesh)
     loop, save_path = settings.loop, Path(settings.loop.save_path)
 
-    origin, processor = plan_model(settings, info)
+    origin, processor = start.plan(settings, info)
     continues = origin.resumes and origin.checkpoint.parent == (save_path / checkpoint_dir.FOLDER).absolute()
     if not continues:
         checkpoint_dir.refuse_overwrite(save_path)
@@ -129,40 +128,6 @@ def run(config: ConfigDict) -> Path:
         checkpointer.close()
         batches.close()
     return checkpoint_dir.find_checkpoints(save_path)[0]
-
-
-def plan_model(settings: RunConfig, info: DatasetInfo) -> tuple[Origin, Processor]:
-    """The model's final shapes and the preprocessing; a resumed run takes both from its checkpoint."""
-    fast = load_fast_tokenizer(settings)
-    data = settings.data
-    origin = start.find(settings, info.dims(data.state_key), info.dims(data.action_key), fast)
-    if origin.resumes:
-        check_same_layout(settings, origin.processor.config)
-        return origin, origin.processor
-    action = origin.config.action
-    stats = load_stats(settings, info)
-    return origin, build_processor(settings, info, origin.tokenizer, fast, stats, action.state_dim, action.action_dim)
-
-
-def check_same_layout(settings: RunConfig, stored: ProcessorConfig) -> None:
-    """Raises ConfigError when a run to be resumed was set up for other samples than this configuration asks for."""
-    data = settings.data
-    wanted = {
-        "use_fast_tokenizer": (settings.model.use_fast_tokenizer, stored.objective == "fast"),
-        "action_horizon": (data.action_horizon, stored.horizon),
-        "camera_views": (
-            {camera.view: camera.key for camera in data.cameras},
-            dict(zip(stored.views, stored.camera_keys, strict=True)),
-        ),
-    }
-    differing = [
-        f"{name} = {now!r}, but the run of resume.ckpt has {then!r}: use that, or start anew from its weights with "
-        "resume.load_ckpt_only=True"
-        for name, (now, then) in wanted.items()
-        if now != then
-    ]
-    if differing:
-        raise ConfigError(*differing)
 
 
 def write_assets(processor: Processor, model_files: Path, folder: Path) -> Path:

@@ -6,40 +6,55 @@ belong to the model.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 PATCH = 14
 FACTOR = 28
-MIN_PIXELS = 4 * FACTOR**2
-MAX_PIXELS = 16384 * FACTOR**2
 MAX_ASPECT = 200
 
 
-def target_size(height: int, width: int, resolution: int = -1, name: str = "image") -> tuple[int, int]:
+class Limits(NamedTuple):
+    """Smallest and largest height x width in pixels after rounding to multiples of 28."""
+
+    smallest: int
+    largest: int
+
+
+IMAGE_LIMITS = Limits(4 * FACTOR**2, 16384 * FACTOR**2)  # of qwen_vl_utils and Qwen's preprocessor_config.json
+VIDEO_LIMITS = Limits(128 * FACTOR**2, 768 * FACTOR**2)  # of each frame of a video, as qwen_vl_utils
+
+
+def target_size(
+    height: int, width: int, resolution: int = -1, name: str = "image", limits: Limits = IMAGE_LIMITS
+) -> tuple[int, int]:
     """(height, width) in pixels, both multiples of 28, that an image of this size is brought to.
 
     Args:
         resolution: pixels of the longer side before rounding to multiples of 28; -1 keeps the image's own size.
         name: of the camera, for messages.
+        limits: between which the product of the sides is kept.
 
     Raises:
         ValueError: a resolution that is neither -1 nor positive, a side below one pixel, or sides whose ratio
             exceeds 200.
     """
-    return _smart_size(*_scaled_size(height, width, resolution, name), name)
+    return _smart_size(*_scaled_size(height, width, resolution, name), name, limits)
 
 
-def resize(image: np.ndarray | Image.Image, resolution: int = -1, name: str = "image") -> np.ndarray:
+def resize(
+    image: np.ndarray | Image.Image, resolution: int = -1, name: str = "image", limits: Limits = IMAGE_LIMITS
+) -> np.ndarray:
     """Both bicubic resizes, through Pillow.
 
     Args:
         image: RGB as uint8 [H, W, 3] or a Pillow image of mode "RGB".
-        resolution, name: as in `target_size`.
+        resolution, name, limits: as in `target_size`.
 
     Returns:
-        uint8 [h, w, 3] with (h, w) = target_size(H, W, resolution).
+        uint8 [h, w, 3] with (h, w) = target_size(H, W, resolution, name, limits).
 
     Raises:
         ValueError: any other kind of image; as `target_size`.
@@ -49,8 +64,14 @@ def resize(image: np.ndarray | Image.Image, resolution: int = -1, name: str = "i
     # Two resizes are not one: the intermediate picture is rounded to uint8 and loses detail.
     if resolution != -1:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    height, width = _smart_size(height, width, name)
+    height, width = _smart_size(height, width, name, limits)
     return np.array(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def size_of(image: np.ndarray | Image.Image, name: str = "image") -> tuple[int, int]:
+    """(height, width) of what `resize` takes; raises as it does."""
+    image = _checked(image, name)
+    return image.height, image.width
 
 
 def grid(height: int, width: int) -> tuple[int, int, int]:
@@ -87,23 +108,33 @@ def _scaled_size(height: int, width: int, resolution: int, name: str) -> tuple[i
     return scaled
 
 
-def _smart_size(height: int, width: int, name: str) -> tuple[int, int]:
+def _smart_size(height: int, width: int, name: str, limits: Limits) -> tuple[int, int]:
     """Nearest multiples of 28 whose product lies within the pixel limits, at about the same aspect ratio."""
     if max(height, width) / min(height, width) > MAX_ASPECT:
         raise ValueError(f"{name}: {height}x{width} (height x width) has an aspect ratio above {MAX_ASPECT}; crop it")
     # round() takes halves to the even neighbour, which the reference relies on too: 42 pixels -> 2 x 28.
     sides = [max(FACTOR, round(side / FACTOR) * FACTOR) for side in (height, width)]
-    if math.prod(sides) > MAX_PIXELS:
-        shrink = math.sqrt(height * width / MAX_PIXELS)
+    if math.prod(sides) > limits.largest:
+        shrink = math.sqrt(height * width / limits.largest)
         sides = [max(FACTOR, math.floor(side / shrink / FACTOR) * FACTOR) for side in (height, width)]
-    elif math.prod(sides) < MIN_PIXELS:
-        grow = math.sqrt(MIN_PIXELS / (height * width))
+    elif math.prod(sides) < limits.smallest:
+        grow = math.sqrt(limits.smallest / (height * width))
         sides = [math.ceil(side * grow / FACTOR) * FACTOR for side in (height, width)]
     return sides[0], sides[1]
 
 
 def _checked(image: np.ndarray | Image.Image, name: str) -> Image.Image:
     """The image as a Pillow RGB image, or an error that says what it is instead."""
+    image = _as_pillow(image, name)
+    if max(image.size) < PATCH:
+        raise ValueError(
+            f"{name}: an image of {image.height}x{image.width} (height x width) pixels is smaller than one patch of "
+            f"{PATCH} pixels; is it a camera frame?"
+        )
+    return image
+
+
+def _as_pillow(image: np.ndarray | Image.Image, name: str) -> Image.Image:
     if isinstance(image, Image.Image):
         if image.mode != "RGB":
             raise ValueError(f"{name}: Pillow image of mode {image.mode!r}; convert it to 'RGB'")

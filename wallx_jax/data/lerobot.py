@@ -261,7 +261,7 @@ class LeRobotSource:
         Raises:
             RuntimeError: naming dataset, episode and frame, if it cannot be read or decoded.
         """
-        index, episode, frame = self._locate(i)
+        index, episode, frame = map(int, self.locate(i))
         dataset = self._open()
         try:
             item = dataset[index]
@@ -283,11 +283,8 @@ class LeRobotSource:
 
     def low_dim(self, i: int) -> RawSample:
         """The same without images (an empty tuple): from the table files alone, nothing is decoded."""
-        with self._lock:
-            if self._columns is None:
-                self._columns = read_columns(self.info, [self.state_key, self.action_key, "task_index"])
-        states, actions, task = self._columns
-        index, episode, frame = self._locate(i)
+        states, actions, task = self._table()
+        index, episode, frame = map(int, self.locate(i))
         ahead = index + np.arange(self.horizon)
         end = index - frame + self.info.episode_lengths[episode]
         return RawSample(
@@ -300,12 +297,23 @@ class LeRobotSource:
             frame,
         )
 
-    def _locate(self, i: int) -> tuple[int, int, int]:
-        """Place in the split -> (frame index in the dataset, episode, frame in the episode)."""
-        index = int(self.frames[i])
+    def locate(self, places: Any) -> tuple[Any, Any, Any]:
+        """Places in the split, one or an int array -> (frame index in the dataset, episode, frame in the episode)."""
+        index = self.frames[places]
         starts = self.info.episode_starts
-        episode = int(np.searchsorted(starts, index, side="right")) - 1
-        return index, episode, index - int(starts[episode])
+        episode = np.searchsorted(starts, index, side="right") - 1
+        return index, episode, index - starts[episode]
+
+    def actions_at(self, indices: np.ndarray) -> np.ndarray:
+        """float32 [n, D]: the recorded actions of frames of the dataset (not of the split)."""
+        return self._table()[1][indices].astype(np.float32)
+
+    def _table(self) -> list[np.ndarray]:
+        """Columns of the table files, read once: states, actions, task numbers."""
+        with self._lock:
+            if self._columns is None:
+                self._columns = read_columns(self.info, [self.state_key, self.action_key, "task_index"])
+            return self._columns
 
     def _open(self) -> Any:
         with self._lock:

@@ -76,10 +76,8 @@ def train_iterator(
     if not len(source):
         raise ValueError("the training split has no frames; raise train_test_split")
     dataset = (
-        grain.MapDataset.source(source)
-        .shuffle(seed=seed)
-        .repeat()[process_index::process_count]
-        .map(_Encode(processor))
+        shuffled(source, seed)[process_index::process_count]
+        .map(Encode(processor))
         .batch(batch_size, drop_remainder=True, batch_fn=stack_samples)
         # One thread: lerobot's dataset is not made for several. Two batches ahead, since an element here is a batch.
         .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
@@ -90,6 +88,11 @@ def train_iterator(
         options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
         dataset = dataset.mp_prefetch(options, worker_init_fn=use_one_thread)
     return iter(dataset)
+
+
+def shuffled(source: LeRobotSource, seed: int) -> grain.MapDataset:
+    """The frames in the order in which training meets them, without end; each pass in another order."""
+    return grain.MapDataset.source(source).shuffle(seed=seed).repeat()
 
 
 def eval_batches(
@@ -108,7 +111,7 @@ def eval_batches(
         batches, places = limit, np.linspace(0, count - 1, limit * batch_size).round().astype(int)
     else:
         places = np.arange(batches * batch_size) % max(count, 1)
-    encode = _Encode(processor)
+    encode = Encode(processor)
     for start in range(0, batches * batch_size, batch_size):
         yield stack_samples([encode(source[int(i)]) for i in places[start : start + batch_size]])
 
@@ -120,7 +123,7 @@ def stack_samples(samples: Sequence[Batch]) -> Batch:
     return Batch(images=images, **{name: np.stack(rows) for name, rows in columns.items()})
 
 
-class _Encode:
+class Encode:
     """RawSample -> Batch row, naming the frame when it fails."""
 
     def __init__(self, processor: Processor):

@@ -3,6 +3,7 @@
 Legend: T prefix tokens, W label window, A action horizon, C model channels, D robot dims.
 """
 
+import copy
 import dataclasses
 import functools
 import json
@@ -21,6 +22,7 @@ from wallx_jax.data.normalize import Normalizer, NormStats, load_norm_stats, sav
 from wallx_jax.data.tokenizer import Tokenizer
 
 FILE_NAME = "processor.json"
+PROMPT_STEP = 32  # tokens by which a prompt longer than training's grows, so that few lengths are compiled
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,9 @@ class ProcessorConfig:
 class Processor:
     """Holds the tokenizer, the normalisers and the layout. Every error leaves it usable.
 
+    Attributes:
+        observed, predicted: bool [D], which dims of the state the policy sees and which of the action it predicts.
+
     Args:
         config: the layout.
         tokenizer: with the Wall-X tokens added.
@@ -96,10 +101,10 @@ class Processor:
         self.config, self.tokenizer, self.stats, self.fast = config, tokenizer, stats, fast
         self.state = Normalizer(stats.state, config.state_dim)
         self.action = Normalizer(stats.action, config.action_dim)
-        self._observed = _flags("observed", config.observed, self.state.dims)
-        self._predicted = _flags("predicted", config.predicted, self.action.dims)
-        self._state_mask = self.state.pad(self._observed)
-        self._action_mask = self.action.pad(self._predicted)
+        self.observed = _flags("observed", config.observed, self.state.dims)
+        self.predicted = _flags("predicted", config.predicted, self.action.dims)
+        self._state_mask = self.state.pad(self.observed)
+        self._action_mask = self.action.pad(self.predicted)
 
     def encode(
         self,
@@ -109,6 +114,7 @@ class Processor:
         actions: Any | None = None,
         action_is_pad: Any | None = None,
         resized: bool = False,
+        task: prompt.Task = "action",
     ) -> Batch:
         """One observation, with the actions that followed when training, -> one sample without batch axis.
 
@@ -119,18 +125,18 @@ class Processor:
             actions: [A, D] robot units; NaN where there is no value (masked, channel by channel).
             action_is_pad: bool [A].
             resized: the images come from `data.images.resize` already.
+            task: "language" asks for the next subtask in words instead of actions.
 
         Raises:
             ValueError: naming the field, the value and what was expected; also if the prompt does not fit.
         """
         config = self.config
-        if not isinstance(instruction, str) or not instruction.strip():
-            raise ValueError(f"instruction is {instruction!r}; it must be a sentence")
+        _check_instruction(instruction)
         pixels = self._images(images, resized)
         state = np.asarray(state, np.float64)
         if state.shape != (self.state.dims,):
             raise ValueError(f"state has shape {state.shape}; this robot's has {(self.state.dims,)}")
-        if (missing := ~np.isfinite(state) & self._observed).any():
+        if (missing := ~np.isfinite(state) & self.observed).any():
             raise ValueError(f"state is not finite at dims {np.flatnonzero(missing).tolist()}")
 
         mask = np.tile(self._action_mask, (config.horizon, 1))
@@ -143,26 +149,56 @@ class Processor:
             values = self.action.normalize(actions) * mask
             if action_is_pad is not None:
                 is_pad = np.asarray(action_is_pad, bool)
-        tokens, token_mask, labels = self._text(instruction, None if actions is None else values)
+        tokens, token_mask, labels = self._text(instruction, None if actions is None else values, task)
         state_mask = self._state_mask.copy()
         state = self.state.normalize(state) * state_mask
         return Batch(pixels, tokens, token_mask, labels, state, state_mask, values, mask, is_pad)
 
+    def acting_on(self, images: Sequence[Any], instruction: str, task: prompt.Task = "action") -> "Processor":
+        """The same preprocessing in a layout that holds these images and this instruction.
+
+        Training fixes image sizes and prompt length. A robot's cameras or an operator's words may differ: the same
+        rules then give other sizes, and the prompt gets as much room as it needs, in steps of PROMPT_STEP tokens.
+        Padding changes no result. No room is kept for an answer.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        config = self.config
+        _check_instruction(instruction)
+        self._check_count(images)
+        sizes = tuple(
+            image_ops.target_size(*image_ops.size_of(image, view), resolution, view)
+            for view, image, resolution in zip(config.views, images, config.resolutions, strict=True)
+        )
+        trained = config.prompt_length - config.label_window
+        layout = dataclasses.replace(config, image_sizes=sizes, label_window=0)
+        needed = _prompt_tokens(self.tokenizer, instruction, layout.views, layout.image_tokens, task)
+        length = trained if needed <= trained else -(-needed // PROMPT_STEP) * PROMPT_STEP
+        other = copy.copy(self)
+        other.config = dataclasses.replace(layout, prompt_length=length)
+        return other
+
+    def _check_count(self, images: Sequence[Any]) -> None:
+        if len(images) != len(views := self.config.views):
+            raise ValueError(f"got {len(images)} images; expected {len(views)}, in order {list(views)}")
+
     def _images(self, images: Sequence[Any], resized: bool) -> tuple[np.ndarray, ...]:
         config = self.config
-        if len(images) != len(config.views):
-            raise ValueError(f"got {len(images)} images; expected {len(config.views)}, in order {list(config.views)}")
+        self._check_count(images)
         resolutions = (None,) * len(images) if resized else config.resolutions
         layout = zip(config.views, images, resolutions, config.image_sizes, strict=True)
         return tuple(_image(view, image, resolution, size) for view, image, resolution, size in layout)
 
-    def _text(self, instruction: str, actions: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _text(
+        self, instruction: str, actions: np.ndarray | None, task: prompt.Task
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens [T], mask [T] and labels [W]; `actions` normalised [A, C] or None when acting."""
         if self.config.objective == "flow" or actions is None:
-            return _unanswered(self.tokenizer, instruction, self.config)
+            return _unanswered(self.tokenizer, instruction, self.config, task)
         config = self.config
         # Without padding and masked dims, whose zeros would change the tokens.
-        answer = self.fast.encode(actions[:, : self.action.dims][:, self._predicted])
+        answer = self.fast.encode(actions[:, : self.action.dims][:, self.predicted])
         encoded = prompt.build_prefix(self.tokenizer, instruction, config.views, config.image_tokens, answer=answer)
         return prompt.fit(encoded, config.prompt_length, config.label_window)
 
@@ -185,7 +221,7 @@ class Processor:
         if strangers := [t + start for t in tokens if not 0 <= t < size]:
             raise ValueError(f"ids {strangers} are not action tokens; those are {start}..{start + size - 1}")
         chunk = np.zeros((self.config.horizon, self.action.dims), np.float32)
-        chunk[:, self._predicted] = self.fast.decode(tokens, self.config.horizon, int(self._predicted.sum()))
+        chunk[:, self.predicted] = self.fast.decode(tokens, self.config.horizon, int(self.predicted.sum()))
         return self.action.unnormalize(chunk)
 
     def save(self, directory: str | Path) -> None:
@@ -221,15 +257,27 @@ class Processor:
         return cls(config, Tokenizer.from_dir(directory), stats, fast)
 
 
+@functools.lru_cache(maxsize=4096)
+def _prompt_tokens(
+    tokenizer: Tokenizer, instruction: str, views: tuple[str, ...], image_tokens: tuple[int, ...], task: prompt.Task
+) -> int:
+    return len(prompt.build_prefix(tokenizer, instruction, views, image_tokens, task).ids)
+
+
 @functools.lru_cache(maxsize=4096)  # a dataset repeats a few instructions; tokenising costs more than all the rest
 def _unanswered(
-    tokenizer: Tokenizer, instruction: str, config: ProcessorConfig
+    tokenizer: Tokenizer, instruction: str, config: ProcessorConfig, task: prompt.Task
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    encoded = prompt.build_prefix(tokenizer, instruction, config.views, config.image_tokens)
+    encoded = prompt.build_prefix(tokenizer, instruction, config.views, config.image_tokens, task)
     arrays = prompt.fit(encoded, config.prompt_length, config.label_window)
     for array in arrays:
         array.flags.writeable = False  # shared by all samples with this instruction
     return arrays
+
+
+def _check_instruction(instruction: Any) -> None:
+    if not isinstance(instruction, str) or not instruction.strip():
+        raise ValueError(f"instruction is {instruction!r}; it must be a sentence")
 
 
 def _image(view: str, image: Any, resolution: int, size: tuple[int, int]) -> np.ndarray:

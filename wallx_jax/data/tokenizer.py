@@ -74,6 +74,8 @@ class Tokenizer:
         config = _read_json(path / "tokenizer_config.json")
         if (path / "chat_template.jinja").is_file():
             config.setdefault("chat_template", (path / "chat_template.jinja").read_text(encoding="utf-8"))
+        if template := _read_json(path / "chat_template.json").get("chat_template"):  # where Qwen2.5-VL keeps it
+            config.setdefault("chat_template", template)
         file = path / "tokenizer.json"
         try:
             if file.is_file():

@@ -1,13 +1,12 @@
 """A trained policy: observations in, action chunks in robot units out.
 
-Legend: B observations, A horizon, C model channels, D robot dims.
+Legend: B observations, A horizon, C model channels, D robot dims, N tokens.
 """
 
-import functools
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,27 +16,60 @@ from wallx_jax import tree
 from wallx_jax.data.batch import Batch, stack
 from wallx_jax.data.fast import FastDecodeError
 from wallx_jax.data.processor import Processor
+from wallx_jax.data.prompt import Task
+from wallx_jax.inference.compiled import Compiled
+from wallx_jax.inference.speaker import Speaker
 from wallx_jax.models.config import WallXConfig
-from wallx_jax.models.generate import generate
 from wallx_jax.models.wallx import bind
-from wallx_jax.training import checkpoint_dir
-from wallx_jax.training.checkpoint import restore_params
 
 Observation = Mapping[str, Any]
+SUBTASK_TOKENS = 128  # room for a subtask in words
 
 
-class Prediction(NamedTuple):
-    """actions: float32 [A, D] in robot units, [B, A, D] for a list of observations. timings_ms: where time went."""
+class ActionDecodeError(FastDecodeError):
+    """What a FAST checkpoint said is not a chunk of actions.
+
+    Attributes:
+        failures: {index of the observation: why}.
+        actions: float32 [B, A, D] of all observations, NaN in the rows that failed.
+    """
+
+    def __init__(self, failures: Mapping[int, str], actions: np.ndarray):
+        self.failures, self.actions = dict(failures), actions
+        super().__init__("; ".join(f"observation {index}: {why}" for index, why in failures.items()))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What `Policy.predict` gives.
+
+    actions: float32 [A, D] in robot units, [B, A, D] for a list of observations.
+    timings_ms: where the time went: "preprocess", "model" and "total", and "subtask" where one was asked for.
+    subtask: what the policy set itself to do, where it was asked for: a text, or one per observation.
+    """
 
     actions: np.ndarray
     timings_ms: dict[str, float]
+    subtask: str | list[str] | None = None
 
 
 class Policy:
-    """Acts with one set of parameters. The preprocessing is the very object that training used."""
+    """Acts with one set of parameters. The preprocessing is the very object that training used.
+
+    Compiles at the first call of a shape (observations per call, image sizes, prompt length, steps) and keeps the
+    programs of the shapes used last.
+    """
 
     def __init__(self, config: WallXConfig, params: tree.Tree, processor: Processor):
-        self.config, self.params, self.processor = config, params, processor
+        self.config, self.processor = config, processor
+        self.params = jax.device_put(params)
+        self._flow = Compiled(self._sample_chunk)
+        self._speaker = Speaker(config, self.params)
+
+    @property
+    def compilations(self) -> int:
+        """Programs compiled so far."""
+        return self._flow.compilations + self._speaker.compilations
 
     def predict(
         self,
@@ -46,91 +78,143 @@ class Policy:
         steps: int = 10,
         seed: int = 0,
         noise: np.ndarray | None = None,
+        subtask: bool = False,
         max_tokens: int | None = None,
+        temperature: float = 0.0,
     ) -> Prediction:
         """The action chunk for one observation, or for each of a list.
 
         Args:
-            observation: {"images": {view or camera key: uint8 RGB [h, w, 3]}, "state": [D], "instruction": str}.
+            observation: {"images": {view or camera key: uint8 RGB [h, w, 3] or Pillow}, "state": [D], "instruction":
+                str}. Images may have any size.
             steps: Euler steps of the flow.
-            seed: of the noise that the flow starts from; the same seed gives the same actions.
-            noise: [B, A, C] to start from instead.
-            max_tokens: FAST checkpoints say their actions, greedily; room for that, None: as in training.
+            seed: of the noise that the flow starts from, and of sampled tokens: the same seed gives the same actions.
+            noise: [B, A, C] to start the flow from instead.
+            subtask: let the policy first say in words what to do next, then act on that instead of the instruction.
+            max_tokens: for FAST checkpoints, which say their actions: room for that; None: as in training.
+            temperature: for FAST checkpoints: 0 says the likeliest tokens, above they are drawn.
 
         Raises:
             ValueError: naming the field of the observation that is missing or malformed; the policy stays usable.
-            FastDecodeError: what a FAST checkpoint said is not a chunk of actions.
+            ActionDecodeError: what a FAST checkpoint said is not a chunk of actions.
         """
-        single = isinstance(observation, Mapping)
         start = time.perf_counter()
-        batch = stack([self.encode(o) for o in ([observation] if single else observation)])
+        single = isinstance(observation, Mapping)
+        observations = [observation] if single else list(observation)
+        if not observations:
+            raise ValueError("no observation was given")
+        said = None
+        if subtask:
+            said = self.subtask(observations, seed=seed)
+            observations = [{**o, "instruction": text} for o, text in zip(observations, said, strict=True)]
+        asked = time.perf_counter()
+        groups = self._batches(observations)
         encoded = time.perf_counter()
         if self.processor.config.objective == "fast":
-            tokens = np.asarray(self._speak(max_tokens or self.processor.config.label_window)(self.params, batch))
-            sampled = time.perf_counter()
-            actions = np.stack([self._decode(row) for row in tokens])
+            actions = self._say_actions(groups, max_tokens, temperature, seed)
         else:
-            if noise is None:
-                noise = jax.random.normal(jax.random.key(seed), batch.actions.shape, jnp.float32)
-            chunk = np.asarray(self._sample(steps)(self.params, batch, jnp.asarray(noise, jnp.float32)))
-            sampled = time.perf_counter()
-            actions = self.processor.decode_actions(chunk)
-        timings = {"preprocess": encoded - start, "model": sampled - encoded, "total": time.perf_counter() - start}
-        return Prediction(actions[0] if single else actions, {name: 1e3 * s for name, s in timings.items()})
+            actions = self._flow_actions(groups, steps, seed, noise)
+        end = time.perf_counter()
+        timings = {"preprocess": encoded - asked, "model": end - encoded, "total": end - start}
+        if subtask:
+            timings["subtask"] = asked - start
+        return Prediction(
+            actions[0] if single else actions,
+            {name: 1e3 * seconds for name, seconds in timings.items()},
+            said if said is None or not single else said[0],
+        )
 
-    def encode(self, observation: Observation) -> Batch:
+    def subtask(
+        self,
+        observation: Observation | Sequence[Observation],
+        *,
+        max_tokens: int = SUBTASK_TOKENS,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> str | list[str]:
+        """What to do next, in words, for one observation or for each of a list (Wall-X's subtask prompt).
+
+        Raises:
+            ValueError: as `predict`; also if the model says nothing, or does not come to an end.
+        """
+        single = isinstance(observation, Mapping)
+        observations = [observation] if single else list(observation)
+        texts = [""] * len(observations)
+        for rows, batch in self._batches(observations, "language"):
+            for row, tokens in zip(rows, self._speaker(batch, max_tokens, temperature, seed), strict=True):
+                ids = self._speaker.answer(tokens)
+                text = self.processor.tokenizer.decode([] if ids is None else ids, skip_special=True).strip()
+                if not text:
+                    what = "nothing" if ids is not None else f"no end within {max_tokens} tokens"
+                    raise ValueError(f"observation {row}: asked for the next subtask, the model said {what}")
+                texts[row] = text
+        return texts[0] if single else texts
+
+    def encode(self, observation: Observation, task: Task = "action") -> Batch:
         """One observation as the model sees it (no batch axis)."""
+        if not isinstance(observation, Mapping):
+            raise ValueError(f"the observation is a {type(observation).__name__}; expected a dict")
         for field in ("images", "state", "instruction"):
             if field not in observation:
                 raise ValueError(f"the observation has no {field!r}; it has {sorted(observation)}")
-        config, given = self.processor.config, observation["images"]
-        images = []
+        given, instruction = observation["images"], observation["instruction"]
+        if not isinstance(given, Mapping):
+            raise ValueError(f"images: {type(given).__name__}; expected a dict of camera view -> picture")
+        config, images = self.processor.config, []
         for view, key in zip(config.views, config.camera_keys, strict=True):
             if view not in given and key not in given:
                 raise ValueError(f"images: camera {view!r} (or {key!r}) is missing; there are {sorted(given)}")
             images.append(given[view] if view in given else given[key])
-        return self.processor.encode(images, observation["state"], observation["instruction"])
+        processor = self.processor.acting_on(images, instruction, task)
+        return processor.encode(images, observation["state"], instruction, task=task)
 
-    def _decode(self, tokens: np.ndarray) -> np.ndarray:
-        """What a FAST checkpoint said, up to <|im_end|>, -> [A, D]."""
-        ends = np.flatnonzero(tokens == self.config.tokens.eos)
-        if not len(ends):
-            raise FastDecodeError(f"no <|im_end|> within {len(tokens)} tokens; raise max_tokens, or train longer")
-        try:
-            return self.processor.decode_action_tokens(tokens[: ends[0]])
-        except ValueError as error:
-            raise FastDecodeError(str(error)) from error
+    def _batches(self, observations: Sequence[Observation], task: Task = "action") -> list[tuple[list[int], Batch]]:
+        """(row numbers, their batch) for each set of observations whose arrays have the same shapes."""
+        groups: dict[tuple, list[tuple[int, Batch]]] = {}
+        for row, observation in enumerate(observations):
+            try:
+                sample = self.encode(observation, task)
+            except ValueError as error:
+                raise ValueError(f"observation {row}: {error}" if len(observations) > 1 else str(error)) from None
+            groups.setdefault(tuple(x.shape for x in jax.tree.leaves(sample)), []).append((row, sample))
+        return [([row for row, _ in group], stack([sample for _, sample in group])) for group in groups.values()]
 
-    @functools.cache  # noqa: B019 - as below
-    def _speak(self, max_tokens: int):
-        config = self.config
+    def _flow_actions(self, groups, steps: int, seed: int, noise: np.ndarray | None) -> np.ndarray:
+        """Robot units [B, A, D] by flow matching."""
+        count = sum(len(rows) for rows, _ in groups)
+        shape = (count, *groups[0][1].actions.shape[1:])
+        if noise is None:
+            # A key per row: what an observation gets does not depend on those beside it.
+            keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(count))
+            noise = np.asarray(jax.vmap(lambda key: jax.random.normal(key, shape[1:], jnp.float32))(keys))
+        noise = np.asarray(noise, np.float32)
+        if noise.shape != shape:
+            raise ValueError(f"noise has shape {noise.shape}; expected {shape} (observations, horizon, channels)")
+        chunks = np.empty(shape, np.float32)
+        for rows, batch in groups:
+            chunks[rows] = self._flow((steps,), self.params, batch, noise[rows])
+        return self.processor.decode_actions(chunks)
 
-        @jax.jit
-        def speak(params: tree.Tree, batch: Batch) -> jax.Array:
-            net = bind(config, params)
-            ids = config.tokens
-            return generate(net, net.embed_batch(batch), max_tokens, end_token=ids.eos, fill_token=ids.pad)
+    def _say_actions(self, groups, max_tokens: int | None, temperature: float, seed: int) -> np.ndarray:
+        """Robot units [B, A, D] of a FAST checkpoint."""
+        config, failures = self.processor.config, {}
+        count = sum(len(rows) for rows, _ in groups)
+        actions = np.full((count, config.horizon, self.processor.action.dims), np.nan, np.float32)
+        budget = max_tokens or config.label_window
+        for rows, batch in groups:
+            for row, tokens in zip(rows, self._speaker(batch, budget, temperature, seed), strict=True):
+                try:
+                    if (ids := self._speaker.answer(tokens)) is None:
+                        raise FastDecodeError(
+                            f"no <|im_end|> within {budget} tokens; raise max_tokens, or train longer"
+                        )
+                    actions[row] = self.processor.decode_action_tokens(ids)
+                except ValueError as error:
+                    failures[row] = str(error)
+        if failures:
+            raise ActionDecodeError(failures, actions)
+        return actions
 
-        return speak
-
-    @functools.cache  # noqa: B019 - a policy lives as long as its compiled functions
-    def _sample(self, steps: int):
-        config = self.config
-
-        @jax.jit
-        def sample(params: tree.Tree, batch: Batch, noise: jax.Array) -> jax.Array:
-            net = bind(config, params)
-            return net.sample_actions(net.embed_batch(batch), noise, batch.action_mask, steps)
-
-        return sample
-
-
-def load_policy(path: str | Path) -> Policy:
-    """The policy of a checkpoint directory (or of a run directory: its newest checkpoint).
-
-    Raises:
-        CheckpointError: there is no complete checkpoint.
-    """
-    step = checkpoint_dir.find_checkpoints(path)[0]
-    config = checkpoint_dir.read_model_config(step)
-    return Policy(config, restore_params(step), Processor.from_dir(checkpoint_dir.assets_dir(step)))
+    def _sample_chunk(self, steps: int, params: tree.Tree, batch: Batch, noise: jax.Array) -> jax.Array:
+        net = bind(self.config, params)
+        return net.sample_actions(net.embed_batch(batch), noise, batch.action_mask, steps)

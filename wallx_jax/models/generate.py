@@ -3,10 +3,12 @@
 Legend: B batch, T prefix tokens, N new tokens, L layers, S = T + N cache places, K key heads, H head dim.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from wallx_jax.models.decoder import KV
 from wallx_jax.models.wallx import Prefix, WallX
@@ -29,18 +31,18 @@ def generate(
     prefix: Prefix,
     max_new_tokens: int,
     *,
-    end_token: int | None = None,
+    end_tokens: Sequence[int] = (),
     fill_token: int = 0,
-    temperature: float = 0.0,
+    temperature: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
     """int32 [B, N] tokens that continue each row of the prefix.
 
     Args:
-        max_new_tokens: N; the loop ends earlier when every row has said `end_token`.
-        end_token: None: never stop.
+        max_new_tokens: N; the loop ends earlier when every row has said one of `end_tokens`.
+        end_tokens: none: never stop.
         fill_token: stands behind a row's end token.
-        temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature).
+        temperature: None takes the likeliest token; otherwise tokens are drawn from softmax(logits / temperature).
         key: for drawing.
     """
     batch, length = prefix.mask.shape
@@ -51,7 +53,7 @@ def generate(
 
     def pick(logits: jax.Array, key: jax.Array) -> jax.Array:
         logits = logits.astype(jnp.float32)
-        if temperature == 0:
+        if temperature is None:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
 
@@ -62,7 +64,7 @@ def generate(
         key, draw = jax.random.split(state.key)
         token = jnp.where(state.done, fill_token, pick(state.logits, draw))
         tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1)
-        done = state.done if end_token is None else state.done | (token == end_token)
+        done = state.done | jnp.isin(token, jnp.array(end_tokens, jnp.int32))
 
         written = seen | ((places >= length) & (places < length + state.step))
         mask = jnp.pad(written, ((0, 0), (0, 1)), constant_values=True)[:, None]  # the token itself comes last
@@ -90,3 +92,9 @@ def generate(
         jax.random.key(0) if key is None else key,
     )
     return jax.lax.while_loop(unfinished, one_token, start).tokens
+
+
+def up_to(tokens: np.ndarray, end_tokens: Sequence[int]) -> np.ndarray | None:
+    """What stands before the first end token in a row [N] of `generate`; None when the row has no end."""
+    ends = np.flatnonzero(np.isin(tokens, end_tokens))
+    return tokens[: ends[0]] if len(ends) else None

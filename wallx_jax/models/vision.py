@@ -22,25 +22,35 @@ IMAGE_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 IMAGE_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
-def image_grid(image: jax.Array, config: VisionConfig) -> Grid:
-    """Grid of a still image [..., h, w, 3]."""
-    return (1, image.shape[-3] // config.patch_size, image.shape[-2] // config.patch_size)
+def visual_grid(pixels: jax.Array, config: VisionConfig) -> Grid:
+    """Grid of a still image [B, h, w, 3] or a video [B, F, h, w, 3]."""
+    frames = pixels.shape[1] if pixels.ndim == 5 else 1
+    height, width = pixels.shape[-3:-1]
+    return (-(-frames // config.temporal_patch_size), height // config.patch_size, width // config.patch_size)
 
 
-def patchify(image: jax.Array, config: VisionConfig) -> jax.Array:
-    """uint8 RGB [B, h, w, 3] -> float32 [B, P, channels*frames*patch*patch] in merge order, as Qwen2-VL's processor.
+def patchify(pixels: jax.Array, config: VisionConfig) -> jax.Array:
+    """uint8 RGB [B, h, w, 3] or [B, F, h, w, 3] -> float32 [B, P, channels*frames*patch*patch] in merge order, as
+    Qwen2-VL's processor.
 
-    A still image counts as `temporal_patch_size` equal frames.
+    A patch spans `temporal_patch_size` frames: a still image counts as so many equal ones, and a video's last frame is
+    repeated until it fits.
     """
-    patch, merge, frames = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
-    batch, height, width, channels = image.shape
+    patch, merge, span = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
+    height, width, channels = pixels.shape[-3:]
     if height % (patch * merge) or width % (patch * merge):
         raise ValueError(f"image of {height}x{width} px: both sides must be multiples of {patch * merge}")
-    x = (image.astype(jnp.float32) / 255 - IMAGE_MEAN) / IMAGE_STD
-    x = x.reshape(batch, height // patch // merge, merge, patch, width // patch // merge, merge, patch, channels)
-    x = x.transpose(0, 1, 4, 2, 5, 7, 3, 6)  # B, cell row, cell column, row, column, channel, y, x
-    x = x.reshape(batch, -1, channels, 1, patch, patch)
-    x = jnp.broadcast_to(x, (*x.shape[:3], frames, patch, patch))
+    x = (pixels.astype(jnp.float32) / 255 - IMAGE_MEAN) / IMAGE_STD
+    x = x if x.ndim == 5 else x[:, None]
+    if missing := -x.shape[1] % span:
+        x = jnp.concatenate([x, *[x[:, -1:]] * missing], axis=1)
+    batch, frames = x.shape[:2]
+    x = x.reshape(
+        batch, frames // span, span, height // patch // merge, merge, patch, width // patch // merge, merge, patch,
+        channels,
+    )  # fmt: skip
+    # B, frames; cell row, cell column; row, column in the cell; channel, frame in the patch, y, x
+    x = x.transpose(0, 1, 3, 6, 4, 7, 9, 2, 5, 8)
     return x.reshape(batch, -1, config.patch_dim)
 
 

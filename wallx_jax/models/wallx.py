@@ -24,7 +24,7 @@ from wallx_jax.models.decoder import KV, Decoder, DecoderOutput
 from wallx_jax.models.dtypes import param_dtype
 from wallx_jax.models.layers import INIT, Linear
 from wallx_jax.models.positions import continue_positions, next_position, position_ids, visual_rank
-from wallx_jax.models.vision import VisionTower, image_grid, patchify
+from wallx_jax.models.vision import VisionTower, patchify, visual_grid
 from wallx_jax.models.vision_plan import Grid
 
 
@@ -83,8 +83,8 @@ class WallX(nnx.Module):
     # Inputs
 
     def encode_images(self, images: Sequence[jax.Array]) -> tuple[jax.Array, tuple[Grid, ...]]:
-        """uint8 RGB [B, h, w, 3] per camera -> (features [B, M, D], their grids)."""
-        grids = tuple(image_grid(image, self.config.vision) for image in images)
+        """uint8 RGB [B, h, w, 3] per camera (a video [B, F, h, w, 3]) -> (features [B, M, D], their grids)."""
+        grids = tuple(visual_grid(image, self.config.vision) for image in images)
         patches = jnp.concatenate([patchify(image, self.config.vision) for image in images], axis=1)
         return self.encode_patches(patches, grids), grids
 
@@ -118,10 +118,12 @@ class WallX(nnx.Module):
         ids = position_ids(tokens, token_mask, grids, self.config.vision, self.config.tokens, seconds_per_frame)
         return Prefix(x, token_mask, ids)
 
-    def embed_batch(self, batch) -> Prefix:
-        """Prefix of a data.batch.Batch."""
-        features, grids = self.encode_images(batch.images)
-        return self.embed_prefix(batch.tokens, batch.token_mask, features, grids, batch.state, batch.state_mask)
+    def embed_batch(self, batch, seconds_per_frame: Sequence[float] | None = None) -> Prefix:
+        """Prefix of a data.batch.Batch; a model without an action side leaves the state out."""
+        features, grids = self.encode_images(batch.images) if batch.images else (None, ())
+        acts = self.config.action.intermediate_size is not None
+        state = (batch.state, batch.state_mask) if acts else (None, None)
+        return self.embed_prefix(batch.tokens, batch.token_mask, features, grids, *state, seconds_per_frame)
 
     # Passes
 

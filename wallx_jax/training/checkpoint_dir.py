@@ -113,7 +113,12 @@ def prepare(folder: Path, resumed_step: int | None) -> None:
 
 def read_metadata(path: str | Path, save_path: str | Path | None = None) -> dict[str, Any]:
     """metadata.json of the (newest) checkpoint: step, time, loss, config, model, tokens, numerics, versions."""
-    return first_readable(path, save_path, lambda step: json.loads((step / "metadata" / METADATA_FILE).read_text()))
+    return first_readable(path, save_path, lambda step: json.loads(metadata_file(step).read_text()))
+
+
+def metadata_file(step: Path) -> Path:
+    """metadata.json of a step directory."""
+    return step / "metadata" / METADATA_FILE
 
 
 def read_model_config(path: str | Path, save_path: str | Path | None = None) -> WallXConfig:

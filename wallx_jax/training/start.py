@@ -10,9 +10,12 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from wallx_jax import hub
+from wallx_jax import hub, tree
+from wallx_jax.config import ConfigError
 from wallx_jax.data.fast import FastTokenizer
-from wallx_jax.data.processor import Processor
+from wallx_jax.data.lerobot import DatasetInfo
+from wallx_jax.data.processor import Processor, ProcessorConfig
+from wallx_jax.data.setup import build_processor, load_fast_tokenizer, load_stats
 from wallx_jax.data.tokenizer import Tokenizer
 from wallx_jax.models.config import ActionConfig, WallXConfig
 from wallx_jax.models.wallx import abstract_params
@@ -21,7 +24,7 @@ from wallx_jax.training import checkpoint_dir
 from wallx_jax.training.checkpoint import restore_params
 from wallx_jax.training.sharding import param_spec, shardings
 from wallx_jax.training.state import TrainState, create_state
-from wallx_jax.weights.load import load_params, read_config
+from wallx_jax.weights.load import Put, load_params, read_config
 
 UPSTREAM_CHANNELS = 20  # action and state width of a fresh action side, as upstream's; a wider robot widens it
 
@@ -105,23 +108,67 @@ def _final_config(
     )
 
 
+def plan(settings: RunConfig, info: DatasetInfo) -> tuple[Origin, Processor]:
+    """The model's final shapes and the preprocessing; a resumed run takes both from its checkpoint."""
+    fast = load_fast_tokenizer(settings)
+    data = settings.data
+    origin = find(settings, info.dims(data.state_key), info.dims(data.action_key), fast)
+    if origin.resumes:
+        check_same_layout(settings, origin.processor.config)
+        return origin, origin.processor
+    action = origin.config.action
+    stats = load_stats(settings, info)
+    return origin, build_processor(settings, info, origin.tokenizer, fast, stats, action.state_dim, action.action_dim)
+
+
+def check_same_layout(settings: RunConfig, stored: ProcessorConfig) -> None:
+    """Raises ConfigError when a run to be resumed was set up for other samples than this configuration asks for."""
+    data = settings.data
+    wanted = {
+        "use_fast_tokenizer": (settings.model.use_fast_tokenizer, stored.objective == "fast"),
+        "action_horizon": (data.action_horizon, stored.horizon),
+        "camera_views": (
+            {camera.view: camera.key for camera in data.cameras},
+            dict(zip(stored.views, stored.camera_keys, strict=True)),
+        ),
+    }
+    differing = [
+        f"{name} = {now!r}, but the run of resume.ckpt has {then!r}: use that, or start anew from its weights with "
+        "resume.load_ckpt_only=True"
+        for name, (now, then) in wanted.items()
+        if now != then
+    ]
+    if differing:
+        raise ConfigError(*differing)
+
+
 def load_state(origin: Origin, run: RunConfig, decay_steps: int, mesh: Mesh) -> TrainState:
     """A fresh training state around the origin's weights, each parameter placed on the mesh as it is read."""
     if origin.checkpoint is not None:
         params = restore_params(origin.checkpoint, abstract_state(origin.config, run.optim, decay_steps, mesh).params)
     else:
-        _, params = load_params(
-            origin.files,
-            numerics=dataclasses.asdict(origin.config.numerics),
-            action=origin.config.action,
-            vocab_size=origin.config.text.vocab_size,
-            action_dim=origin.config.action.action_dim,
-            state_dim=origin.config.action.state_dim,
-            seed=run.loop.seed,
+        params = load_origin(
+            origin,
+            run.loop.seed,
             put=lambda path, x: jax.device_put(x, NamedSharding(mesh, param_spec(path, x.shape, mesh))),
         )
     out = shardings(jax.eval_shape(lambda p: create_state(p, run.optim, decay_steps), params), mesh)
     return jax.jit(lambda p: create_state(p, run.optim, decay_steps), out_shardings=out, donate_argnums=0)(params)
+
+
+def load_origin(origin: Origin, seed: int, put: Put | None = None) -> tree.Tree:
+    """The parameters of a PyTorch origin in their final shapes. `seed`: of what is initialised; `put`: see
+    `load_params`."""
+    return load_params(
+        origin.files,
+        numerics=dataclasses.asdict(origin.config.numerics),
+        action=origin.config.action,
+        vocab_size=origin.config.text.vocab_size,
+        action_dim=origin.config.action.action_dim,
+        state_dim=origin.config.action.state_dim,
+        seed=seed,
+        put=put,
+    )[1]
 
 
 def abstract_state(config: WallXConfig, optim: OptimConfig, decay_steps: int, mesh: Mesh) -> TrainState:

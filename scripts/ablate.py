@@ -1,0 +1,48 @@
+"""Does a policy use its cameras, the words and the state? Open loop with one of them replaced at a time.
+
+    python scripts/ablate.py --checkpoint runs/aloha [--frames 64] [--out runs/ablation]
+
+Prints one table and writes OUT/ablation.json (errors per dimension and per step of the horizon) and OUT/ablation.png.
+An input that can be replaced without harm is one that the policy ignores.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from wallx_jax.evaluation import ablation, openloop, plots, subject
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    subject.add_arguments(parser)
+    parser.add_argument("--frames", type=int, default=64, help="held-out frames, spread evenly")
+    parser.add_argument("--steps", type=int, default=10, help="Euler steps")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise, of the policy's and of the pictures")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
+    arguments = parser.parse_args()
+
+    tested = subject.open_subject(arguments)
+    policy, names = tested.policy, openloop.dim_names(tested.info, tested.held_out.action_key)
+    predicted = policy.processor.predicted
+    recorded = openloop.read(tested.held_out, stride=1, limit=arguments.frames)
+    chunks = {
+        name: openloop.predict(policy, change(recorded.observations), steps=arguments.steps, seed=arguments.seed)
+        for name, change in ablation.changes(recorded, policy.processor, tested.info.tasks, arguments.seed).items()
+    }
+    found = ablation.effects(recorded, chunks, predicted)
+
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    plots.ablation(arguments.out / "ablation.png", found, names, predicted)
+    result = {"checkpoint": str(tested.folder), "dataset": tested.info.repo_id, "frames": len(recorded)}
+    result |= {"dims": names, "predicted": predicted.tolist(), "replaced": {}}
+    for name, effect in found.items():
+        row = effect.errors.as_json() | {"moved": effect.moved, "ratio": effect.ratio}
+        result["replaced"][name] = row | ({} if name == "nothing" else {"verdict": ablation.verdict(effect)})
+    (arguments.out / "ablation.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(ablation.table(found))
+    print(f"{len(recorded)} held-out frames; picture and numbers in {arguments.out}")
+
+
+if __name__ == "__main__":
+    subject.run(main)

@@ -1,0 +1,120 @@
+"""Smoke test of a weights directory: made-up cameras, state and words in; shapes, finiteness and timings out.
+
+    python scripts/fake_inference.py --model DIR_OR_REPO [--json OUT]
+
+For a Wall-X directory or a checkpoint of ours: an action chunk by flow matching and some text. For a Qwen2.5-VL
+directory: text alone. Needs no dataset and no statistics of a robot; says nothing about how well the policy acts.
+Exit code 1 when something is not finite.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from wallx_jax import tree
+from wallx_jax.data import processor as processors
+from wallx_jax.data.normalize import NormStats, Stats
+from wallx_jax.evaluation import subject
+from wallx_jax.inference.load import find_model, load_policy, load_vlm
+from wallx_jax.inference.vlm import VLM
+from wallx_jax.models.config import WallXConfig
+from wallx_jax.weights.load import read_config
+
+CAMERA = (480, 640)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="directory or hub repo id")
+    parser.add_argument("--batch", type=int, default=1, help="observations per call")
+    parser.add_argument("--horizon", type=int, default=32, help="actions per chunk, for a model directory")
+    parser.add_argument("--steps", type=int, default=10, help="Euler steps")
+    parser.add_argument("--max-tokens", type=int, default=16, help="tokens of text")
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls; the fastest is printed")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    arguments = parser.parse_args()
+    figures = smoke(arguments)
+    text = json.dumps(figures, indent=2)
+    print(text)
+    if arguments.json:
+        arguments.json.write_text(text + "\n")
+    sys.exit(0 if figures["finite"] else 1)
+
+
+def smoke(arguments: argparse.Namespace) -> dict:
+    folder, is_pytorch = find_model(arguments.model)
+    start = time.perf_counter()
+    acts = not is_pytorch or read_config(folder).action.intermediate_size is not None
+    policy = _policy(folder, is_pytorch, arguments.horizon) if acts else None
+    vlm = VLM(policy.config, policy.params, policy.processor.tokenizer) if acts else load_vlm(folder)
+    loaded = time.perf_counter() - start
+    figures = {"model": str(folder), "device": jax.devices()[0].device_kind, "load_s": loaded}
+    figures |= {**_size(vlm.config, vlm.params), "finite": _finite(vlm.params)}
+
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (*CAMERA, 3), np.uint8)
+    if acts:
+        layout, dims = policy.processor.config, policy.processor.state.dims
+        observation = {
+            "images": {view: rng.integers(0, 256, (*CAMERA, 3), np.uint8) for view in layout.views},
+            "state": policy.processor.state.unnormalize(rng.uniform(-1, 1, dims)),
+            "instruction": "pick up the red block",
+        }
+        if layout.objective == "flow":
+            batch = [observation] * arguments.batch
+            chunk, figures["chunk_ms"] = _timed(
+                lambda: policy.predict(batch, steps=arguments.steps).actions, arguments.repeats
+            )
+            figures |= {"actions": list(chunk.shape), "finite": figures["finite"] and bool(np.isfinite(chunk).all())}
+    answer, figures["text_ms"] = _timed(
+        lambda: vlm.ask("What is in the picture?", picture, max_tokens=arguments.max_tokens), arguments.repeats
+    )
+    return figures | {"text_tokens": len(answer.tokens), "text": answer.text}
+
+
+def _policy(folder: Path, is_pytorch: bool, horizon: int):
+    if not is_pytorch or (folder / processors.FILE_NAME).is_file():
+        return load_policy(folder)
+    action = read_config(folder).action
+    stats = NormStats(_unit(action.state_dim), _unit(action.action_dim), "state", "action")
+    return load_policy(folder, norm_stats=stats, horizon=horizon)
+
+
+def _unit(dims: int) -> Stats:
+    """Statistics under which normalising changes nothing."""
+    one = np.ones(dims)
+    return Stats(mean=0 * one, std=one, q01=-one, q99=one, min=-one, max=one)
+
+
+def _size(config: WallXConfig, params: tree.Tree) -> dict:
+    leaves = tree.flatten(params).values()
+    return {
+        "parameters": sum(leaf.size for leaf in leaves),
+        "gib": sum(leaf.nbytes for leaf in leaves) / 2**30,
+        "dtype": config.numerics.param_dtype,
+        "layers": config.text.num_hidden_layers,
+        "vocabulary": config.text.vocab_size,
+    }
+
+
+def _finite(params: tree.Tree) -> bool:
+    return all(bool(jax.numpy.isfinite(leaf).all()) for leaf in tree.flatten(params).values())
+
+
+def _timed(call, repeats: int):
+    """(result, {"first": with compilation, "best": of the others}) in milliseconds."""
+    times, result = [], None
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        result = call()
+        times.append(1e3 * (time.perf_counter() - start))
+    return result, {"first": times[0], "best": min(times[1:], default=times[0])}
+
+
+if __name__ == "__main__":
+    subject.run(main)

@@ -1,0 +1,55 @@
+"""Plots what a policy predicts over held-out episodes, and scores it beside baselines that need no model.
+
+    python scripts/openloop_plot.py --checkpoint runs/aloha [--episodes 3] [--out runs/openloop]
+    python scripts/openloop_plot.py --checkpoint DIR_OR_REPO --config=configs/aloha.py
+
+Writes OUT/episode_E.png (per dimension: recorded and predicted actions) for each episode and OUT/openloop.json: mean
+absolute error per dimension and per step of the horizon, in robot units, of the policy, of holding still and of the
+mean action.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from wallx_jax.evaluation import openloop, plots, subject
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    subject.add_arguments(parser)
+    parser.add_argument("--episodes", type=int, default=3, help="held-out episodes, from the first on")
+    parser.add_argument("--stride", type=int, help="frames between predictions; default: the horizon")
+    parser.add_argument("--steps", type=int, default=10, help="Euler steps")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--out", type=Path, default=Path("runs/openloop"))
+    arguments = parser.parse_args()
+
+    tested = subject.open_subject(arguments)
+    policy, names = tested.policy, openloop.dim_names(tested.info, tested.held_out.action_key)
+    stride = arguments.stride or policy.processor.config.horizon
+    recorded = openloop.read(tested.held_out, stride, arguments.episodes)
+    chunks = openloop.predict(policy, recorded.observations, steps=arguments.steps, seed=arguments.seed)
+
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    result = {"checkpoint": str(tested.folder), "dataset": tested.info.repo_id, "stride": stride}
+    result |= openloop.report(chunks, recorded, policy.processor, names) | {"per_episode": {}}
+    for episode in result["episodes"]:
+        rows, part = recorded.episodes == episode, recorded.of_episode(episode)
+        score = openloop.errors(chunks[rows], part, policy.processor.predicted)
+        result["per_episode"][episode] = score.as_json()
+        title = f"episode {episode}: {part.observations[0]['instruction']} (mean absolute error {score.mean:.4g})"
+        file = arguments.out / f"episode_{episode}.png"
+        plots.episode(file, part, chunks[rows], names, policy.processor.predicted, title)
+    (arguments.out / "openloop.json").write_text(json.dumps(result, indent=2) + "\n")
+    for name in ("policy", "hold_still", "mean_action"):
+        print(f"{name:12} mean absolute error {result[name]['mae']:.4g}")
+    if failed := result["policy"]["failed_frames"]:
+        print(f"{failed} of {len(recorded)} frames have no prediction: what was said is no chunk of actions")
+    print(
+        f"{len(recorded)} chunks of {len(result['episodes'])} episodes; pictures and openloop.json in {arguments.out}"
+    )
+
+
+if __name__ == "__main__":
+    subject.run(main)

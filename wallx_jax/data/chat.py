@@ -1,0 +1,147 @@
+"""Conversations with pictures: Qwen's chat template, image and video placeholders, visual inputs.
+
+A conversation is a list of messages as transformers writes them:
+
+    [{"role": "user", "content": [{"type": "image", "image": rgb}, {"type": "text", "text": "What is this?"}]}]
+
+Pictures are uint8 RGB [h, w, 3] or Pillow; a video is {"type": "video", "video": frames, "fps": frames per second}.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from wallx_jax.data import images
+from wallx_jax.data.tokenizer import Tokenizer
+
+FRAMES_PER_TOKEN = 2  # Qwen2.5-VL's temporal_patch_size
+IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|vision_end|>", IMAGE_PAD, VIDEO_PAD)
+
+# What Qwen2.5-VL's template does with text, images and videos, for directories that bring none.
+TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}"
+    "{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% else %}{{ '<|vision_start|><|' + part['type'] + '_pad|><|vision_end|>' }}{% endif %}"
+    "{% endfor %}"
+    "{{ '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A conversation ready for the model, up to where the assistant begins.
+
+    ids: tokens. visuals: uint8 [h, w, 3] per image and [F, h, w, 3] per video, in the order of their placeholders; h
+    and w are multiples of 28. seconds: per visual, of video between two rows of its grid; 0 for an image.
+    """
+
+    ids: list[int]
+    visuals: tuple[np.ndarray, ...]
+    seconds: tuple[float, ...]
+
+
+def encode_chat(
+    tokenizer: Tokenizer, conversation: Sequence[Mapping[str, Any]], limits: images.Limits = images.IMAGE_LIMITS
+) -> ChatPrompt:
+    """Renders, resizes and tokenises a conversation.
+
+    Args:
+        limits: pixels that an image is kept between; more pixels are more tokens. Videos have their own, per frame.
+
+    Raises:
+        ValueError: naming the message and part that is malformed, holds control tokens, or is no picture.
+    """
+    messages = [_message(i, message) for i, message in enumerate(conversation)]
+    if not messages:
+        raise ValueError("the conversation has no messages")
+    visuals, seconds = [], []
+    for where, part in _parts(messages):
+        if part["type"] == "image":
+            visuals.append(images.resize(part["image"], name=where, limits=limits))
+            seconds.append(0.0)
+        elif part["type"] == "video":
+            visuals.append(_video(part, where))
+            seconds.append(FRAMES_PER_TOKEN / _fps(part, where))
+        elif found := [token for token in CONTROL if token in part["text"]]:
+            raise ValueError(f"{where} contains control tokens: {', '.join(found)}; remove them from the text")
+    text = _render(tokenizer, messages)
+    return ChatPrompt(tokenizer.encode(_expand(text, visuals)), tuple(visuals), tuple(seconds))
+
+
+def _message(index: int, message: Any) -> dict[str, Any]:
+    """A message whose content is a list of parts."""
+    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+        raise ValueError(f"message {index} is {message!r}; expected a dict with 'role' and 'content'")
+    content = message["content"]
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind not in ("text", "image", "video") or kind not in part:
+            raise ValueError(
+                f"message {index} has a part of type {kind!r}; parts are {{'type': 'text', 'text': ...}}, and the same "
+                "with 'image' and 'video'"
+            )
+    return {"role": str(message["role"]), "content": [dict(part) for part in content]}
+
+
+def _parts(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(where, part) in order."""
+    for i, message in enumerate(messages):
+        for j, part in enumerate(message["content"]):
+            yield f"message {i}, {part['type']} {j}", part
+
+
+def _video(part: Mapping[str, Any], where: str) -> np.ndarray:
+    """uint8 [F, h, w, 3], F even as the model takes two frames together."""
+    frames = list(part["video"])
+    if not frames:
+        raise ValueError(f"{where} has no frames")
+    resized = [images.resize(frame, name=where, limits=images.VIDEO_LIMITS) for frame in frames]
+    if len({frame.shape for frame in resized}) > 1:
+        raise ValueError(f"{where} has frames of different sizes")
+    resized += [resized[-1]] * (-len(resized) % FRAMES_PER_TOKEN)
+    return np.stack(resized)
+
+
+def _fps(part: Mapping[str, Any], where: str) -> float:
+    fps = part.get("fps")
+    if not isinstance(fps, int | float) or not fps > 0:
+        raise ValueError(f"{where}: fps is {fps!r}; say how many of its frames there are in a second")
+    return float(fps)
+
+
+def _render(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> str:
+    """The conversation as text, by the tokenizer's own template if that knows of images."""
+    from transformers.utils.chat_template_utils import render_jinja_template  # slow to import
+
+    template = tokenizer.config.get("chat_template") or TEMPLATE
+    if isinstance(template, list):  # several, by name
+        template = next((entry["template"] for entry in template if entry["name"] == "default"), TEMPLATE)
+    if IMAGE_PAD not in template:
+        template = TEMPLATE
+    texts, _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=True)
+    return texts[0]
+
+
+def _expand(text: str, visuals: Sequence[np.ndarray]) -> str:
+    """Repeats each placeholder once per token of its picture."""
+    rest, pieces = text, []
+    for visual in visuals:
+        pad = VIDEO_PAD if visual.ndim == 4 else IMAGE_PAD
+        before, found, rest = rest.partition(pad)
+        if not found or IMAGE_PAD in before or VIDEO_PAD in before:
+            raise ValueError("the tokenizer's chat template does not place the pictures of this conversation")
+        frames = len(visual) // FRAMES_PER_TOKEN if visual.ndim == 4 else 1
+        pieces += [before, pad * (frames * images.image_token_count(*visual.shape[-3:-1]))]
+    return "".join([*pieces, rest])

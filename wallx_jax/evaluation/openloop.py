@@ -1,0 +1,183 @@
+"""Open loop: what a policy would do at recorded frames against what was done there.
+
+Legend: N frames, A action horizon, D robot dims.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from wallx_jax.data.lerobot import DatasetInfo, LeRobotSource, RawSample
+from wallx_jax.data.processor import Processor
+from wallx_jax.inference.policy import ActionDecodeError, Observation, Policy
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Recorded frames as a policy meets them, and what followed.
+
+    observations: one per frame. actions: [N, A, D] robot units, from this frame's on. valid: bool [N, A], within the
+    episode. previous: [N, D], the action before; the frame's own at an episode's first. episodes, frames: int [N].
+    """
+
+    observations: list[Observation]
+    actions: np.ndarray
+    valid: np.ndarray
+    previous: np.ndarray
+    episodes: np.ndarray
+    frames: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.observations)
+
+    def of_episode(self, episode: int) -> "Recorded":
+        rows = np.flatnonzero(self.episodes == episode)
+        arrays = (self.actions, self.valid, self.previous, self.episodes, self.frames)
+        return Recorded([self.observations[row] for row in rows], *(array[rows] for array in arrays))
+
+
+def read(source: LeRobotSource, stride: int, episodes: int | None = None, limit: int | None = None) -> Recorded:
+    """Every `stride`-th frame of each of the first `episodes` episodes of a source; at most `limit` frames, spread
+    evenly. None: all.
+
+    Raises:
+        ValueError: for a stride below 1, or a source without frames.
+    """
+    if stride < 1 or not len(source):
+        raise ValueError(f"nothing to compare: {len(source)} frames, a stride of {stride}")
+    _, episode, frame = source.locate(np.arange(len(source)))
+    order = np.lexsort((frame, episode))
+    parts = np.split(order, np.flatnonzero(np.diff(episode[order])) + 1)[:episodes]
+    chosen = np.concatenate([part[::stride] for part in parts])
+    if limit is not None and len(chosen) > limit:
+        chosen = chosen[np.linspace(0, len(chosen) - 1, limit).round().astype(int)]
+    return collect([source[int(place)] for place in chosen], source)
+
+
+def collect(samples: Sequence[RawSample], source: LeRobotSource) -> Recorded:
+    """Frames that were read from a source."""
+    episodes, frames = (np.array([getattr(sample, name) for sample in samples]) for name in ("episode", "frame"))
+    return Recorded(
+        observations=[
+            {
+                "images": dict(zip(source.cameras, sample.images, strict=True)),
+                "state": sample.state,
+                "instruction": sample.instruction,
+            }
+            for sample in samples
+        ],
+        actions=np.stack([sample.actions for sample in samples]),
+        valid=~np.stack([sample.action_is_pad for sample in samples]),
+        previous=source.actions_at(source.info.episode_starts[episodes] + np.maximum(frames - 1, 0)),
+        episodes=episodes,
+        frames=frames,
+    )
+
+
+def predict(
+    policy: Policy,
+    observations: Sequence[Observation],
+    batch_size: int = 8,
+    *,
+    steps: int = 10,
+    seed: int = 0,
+    max_tokens: int | None = None,
+) -> np.ndarray:
+    """Action chunks [N, A, D] in batches that all have `batch_size` observations, so that one compilation serves.
+
+    NaN where a FAST checkpoint said something that is no chunk.
+    """
+    count = len(observations)
+    chunks = []
+    for batch in _batches(observations, batch_size):
+        try:
+            chunks.append(policy.predict(batch, steps=steps, seed=seed, max_tokens=max_tokens).actions)
+        except ActionDecodeError as error:
+            chunks.append(error.actions)
+    return np.concatenate(chunks)[:count]
+
+
+def _batches(observations: Sequence[Observation], size: int) -> Iterator[list[Observation]]:
+    """The last batch is filled up from the start."""
+    size = min(size, len(observations))
+    for first in range(0, len(observations), size):
+        yield [observations[i % len(observations)] for i in range(first, first + size)]
+
+
+def baselines(recorded: Recorded, processor: Processor) -> dict[str, np.ndarray]:
+    """Chunks [N, A, D] of policies that need no model.
+
+    "hold_still" keeps the state, where state and action have the same dims, else the action before; "mean_action"
+    always does the mean of the training actions.
+    """
+    states = np.stack([o["state"] for o in recorded.observations])
+    still = states if states.shape == recorded.previous.shape else recorded.previous
+    mean = processor.stats.action.mean
+    shape = recorded.actions.shape
+    return {
+        "hold_still": np.broadcast_to(still[:, None], shape),
+        "mean_action": np.broadcast_to(mean, shape),
+    }
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Mean absolute errors in robot units over steps inside the episode.
+
+    mean: over the dims that the policy predicts. per_dim [D], per_step [A]. failed: frames without a prediction, which
+    count in none of these.
+    """
+
+    mean: float
+    per_dim: np.ndarray
+    per_step: np.ndarray
+    failed: int
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "mae": _number(self.mean),
+            "mae_per_dim": [_number(x) for x in self.per_dim],
+            "mae_per_step": [_number(x) for x in self.per_step],
+            "failed_frames": self.failed,
+        }
+
+
+def errors(chunks: np.ndarray, recorded: Recorded, predicted: np.ndarray) -> Errors:
+    """Compares chunks [N, A, D] with what was done; `predicted` bool [D]: the dims that count in means over dims."""
+    failed = np.isnan(chunks).any(axis=(1, 2))
+    valid = recorded.valid & ~failed[:, None] & ~np.isnan(recorded.actions).any(axis=2)
+    error = np.where(valid[..., None], np.abs(chunks - recorded.actions), 0.0)
+    steps = valid.sum(axis=0)
+    with np.errstate(invalid="ignore"):
+        per_dim = error.sum(axis=(0, 1)) / valid.sum()
+        per_step = error[..., predicted].mean(axis=2).sum(axis=0) / steps
+    return Errors(float(per_dim[predicted].mean()), per_dim, per_step, int(failed.sum()))
+
+
+def report(chunks: np.ndarray, recorded: Recorded, processor: Processor, names: Sequence[str]) -> dict[str, Any]:
+    """Errors of the policy and of the baselines, as JSON holds them."""
+    predicted = processor.predicted
+    compared: Mapping[str, np.ndarray] = {"policy": chunks, **baselines(recorded, processor)}
+    scores = {name: errors(each, recorded, predicted).as_json() for name, each in compared.items()}
+    return {
+        "frames": len(recorded),
+        "episodes": sorted(set(recorded.episodes.tolist())),
+        "dims": list(names),
+        "predicted": predicted.tolist(),
+        **scores,
+    }
+
+
+def dim_names(info: DatasetInfo, key: str) -> list[str]:
+    """Names of the dims of a state or action, as the dataset gives them; else numbers."""
+    names, count = info.features[key].get("names"), info.dims(key)
+    if isinstance(names, Mapping):  # {"motors": [...]}
+        names = next(iter(names.values()), None)
+    return [str(name) for name in names] if names and len(names) == count else [str(i) for i in range(count)]
+
+
+def _number(x: float) -> float | None:
+    """JSON knows no NaN."""
+    return float(x) if np.isfinite(x) else None

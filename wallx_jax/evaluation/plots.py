@@ -1,0 +1,86 @@
+"""Pictures of evaluations, as PNG files. matplotlib comes with the `train` extra.
+
+Legend: N frames, A action horizon, D robot dims.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from wallx_jax.evaluation.ablation import Effect
+from wallx_jax.evaluation.openloop import Recorded
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
+
+COLUMNS = 4
+DPI = 110
+
+
+def episode(
+    file: Path, recorded: Recorded, chunks: np.ndarray, names: Sequence[str], shown: np.ndarray, title: str
+) -> None:
+    """One episode: every shown dim's recorded action, and the predicted chunks [N, A, D] over it. `shown`: bool [D]."""
+    dims = np.flatnonzero(shown)
+    rows = -(-len(dims) // COLUMNS)
+    figure, axes = plt.subplots(rows, COLUMNS, figsize=(4 * COLUMNS, 2.2 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(dims) :]:
+        axis.set_visible(False)
+    for axis, dim in zip(axes.flat, dims, strict=False):
+        for row, start in enumerate(recorded.frames):
+            steps = start + np.flatnonzero(recorded.valid[row])
+            done, said = (x[row, : len(steps), dim] for x in (recorded.actions, chunks))
+            first = row == 0
+            axis.plot(steps, done, "C0", linewidth=2, label="recorded" if first else None)
+            axis.plot(steps, said, "C1", linewidth=1, label="predicted" if first else None)
+            axis.plot(steps[:1], said[:1], "C1.", markersize=4)
+        axis.set_title(names[dim], fontsize=9)
+        axis.tick_params(labelsize=7)
+    axes.flat[0].legend(fontsize=7)
+    figure.suptitle(title)
+    figure.supxlabel("frame; a dot is where a chunk begins", fontsize=8)
+    _save(figure, file)
+
+
+def ablation(file: Path, found: dict[str, Effect], names: Sequence[str], shown: np.ndarray) -> None:
+    """Error by replaced input, along the horizon, and by dim relative to intact inputs."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
+    left.barh(list(found), [effect.errors.mean for effect in found.values()])
+    left.invert_yaxis()
+    left.set(title="mean absolute error, replaced:", xlabel="robot units")
+    for name, effect in found.items():
+        middle.plot(effect.errors.per_step, label=name)
+    middle.set(title="along the horizon", xlabel="step of the chunk", ylabel="mean absolute error")
+    middle.legend(fontsize=8)
+    dims = np.flatnonzero(shown)
+    base = np.maximum(found["nothing"].errors.per_dim[dims], 1e-12)
+    ratios = np.array([effect.errors.per_dim[dims] / base for name, effect in found.items() if name != "nothing"])
+    image = right.imshow(ratios, aspect="auto", vmin=1, vmax=max(2.0, float(ratios.max())), cmap="viridis")
+    right.set_yticks(range(len(ratios)), [name for name in found if name != "nothing"], fontsize=8)
+    right.set_xticks(range(len(dims)), [names[dim] for dim in dims], rotation=90, fontsize=7)
+    right.set_title("error by dim, as a multiple of intact")
+    figure.colorbar(image, ax=right)
+    _save(figure, file)
+
+
+def pictures(file: Path, rows: Sequence[Sequence[tuple[str, np.ndarray]]]) -> None:
+    """Images [h, w, 3] with a title each, a row per sample, pixel by pixel."""
+    count = max(map(len, rows))
+    figure, axes = plt.subplots(
+        len(rows), count, figsize=(3.4 * count, 3 * len(rows)), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for line, row in zip(axes, rows, strict=True):
+        for axis, (title, image) in zip(line, row, strict=False):
+            axis.imshow(image, interpolation="nearest")
+            axis.set_title(title, fontsize=8)
+    _save(figure, file)
+
+
+def _save(figure: plt.Figure, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=DPI)
+    plt.close(figure)

@@ -1,0 +1,114 @@
+"""What is evaluated: a policy, and the episodes that its training did not see."""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from wallx_jax.config import ConfigError, default_config, resolve
+from wallx_jax.data import processor as processors
+from wallx_jax.data.lerobot import DatasetInfo, LeRobotSource, read_info
+from wallx_jax.data.mapping import check_dataset
+from wallx_jax.data.pipeline import split_frames
+from wallx_jax.inference.load import find_model, load_policy
+from wallx_jax.inference.policy import Policy
+from wallx_jax.training import checkpoint_dir, start
+from wallx_jax.training.checkpoint_dir import CheckpointError
+from wallx_jax.weights.safetensors_io import WeightsError
+
+USER_ERRORS = (ConfigError, CheckpointError, WeightsError, FileNotFoundError, ValueError, ImportError)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """folder: the checkpoint's step directory or the model directory. held_out: the frames that training did not see;
+    all frames where none were held out."""
+
+    policy: Policy
+    info: DatasetInfo
+    held_out: LeRobotSource
+    folder: Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--checkpoint, --dataset and --config of a script that evaluates something."""
+    parser.add_argument(
+        "--checkpoint", required=True, help="run or checkpoint directory, Wall-X model directory or hub repo id"
+    )
+    parser.add_argument("--dataset", help="LeRobot dataset: directory or repo id; default: the one it was trained on")
+    parser.add_argument(
+        "--config", help="configuration file as for training, e.g. configs/aloha.py; tells a model directory its robot"
+    )
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a script's main; what the user can mend ends it with one line."""
+    try:
+        main()
+    except USER_ERRORS as error:
+        sys.exit(f"error: {error}")
+
+
+def open_subject(arguments: argparse.Namespace, numerics: Mapping[str, Any] | None = None) -> Subject:
+    """What the arguments of `add_arguments` name; `numerics`: fields of models.config.Numerics to override.
+
+    A checkpoint of ours knows its robot and how its dataset was split. A PyTorch directory takes both from --config, or
+    from the known mapping of --dataset.
+
+    Raises:
+        ValueError, FileNotFoundError, CheckpointError, WeightsError: what is missing or does not fit.
+    """
+    folder, is_pytorch = find_model(arguments.checkpoint)
+    if is_pytorch and not (folder / processors.FILE_NAME).is_file():
+        return _open_model_directory(folder, arguments, numerics)
+    stored = {} if is_pytorch else checkpoint_dir.read_metadata(folder)["config"]
+    location = arguments.dataset or stored.get("dataset_root") or stored.get("repo_id")
+    if location is None:
+        raise ValueError(f"{folder} does not say what it was trained on; give --dataset")
+    info = read_info(location, None if arguments.dataset else stored.get("dataset_revision"))
+    policy = load_policy(folder, numerics=numerics)
+    split = {key: stored.get(key, default_config()[key]) for key in ("train_test_split", "split_mode", "split_seed")}
+    return Subject(policy, info, _held_out(policy, info, *split.values()), folder)
+
+
+def _open_model_directory(folder: Path, arguments: argparse.Namespace, numerics: Mapping[str, Any] | None) -> Subject:
+    config = _read_config(arguments.config) if arguments.config else default_config()
+    config.pretrained_wallx_path, config.save_path = str(folder), config.save_path or "runs/evaluation"
+    if arguments.dataset:
+        config.repo_id, config.dataset_root = arguments.dataset, None
+    if config.repo_id is None:
+        raise ConfigError("which robot? A model directory needs --config=configs/NAME.py or --dataset")
+    for name, value in (numerics or {}).items():
+        config.numerics[name] = value
+    settings = resolve(config)
+    info = read_info(settings.data.location, settings.data.revision)
+    settings = check_dataset(settings, info)
+    origin, processor = start.plan(settings, info)
+    policy = Policy(origin.config, start.load_origin(origin, settings.loop.seed), processor)
+    data = settings.data
+    return Subject(
+        policy, info, _held_out(policy, info, data.train_test_split, data.split_mode, data.split_seed), folder
+    )
+
+
+def _held_out(policy: Policy, info: DatasetInfo, ratio: float, mode: str, seed: int) -> LeRobotSource:
+    layout = policy.processor.config
+    frames = split_frames(info, ratio, mode, seed)[1]
+    keys = (layout.camera_keys, layout.state_key, layout.action_key)
+    return LeRobotSource(info, layout.horizon, *keys, frames=frames if len(frames) else None)
+
+
+def _read_config(argument: str) -> ConfigDict:
+    """get_config() of a configuration file, "FILE" or "FILE:ARGUMENT"."""
+    file, _, option = argument.partition(":")
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no such configuration file: {file}")
+    spec = importlib.util.spec_from_file_location("configuration", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*([option] if option else []))

@@ -1,0 +1,193 @@
+"""Opens what a user has: a checkpoint of ours, a Wall-X directory, a Qwen2.5-VL directory, or a hub repository."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from wallx_jax import hub, tree
+from wallx_jax.data import images
+from wallx_jax.data import processor as processors
+from wallx_jax.data.fast import FastTokenizer
+from wallx_jax.data.normalize import NormStats, Stats, load_norm_stats
+from wallx_jax.data.processor import Processor, ProcessorConfig
+from wallx_jax.data.tokenizer import Tokenizer
+from wallx_jax.inference.policy import Policy
+from wallx_jax.inference.vlm import VLM
+from wallx_jax.models.config import WallXConfig
+from wallx_jax.training import checkpoint_dir
+from wallx_jax.training.checkpoint import restore_params
+from wallx_jax.weights.load import load_params, read_config, read_normalizers
+from wallx_jax.weights.safetensors_io import WeightsError
+
+CAMERA = (480, 640)  # frame size that a program is planned for before the first picture comes
+FAST_TOKENS = 256  # room for a chunk in FAST tokens
+
+
+class Model(NamedTuple):
+    """A model and the directory of its tokenizer and other small files. checkpoint: the step directory of a checkpoint
+    of ours, None for a PyTorch directory."""
+
+    config: WallXConfig
+    params: tree.Tree
+    files: Path
+    checkpoint: Path | None
+
+
+def find_model(path_or_repo: str | Path, revision: str | None = None) -> tuple[Path, bool]:
+    """(folder, whether it is a PyTorch model directory) of a checkpoint, run, model directory or hub repo id.
+
+    Raises:
+        FileNotFoundError: it is nowhere to be found.
+        CheckpointError: a folder that holds neither a model nor a complete checkpoint.
+    """
+    folder = hub.resolve(path_or_repo, kind="model", revision=revision)
+    if (folder / "config.json").is_file():
+        return folder, True
+    return checkpoint_dir.find_checkpoints(folder)[0], False
+
+
+def load_model(
+    path_or_repo: str | Path, *, revision: str | None = None, numerics: Mapping[str, Any] | None = None
+) -> Model:
+    """Parameters of anything that `find_model` finds; `numerics`: fields of models.config.Numerics to override."""
+    folder, is_pytorch = find_model(path_or_repo, revision)
+    if is_pytorch:
+        return Model(*load_params(folder, numerics=numerics), folder, None)
+    config = checkpoint_dir.read_model_config(folder).replace(numerics=numerics or {})
+    return Model(config, restore_params(folder), checkpoint_dir.assets_dir(folder), folder)
+
+
+def load_vlm(
+    path_or_repo: str | Path, *, revision: str | None = None, numerics: Mapping[str, Any] | None = None
+) -> VLM:
+    """The vision-language side of a checkpoint of ours, a Wall-X or a Qwen2.5-VL directory or hub repository.
+
+    Raises:
+        FileNotFoundError, CheckpointError, WeightsError: what was looked for, or what does not fit.
+    """
+    model = load_model(path_or_repo, revision=revision, numerics=numerics)
+    tokenizer = Tokenizer.from_dir(model.files)
+    config = model.config.replace(tokens=dataclasses.asdict(tokenizer.token_ids()))
+    return VLM(config, model.params, tokenizer, read_limits(model.files))
+
+
+def load_policy(
+    path_or_repo: str | Path,
+    *,
+    revision: str | None = None,
+    numerics: Mapping[str, Any] | None = None,
+    norm_stats: NormStats | str | Path | None = None,
+    robot: str | None = None,
+    views: Sequence[str] = ("face_view", "left_wrist_view", "right_wrist_view"),
+    resolution: int = 256,
+    horizon: int = 32,
+    action_tokenizer: str | Path | None = None,
+) -> Policy:
+    """A policy that acts with a checkpoint of ours (a run directory: its newest one) or with a Wall-X directory.
+
+    A checkpoint knows its robot. A Wall-X directory as published does not; for it say
+
+    Args:
+        norm_stats: the robot's statistics, or the path of its norm_stats.json; or
+        robot: whose statistics to take from the weights, where those hold some (they list the names if yours is wrong).
+        views: cameras in prompt order.
+        resolution: pixels of the longer side that pictures are brought to; -1 keeps their size.
+        horizon: actions per chunk.
+        action_tokenizer: directory or repo id of the FAST tokenizer of a WALL-OSS-FAST; None acts by flow matching.
+
+    Other args:
+        revision: git revision on the hub.
+        numerics: fields of models.config.Numerics that override the checkpoint's.
+
+    Raises:
+        FileNotFoundError, CheckpointError, WeightsError, ValueError: what was looked for, or what does not fit.
+    """
+    folder, is_pytorch = find_model(path_or_repo, revision)
+    if not is_pytorch or (folder / processors.FILE_NAME).is_file():
+        if norm_stats is not None or robot is not None or action_tokenizer is not None:
+            raise ValueError(f"{folder} knows its robot: norm_stats, robot and action_tokenizer are not for it")
+        model = load_model(folder, numerics=numerics)
+        return Policy(model.config, model.params, Processor.from_dir(model.files))
+
+    config, tokenizer = read_config(folder, numerics), Tokenizer.from_dir(folder)
+    if config.action.intermediate_size is None:
+        raise WeightsError(
+            f"{folder} is a Qwen2.5-VL without an action side, it cannot act: train from it, or ask it with load_vlm"
+        )
+    fast = None if action_tokenizer is None else FastTokenizer.from_dir(hub.resolve(action_tokenizer))
+    stats = _robot_stats(folder, norm_stats, robot)
+    processor = _new_processor(config, tokenizer, stats, tuple(views), resolution, horizon, fast)
+    config, params = load_params(folder, numerics=numerics)
+    return Policy(config.replace(tokens=dataclasses.asdict(tokenizer.token_ids())), params, processor)
+
+
+def read_limits(files: Path) -> images.Limits:
+    """The pixels that a directory's preprocessor_config.json keeps images between."""
+    file = files / "preprocessor_config.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    size = found.get("size") or {}
+    smallest = found.get("min_pixels") or size.get("shortest_edge") or images.IMAGE_LIMITS.smallest
+    largest = found.get("max_pixels") or size.get("longest_edge") or images.IMAGE_LIMITS.largest
+    return images.Limits(smallest, largest)
+
+
+def _new_processor(
+    config: WallXConfig,
+    tokenizer: Tokenizer,
+    stats: NormStats,
+    views: tuple[str, ...],
+    resolution: int,
+    horizon: int,
+    fast: FastTokenizer | None,
+) -> Processor:
+    """Preprocessing for a model directory that brings none; sizes and lengths follow the pictures and words given."""
+    sizes = (images.target_size(*CAMERA, resolution),) * len(views)
+    tokens = [images.image_token_count(*size) for size in sizes]
+    window = 0 if fast is None else FAST_TOKENS + 2
+    length = processors.required_prompt_length(tokenizer, ["pick up the block"], views, tokens) + window
+    layout = ProcessorConfig(
+        views=views,
+        camera_keys=views,
+        resolutions=(resolution,) * len(views),
+        image_sizes=sizes,
+        horizon=horizon,
+        prompt_length=length,
+        label_window=window,
+        state_dim=config.action.state_dim,
+        action_dim=config.action.action_dim,
+        objective="flow" if fast is None else "fast",
+        state_key=stats.state_key,
+        action_key=stats.action_key,
+    )
+    return Processor(layout, tokenizer, stats, fast)
+
+
+def _robot_stats(folder: Path, norm_stats: NormStats | str | Path | None, robot: str | None) -> NormStats:
+    if (norm_stats is None) == (robot is None):
+        names = ", ".join(sorted(read_normalizers(folder))) or "none"
+        raise ValueError(
+            f"whose actions? {folder} is a model without its robot: give norm_stats=FILE, or robot=NAME of the "
+            f"statistics among its weights (it has: {names})"
+        )
+    if isinstance(norm_stats, NormStats):
+        return norm_stats
+    if norm_stats is not None:
+        return load_norm_stats(norm_stats)
+    robots = read_normalizers(folder)
+    if robot not in robots:
+        raise ValueError(f"robot {robot!r}: {folder} holds no statistics of it; it has {sorted(robots) or 'none'}")
+    parts = robots[robot]
+    if missing := [kind for kind in ("propri", "action") if set(parts.get(kind, ())) != {"min", "delta"}]:
+        raise WeightsError(f"{folder}: the statistics of {robot!r} lack min or delta of {missing}")
+    return NormStats(_upstream_stats(parts["propri"]), _upstream_stats(parts["action"]), "observation.state", "action")
+
+
+def _upstream_stats(part: Mapping[str, np.ndarray]) -> Stats:
+    """Upstream keeps q01 as "min" and q99 - q01 as "delta", for all channels of the model."""
+    low = part["min"].astype(np.float64)
+    high = low + part["delta"].astype(np.float64)
+    return Stats(mean=(low + high) / 2, std=(high - low) / 2, q01=low, q99=high, min=low, max=high)
