@@ -246,9 +246,10 @@ class Case:
 
         return self.scatter(self.run(of, semantics))
 
-    def generated(self, count: int) -> np.ndarray:
+    def generated(self, count: int, semantics: str) -> np.ndarray:
         """int [B, count]: greedy continuation, the end of text ignored."""
-        return self.scatter(self.run(lambda net, group, arrays: generate(net, self.prefix(net, group, arrays), count)))
+        said = self.run(lambda net, group, arrays: generate(net, self.prefix(net, group, arrays), count), semantics)
+        return self.scatter(said)
 
     @functools.cache  # noqa: B019
     def adamw(self, semantics: str, updates: int) -> dict[str, object]:
@@ -291,7 +292,7 @@ class Case:
         if base == "grad":
             return self.loss_and_grads(semantics)[2].get(tensor)
         if base == "gen_tokens":
-            return self.generated(expected.shape[1])
+            return self.generated(expected.shape[1], semantics)
         if base.startswith("euler") and base[5:].isdigit():
             return self.euler(semantics, int(base[5:]))
         if base.startswith("adamw_"):

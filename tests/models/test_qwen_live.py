@@ -5,44 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from torch_qwen import IMAGE, PAD, VISION_END, VISION_START, qwen_config, random_model
 
 from wallx_jax.models.vision import patchify
 from wallx_jax.models.wallx import bind
 from wallx_jax.weights.load import load_params
-
-VISION_START, VISION_END, IMAGE, VIDEO, PAD = 90, 91, 92, 93, 94
-VOCABULARY = 120
-
-
-def qwen_config(heads: int, kv_heads: int, depth: int, full: list[int], layers: int) -> Qwen2_5_VLConfig:
-    width = 16 * heads
-    return Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": VOCABULARY, "hidden_size": width, "intermediate_size": 72, "num_hidden_layers": layers,
-            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-            "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "max_position_embeddings": 2048,
-            "use_sliding_window": False, "tie_word_embeddings": True,
-        },
-        vision_config={
-            "depth": depth, "hidden_size": 32, "intermediate_size": 40, "num_heads": 4, "out_hidden_size": width,
-            "fullatt_block_indexes": full, "window_size": 112, "patch_size": 14, "spatial_merge_size": 2,
-            "tokens_per_second": 2,
-        },
-        image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=VISION_START, vision_end_token_id=VISION_END,
-        tie_word_embeddings=True,
-    )  # fmt: skip
-
-
-def random_model(config, tmp_path, seed: int):
-    torch.manual_seed(seed)
-    config._attn_implementation = "eager"
-    model = Qwen2_5_VLForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn_like(parameter) * (0.3 if "norm" in name else 0.08) + ("norm" in name))
-    model.save_pretrained(tmp_path)
-    return model
 
 
 def prompt(rng, grids, length: int) -> tuple[np.ndarray, np.ndarray]:
