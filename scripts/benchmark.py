@@ -1,11 +1,18 @@
 """Times one train step and one action chunk, or works out the memory of a full-size train step without running it.
 
     python scripts/benchmark.py --preset mid [--batch 1] [--json OUT]
+    python scripts/benchmark.py --preset mid --compare-torch [--json OUT]
     python scripts/benchmark.py --preset wall_oss_3b --aot --devices 8 [--json OUT]
 
 Each sample has three 252x196 images and 285 tokens, 32 of them action tokens. Weights are random: speed does not depend
-on them. Prints JSON. `--aot` compiles for N virtual CPU devices, sharded over fsdp; the CPU compiler keeps some
-bfloat16 arrays in float32, so its figures are upper bounds for an accelerator.
+on them. Prints JSON. The latency of a chunk is split into vision (images to features), prefix (prompt to keys and
+values) and denoise (one Euler step); chunk is the one program that a policy runs.
+
+`--compare-torch` runs lerobot's PyTorch wall_x on the same weights and inputs in turn with ours, and compares the
+actions; `make torch-reference` sets its environment up.
+
+`--aot` compiles for N virtual CPU devices, sharded over fsdp; the CPU compiler keeps some bfloat16 arrays in float32,
+so its figures are upper bounds for an accelerator.
 """
 
 import argparse
@@ -13,6 +20,8 @@ import json
 import os
 import platform
 import resource
+import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -30,6 +39,7 @@ def random_batch(model, batch: int):
     tokens = rng.integers(0, min(ids.image, 1000), (batch, length))
     for camera in range(CAMERAS):
         start = 16 + camera * (image_tokens + 4)
+        tokens[:, start - 1] = ids.vision_start
         tokens[:, start : start + image_tokens] = ids.image
     tokens[:, -8] = ids.propri
     actions = rng.uniform(-1, 1, (batch, ACTIONS, action.action_dim)).astype(np.float32)
@@ -80,33 +90,173 @@ def train_step_of(model):
     return optim, make_train_step(model, optim, 1000, Objective(), seed=0)
 
 
+def time_inference(model, params, batch, repeats: int) -> dict:
+    """Latency of an action chunk and of its parts, layers apart as in a policy."""
+    import jax
+
+    from wallx_jax.models import flow
+    from wallx_jax.models.stack import unstack
+    from wallx_jax.models.vision import visual_grid
+    from wallx_jax.models.wallx import bind
+
+    params, noise = unstack(params), noise_for(batch)
+    grids = tuple(visual_grid(image, model.vision) for image in batch.images)
+
+    def vision(params, batch):
+        return bind(model, params).encode_images(batch.images)[0]
+
+    def prefix(params, batch, features):
+        net = bind(model, params)
+        prompt = net.embed_prefix(batch.tokens, batch.token_mask, features, grids, batch.state, batch.state_mask)
+        return net.encode_prefix(prompt, room=ACTIONS)[0]
+
+    def denoise(params, cache, noise, mask):  # all steps, as in a chunk: what one leaves to the next is not copied
+        net, times = bind(model, params), flow.euler_times(STEPS)
+        return flow.integrate(
+            lambda x, clock, kv: net.suffix_velocity(cache._replace(kv=kv), x, mask, clock[None]),
+            noise,
+            times,
+            net.action.embed_time(times[:-1]),
+            cache.kv,
+            mask,
+            model.numerics.masked_dims,
+        )
+
+    vision, prefix, denoise = map(jax.jit, (vision, prefix, denoise))
+    features = vision(params, batch)
+    cache = prefix(params, batch, features)
+    start = time.perf_counter()
+    chunk = chunk_program(model, params, batch, noise)
+    compile_s = time.perf_counter() - start
+    times = {
+        "vision_ms": median_ms(lambda: vision(params, batch), repeats),
+        "prefix_ms": median_ms(lambda: prefix(params, batch, features), repeats),
+        "denoise_step_ms": median_ms(lambda: denoise(params, cache, noise, batch.action_mask), repeats) / STEPS,
+        "chunk_ms": median_ms(lambda: chunk(params, batch, noise), repeats),
+    }
+    return times | {
+        "euler_steps": STEPS,
+        "denoise_step_over_prefix": times["denoise_step_ms"] / times["prefix_ms"],
+        "chunk_compile_s": compile_s,
+    }
+
+
+def noise_for(batch):
+    import jax
+
+    return jax.random.normal(jax.random.key(1), batch.actions.shape)
+
+
+def chunk_program(model, params, batch, noise):
+    """The compiled program of a policy: images, prompt and noise to a chunk of actions."""
+    import jax
+
+    from wallx_jax.models.wallx import bind
+
+    def chunk(params, batch, noise):
+        net = bind(model, params)
+        return net.sample_actions(net.embed_batch(batch), noise, batch.action_mask, STEPS)
+
+    return jax.jit(chunk).lower(params, batch, noise).compile()
+
+
+class TorchReference:
+    """scripts/torch_reference.py in its own environment, on a model and inputs of ours."""
+
+    def __init__(self, python: Path, model, params, batch, noise, folder: Path):
+        import jax.numpy as jnp
+        import numpy as np
+
+        from wallx_jax.models.vision import patchify, visual_grid
+        from wallx_jax.weights.export import save_directory
+
+        if not python.is_file():
+            raise SystemExit(f"error: no PyTorch environment at {python}; set it up with: make torch-reference")
+        save_directory(folder, model, params)
+        ids = np.pad(batch.tokens, ((0, 0), (0, ACTIONS)), constant_values=model.tokens.action)
+        patches = jnp.concatenate([patchify(jnp.asarray(image), model.vision) for image in batch.images], axis=1)
+        grids = [visual_grid(image, model.vision) for image in batch.images] * len(ids)
+        np.savez(
+            folder / "inputs.npz",
+            input_ids=ids.astype(np.int64),
+            attention_mask=np.ones(ids.shape, np.int64),
+            moe_token_types=(ids == model.tokens.action).astype(np.int64),
+            pixel_values=np.asarray(patches).reshape(-1, model.vision.patch_dim),
+            image_grid_thw=np.array(grids),
+            proprioception=batch.state[:, None],
+            agent_pos_mask=batch.state_mask[:, None],
+            dof_mask=batch.action_mask,
+            noise=np.asarray(noise),
+            tokens=json.dumps({name: getattr(model.tokens, name) for name in ("propri", "action")}),
+        )
+        worker = Path(__file__).with_name("torch_reference.py")
+        command = [str(python), str(worker), str(folder), str(folder / "inputs.npz")]
+        environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+        self._log = (folder / "log").open("w")
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment
+        )
+        self.versions = self._read()
+
+    def __call__(self, command: str) -> dict:
+        self._process.stdin.write(command + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict:
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"error: the PyTorch reference failed: {Path(self._log.name).read_text()[-2000:]}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+        self._log.close()
+
+
+def compare(model, params, batch, python: Path, repeats: int) -> dict:
+    """A chunk of ours and one of lerobot's in turn, after one of each that is not counted."""
+    import jax
+    import numpy as np
+
+    from wallx_jax.models.stack import unstack
+
+    noise = noise_for(batch)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = TorchReference(python, model, params, batch, noise, Path(folder))
+        apart, on_device = unstack(params), jax.device_put(batch)
+        ours = chunk_program(model, apart, on_device, noise)
+        times: dict[str, list[float]] = {"ours": [], "torch": []}
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            actions = np.asarray(ours(apart, on_device, noise))
+            times["ours"].append(1e3 * (time.perf_counter() - start))
+            times["torch"].append(theirs(f"chunk {STEPS}")["ms"])
+        expected = np.array(theirs("actions")["actions"])
+        versions = theirs.versions
+        theirs.close()
+    medians = {name: float(np.median(each[1:])) for name, each in times.items()}
+    return {
+        "ours_ms": medians["ours"],
+        "torch_ms": medians["torch"],
+        "speedup": medians["torch"] / medians["ours"],
+        "largest_difference": float(np.abs(actions - expected).max()),
+        "largest_action": float(np.abs(expected).max()),
+        **versions,
+    }
+
+
 def run(model, batch_size: int, repeats: int) -> dict:
     """Figures measured on this machine's first device."""
     import jax
-    import jax.numpy as jnp
 
-    from wallx_jax.models.wallx import bind, init_params
+    from wallx_jax.models.wallx import init_params
     from wallx_jax.training.state import create_state
 
     batch = jax.device_put(random_batch(model, batch_size))
     params = jax.jit(lambda: init_params(model, 0))()
-    noise = jnp.zeros(batch.actions.shape)
-
-    vision = jax.jit(lambda p, b: bind(model, p).encode_images(b.images)[0])
-    whole_prefix = jax.jit(lambda p, b: bind(model, p).encode_prefix(bind(model, p).embed_batch(b))[0])
-    denoise = jax.jit(lambda p, c, x, m: bind(model, p).suffix_velocity(c, x, m, jnp.zeros(len(x))))
-    chunk = jax.jit(
-        lambda p, b, n: bind(model, p).sample_actions(bind(model, p).embed_batch(b), n, b.action_mask, STEPS)
-    )
-    cache = whole_prefix(params, batch)
-    vision_ms = median_ms(lambda: vision(params, batch), repeats)
-    inference = {
-        "vision_ms": vision_ms,
-        "prefix_ms": median_ms(lambda: whole_prefix(params, batch), repeats) - vision_ms,
-        "denoise_step_ms": median_ms(lambda: denoise(params, cache, noise, batch.action_mask), repeats),
-        "chunk_ms": median_ms(lambda: chunk(params, batch, noise), repeats),
-        "euler_steps": STEPS,
-    }
+    inference = time_inference(model, params, batch, repeats)
 
     optim, step = train_step_of(model)
     state = jax.jit(lambda p: create_state(p, optim, 1000))(params)
@@ -170,6 +320,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="timed calls; the median is printed")
     parser.add_argument("--aot", action="store_true", help="compile the train step only, and print bytes per device")
     parser.add_argument("--devices", type=int, default=1, help="with --aot: devices that parameters are cut over")
+    parser.add_argument("--compare-torch", action="store_true", help="compare a chunk with lerobot's PyTorch wall_x")
+    parser.add_argument(
+        "--torch-python", type=Path, default=Path(".venv-torch/bin/python"), help="with --compare-torch: its python"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
     if arguments.aot:  # before jax starts
@@ -182,11 +336,15 @@ def main() -> None:
     from wallx_jax.models.config import PRESETS
 
     model = PRESETS[arguments.preset]
-    figures = (
-        plan(model, arguments.batch, arguments.devices)
-        if arguments.aot
-        else run(model, arguments.batch, arguments.repeats)
-    )
+    if arguments.aot:
+        figures = plan(model, arguments.batch, arguments.devices)
+    elif arguments.compare_torch:
+        from wallx_jax.models.wallx import init_params
+
+        params, batch = jax.device_get(init_params(model, 0)), random_batch(model, arguments.batch)
+        figures = {"compare_torch": compare(model, params, batch, arguments.torch_python, arguments.repeats)}
+    else:
+        figures = run(model, arguments.batch, arguments.repeats)
     report = {
         "preset": arguments.preset,
         "batch_per_device": arguments.batch,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from wallx_jax import tree
-from wallx_jax.models import flow, losses
+from wallx_jax.models import flow, losses, stack
 from wallx_jax.models.attention import sequence_mask
 from wallx_jax.models.config import PRESETS, TINY, WallXConfig
 from wallx_jax.models.vision import segments
@@ -54,9 +54,55 @@ def test_prefix_cache_equals_full_recomputation(params, action_attention, mrope_
     noisy = flow.interpolate(target.actions, target.noise, target.time)
     prefix = prefix_of(net, data)
     full = net.action.velocity(net.forward(prefix, (noisy, target.mask, target.time)).hidden[:, LENGTH:])
-    cache, hidden = net.encode_prefix(prefix)
-    np.testing.assert_allclose(net.suffix_velocity(cache, noisy, target.mask, target.time), full, atol=5e-5)
+    cache, hidden = net.encode_prefix(prefix, room=HORIZON)
+    clock = net.action.embed_time(target.time)
+    velocity, kv = net.suffix_velocity(cache, noisy, target.mask, clock)
+    np.testing.assert_allclose(velocity, full, atol=5e-5)
+    # What one call has written into the cache does not reach the next.
+    again, _ = net.suffix_velocity(cache._replace(kv=kv), noisy, target.mask, clock)
+    np.testing.assert_array_equal(again, velocity)
     np.testing.assert_allclose(hidden[0], net.forward(prefix).hidden[0], atol=5e-5)
+
+
+@pytest.mark.parametrize("action_attention", ["bidirectional", "causal"])
+@pytest.mark.parametrize("masked_dims", ["drift", "held"])
+@pytest.mark.parametrize("layers", ["stacked", "apart"])
+def test_sampling_equals_full_recomputation_at_every_step(params, action_attention, masked_dims, layers):
+    config = TINY.replace(numerics={"action_attention": action_attention, "masked_dims": masked_dims})
+    data, steps = inputs(), 4
+    noise, mask = jnp.asarray(data[-1].noise), data[-1].mask
+    net = bind(config, params)
+    prefix = prefix_of(net, data)
+
+    def recomputed(x, t):
+        time = jnp.full(len(x), t)
+        return net.action.velocity(net.forward(prefix, (x, mask, time)).hidden[:, LENGTH:])
+
+    expected = euler(recomputed, noise, steps, mask, masked_dims)
+    net = bind(config, params if layers == "stacked" else stack.unstack(params))
+    np.testing.assert_allclose(net.sample_actions(prefix_of(net, data), noise, mask, steps), expected, atol=5e-5)
+
+
+def test_layers_apart_are_those_of_the_stack(params):
+    data, apart = inputs(), stack.unstack(params)
+    assert stack.is_apart(apart) and not stack.is_apart(params)
+    assert tree.flatten(apart)["decoder/layers/2/attn/q/kernel"].shape == (64, 64)
+    one, other = (bind(TINY, p) for p in (params, apart))
+    target = data[-1]
+    suffix = (jnp.asarray(target.noise), target.mask, target.time)
+    a, b = (net.forward(prefix_of(net, data), suffix, keep_layers=True) for net in (one, other))
+    np.testing.assert_allclose(a.hidden, b.hidden, atol=2e-4)
+    np.testing.assert_allclose(a.layers, b.layers, atol=3e-5 * np.abs(a.layers).max())
+    again = stack.unstack(apart)
+    assert tree.flatten(again).keys() == tree.flatten(apart).keys()
+
+
+def test_taking_layers_apart_can_free_the_stack():
+    params = init_params(TINY, seed=0)
+    apart = stack.unstack(params, free=True)
+    assert params["decoder"]["layers"]["attn"]["q"]["kernel"].is_deleted()
+    assert np.isfinite(tree.flatten(apart)["decoder/layers/3/attn/q/kernel"]).all()
+    assert not params["embed"]["embedding"].is_deleted()
 
 
 def test_prefix_never_sees_actions_and_padding_is_inert(params):
@@ -114,12 +160,16 @@ def test_flow_loss_reductions():
     assert float(error) == 4 * 42
 
 
+def euler(velocity, noise, steps, mask, how):
+    """`velocity(x, t)` without a state."""
+    times = flow.euler_times(steps)
+    return flow.integrate(lambda x, t, _: (velocity(x, t), None), noise, times, times[:-1], None, mask, how)
+
+
 def test_masked_dims_drift_or_are_held():
     noise = jnp.ones((1, 2, 3))
     mask = jnp.asarray([[[1.0, 1.0, 0.0]] * 2])
-    drifted, held = (
-        flow.integrate(lambda x, t: 2 * jnp.ones_like(x), noise, 4, mask, how) for how in ("drift", "held")
-    )
+    drifted, held = (euler(lambda x, t: 2 * jnp.ones_like(x), noise, 4, mask, how) for how in ("drift", "held"))
     np.testing.assert_allclose(drifted, 3.0, atol=1e-6)
     np.testing.assert_allclose(held[..., :2], 3.0, atol=1e-6)
     np.testing.assert_allclose(held[..., 2], 0.0, atol=1e-6)
@@ -128,9 +178,7 @@ def test_masked_dims_drift_or_are_held():
 def test_euler_grid_covers_zero_to_one():
     """dx/dt = t integrated with left endpoints: sum of i/N * 1/N."""
     steps = 5
-    out = flow.integrate(
-        lambda x, t: jnp.ones_like(x) * t[:, None, None], jnp.zeros((1, 1, 1)), steps, jnp.ones((1, 1, 1)), "drift"
-    )
+    out = euler(lambda x, t: jnp.ones_like(x) * t, jnp.zeros((1, 1, 1)), steps, jnp.ones((1, 1, 1)), "drift")
     assert float(out[0, 0, 0]) == pytest.approx(sum(i / steps for i in range(steps)) / steps)
 
 

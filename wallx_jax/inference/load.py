@@ -18,6 +18,7 @@ from wallx_jax.data.tokenizer import Tokenizer
 from wallx_jax.inference.policy import Policy
 from wallx_jax.inference.vlm import VLM
 from wallx_jax.models.config import WallXConfig
+from wallx_jax.models.stack import unstack
 from wallx_jax.training import checkpoint_dir
 from wallx_jax.training.checkpoint import restore_params
 from wallx_jax.weights.load import load_params, read_config, read_normalizers
@@ -28,13 +29,11 @@ FAST_TOKENS = 256  # room for a chunk in FAST tokens
 
 
 class Model(NamedTuple):
-    """A model and the directory of its tokenizer and other small files. checkpoint: the step directory of a checkpoint
-    of ours, None for a PyTorch directory."""
+    """A model, its layers apart (models.stack), and the directory of its tokenizer and other small files."""
 
     config: WallXConfig
     params: tree.Tree
     files: Path
-    checkpoint: Path | None
 
 
 def find_model(path_or_repo: str | Path, revision: str | None = None) -> tuple[Path, bool]:
@@ -56,9 +55,10 @@ def load_model(
     """Parameters of anything that `find_model` finds; `numerics`: fields of models.config.Numerics to override."""
     folder, is_pytorch = find_model(path_or_repo, revision)
     if is_pytorch:
-        return Model(*load_params(folder, numerics=numerics), folder, None)
+        config, params = load_params(folder, numerics=numerics)
+        return Model(config, unstack(params), folder)
     config = checkpoint_dir.read_model_config(folder).replace(numerics=numerics or {})
-    return Model(config, restore_params(folder), checkpoint_dir.assets_dir(folder), folder)
+    return Model(config, unstack(restore_params(folder), free=True), checkpoint_dir.assets_dir(folder))
 
 
 def load_vlm(
@@ -121,7 +121,7 @@ def load_policy(
     fast = None if action_tokenizer is None else FastTokenizer.from_dir(hub.resolve(action_tokenizer))
     stats = _robot_stats(folder, norm_stats, robot)
     processor = _new_processor(config, tokenizer, stats, tuple(views), resolution, horizon, fast)
-    config, params = load_params(folder, numerics=numerics)
+    params = load_model(folder, numerics=numerics).params
     return Policy(config.replace(tokens=dataclasses.asdict(tokenizer.token_ids())), params, processor)
 
 

@@ -20,6 +20,7 @@ from wallx_jax.data.prompt import Task
 from wallx_jax.inference.compiled import Compiled
 from wallx_jax.inference.speaker import Speaker
 from wallx_jax.models.config import WallXConfig
+from wallx_jax.models.stack import unstack
 from wallx_jax.models.wallx import bind
 
 Observation = Mapping[str, Any]
@@ -62,7 +63,7 @@ class Policy:
 
     def __init__(self, config: WallXConfig, params: tree.Tree, processor: Processor):
         self.config, self.processor = config, processor
-        self.params = jax.device_put(params)
+        self.params = unstack(params)
         self._flow = Compiled(self._sample_chunk)
         self._speaker = Speaker(config, self.params)
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 
 from wallx_jax import tree
@@ -15,6 +14,7 @@ from wallx_jax.data.images import IMAGE_LIMITS, Limits
 from wallx_jax.data.tokenizer import Tokenizer
 from wallx_jax.inference.speaker import Speaker
 from wallx_jax.models.config import WallXConfig
+from wallx_jax.models.stack import unstack
 
 PROMPT_STEP = 64  # prompts are padded to a multiple of so many tokens, so that few lengths are compiled
 Conversation = Sequence[Mapping[str, Any]]
@@ -43,7 +43,7 @@ class VLM:
 
     def __init__(self, config: WallXConfig, params: tree.Tree, tokenizer: Tokenizer, limits: Limits = IMAGE_LIMITS):
         self.config, self.tokenizer, self.limits = config, tokenizer, limits
-        self.params = jax.device_put(params)
+        self.params = unstack(params)
         self._speaker = Speaker(config, self.params, also_ends=(config.tokens.pad,))  # as Qwen's generation_config
 
     @property

@@ -37,11 +37,19 @@ class ActionHeads(nnx.Module):
         """Normalised state and channel mask, [B, C] each -> [B, D]."""
         return self.propri_proj(jnp.concatenate([state, mask], axis=-1))
 
-    def embed_actions(self, noisy: jax.Array, mask: jax.Array, time: jax.Array) -> jax.Array:
-        """Noisy actions and channel mask [B, A, C], flow time [B] -> action token embeddings [B, A, D]."""
+    def embed_time(self, time: jax.Array) -> jax.Array:
+        """Flow time [B] -> its share of the action tokens' embedding, [B, D], for `embed_actions`.
+
+        w2 reads [action | time]; the time's part is the same for all tokens, and known before sampling starts.
+        """
+        embedded = time_embedding(time, self.width)
+        return embedded @ self.w2.kernel[self.width :].astype(embedded.dtype)
+
+    def embed_actions(self, noisy: jax.Array, mask: jax.Array, clock: jax.Array) -> jax.Array:
+        """Noisy actions and channel mask [B, A, C], embedded time [B, D] -> action token embeddings [B, A, D]."""
         actions = self.w1(jnp.concatenate([noisy, mask], axis=-1))
-        times = jnp.broadcast_to(time_embedding(time, self.width)[:, None], actions.shape)
-        return self.w3(jax.nn.silu(self.w2(jnp.concatenate([actions, times], axis=-1))))
+        actions = actions @ self.w2.kernel[: self.width].astype(actions.dtype)
+        return self.w3(jax.nn.silu(actions + clock[:, None]))
 
     def velocity(self, hidden: jax.Array) -> jax.Array:
         """Hidden states of the action tokens [B, A, D] -> float32 velocity [B, A, C]."""

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from wallx_jax.models import stack
 from wallx_jax.models.attention import attend
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.models.layers import Linear, RMSNorm, SwiGLU
@@ -20,18 +21,26 @@ from wallx_jax.models.rope import mrope_angles, rotate
 
 
 class KV(NamedTuple):
-    """Rotated keys and values of every layer, [L, B, S, K, H] each."""
+    """Rotated keys and values, [B, K, S, H] each; of all layers [L, B, K, S, H] where those are stacked."""
 
     keys: jax.Array
     values: jax.Array
 
 
+Cache = KV | list[KV]  # of all layers: stacked, or one per layer
+
+
+def make_room(cache: Cache, places: int) -> Cache:
+    """The cache with so many more places S, to be written later."""
+    return jax.tree.map(lambda x: jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, places), (0, 0)]), cache)
+
+
 class DecoderOutput(NamedTuple):
-    """hidden [B, T, D] after the final norm; kv of this call's tokens and layers [L, B, T, D] before that norm, where
-    they were asked for."""
+    """hidden [B, T, D] after the final norm. kv, where it was asked for: of this call's tokens, or the whole cache with
+    them written. layers [L, B, T, D] before that norm, where they were asked for."""
 
     hidden: jax.Array
-    kv: KV | None
+    kv: Cache | None
     layers: jax.Array | None
 
 
@@ -44,14 +53,14 @@ class Attention(nnx.Module):
         self.v = Linear(text.hidden_size, self.kv_heads * self.head_dim, bias=True, rngs=rngs)
         self.o = Linear(self.heads * self.head_dim, text.hidden_size, bias=False, rngs=rngs)
 
-    def __call__(self, x, cos, sin, mask, past: KV | None) -> tuple[jax.Array, KV]:
+    def __call__(self, x, cos, sin, mask, cache: KV | None, start) -> tuple[jax.Array, KV]:
         q = rotate(self.q(x).reshape(*x.shape[:2], self.heads, self.head_dim), cos, sin)
         k = rotate(self.k(x).reshape(*x.shape[:2], self.kv_heads, self.head_dim), cos, sin)
         v = self.v(x).reshape(*x.shape[:2], self.kv_heads, self.head_dim)
-        new = KV(k, v)
-        if past is not None:
-            k, v = (jnp.concatenate([old, fresh], axis=1) for old, fresh in zip(past, new, strict=True))
-        return self.o(attend(q, k, v, mask)), new
+        kv = KV(k.swapaxes(1, 2), v.swapaxes(1, 2))
+        if cache is not None:
+            kv = jax.tree.map(lambda x, own: jax.lax.dynamic_update_slice_in_dim(x, own, start, axis=2), cache, kv)
+        return self.o(attend(q, *kv, mask)), kv
 
 
 class Experts(nnx.Module):
@@ -78,16 +87,19 @@ class DecoderLayer(nnx.Module):
         self.post_norm = RMSNorm(config.text.hidden_size, config.text.rms_norm_eps)
         self.mlp = Experts(config, rngs=rngs)
 
-    def __call__(self, x, cos, sin, mask, num_actions: int, past: KV | None) -> tuple[jax.Array, KV]:
-        attended, kv = self.attn(self.input_norm(x), cos, sin, mask, past)
+    def __call__(self, x, cos, sin, mask, num_actions: int, cache: KV | None, start) -> tuple[jax.Array, KV]:
+        attended, kv = self.attn(self.input_norm(x), cos, sin, mask, cache, start)
         x = x + attended
         return x + self.mlp(self.post_norm(x), num_actions), kv
 
 
 class Decoder(nnx.Module):
-    def __init__(self, config: WallXConfig, *, rngs: nnx.Rngs):
+    """`stacked`: see models.stack."""
+
+    def __init__(self, config: WallXConfig, stacked: bool = True, *, rngs: nnx.Rngs):
         self.config = config
-        self.layers = nnx.vmap(lambda keys: DecoderLayer(config, rngs=keys))(rngs.split(config.text.num_hidden_layers))
+        layers = config.text.num_hidden_layers
+        self.layers = stack.build(lambda keys: DecoderLayer(config, rngs=keys), layers, stacked, rngs)
         self.norm = RMSNorm(config.text.hidden_size, config.text.rms_norm_eps)
 
     def __call__(
@@ -97,22 +109,31 @@ class Decoder(nnx.Module):
         mask: jax.Array,
         *,
         num_actions: int = 0,
-        past: KV | None = None,
+        cache: Cache | None = None,
+        start: int | jax.Array = 0,
         keep_kv: bool = False,
         keep_layers: bool = False,
     ) -> DecoderOutput:
         """Runs x [B, T, D] through all layers.
 
-        positions: int [3, B, T]. mask: bool [B, T, S] over the past's keys followed by this call's. num_actions: how
-        many of the last tokens are action tokens. past: keys and values of earlier tokens, already rotated.
+        positions: int [3, B, T]. num_actions: how many of the last tokens are action tokens. cache: S places, of which
+        this call writes T from `start` on; without one, the tokens see each other only and S = T. mask: bool
+        [B, T, S], which places each token looks at.
         """
         angles = mrope_angles(positions, self.config.text, self.config.numerics.mrope_layout)
-        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        # The barrier keeps XLA from working out both anew for every head of every layer.
+        cos, sin = jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
 
-        def body(x, layer_and_past):
-            layer, past = layer_and_past
-            x, kv = layer(x, cos, sin, mask, num_actions, past)
+        def body(x, layer_and_cache):
+            layer, kv = layer_and_cache
+            x, kv = layer(x, cos, sin, mask, num_actions, kv, start)
             return x, (kv if keep_kv else None, x if keep_layers else None)
 
-        x, (kv, layers) = jax.lax.scan(checkpointed(body, self.config.numerics.remat), x, (self.layers, past))
+        if stack.is_stacked(self.layers):
+            body = checkpointed(body, self.config.numerics.remat)
+            x, (kv, layers) = stack.run(body, x, self.layers, cache)
+            return DecoderOutput(self.norm(x), kv, layers)
+        x, outputs = stack.run(body, x, self.layers, cache)
+        kv = [kv for kv, _ in outputs] if keep_kv else None
+        layers = jnp.stack([x for _, x in outputs]) if keep_layers else None
         return DecoderOutput(self.norm(x), kv, layers)

@@ -6,6 +6,7 @@ Legend: B batch, A horizon, C channels.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,25 +29,32 @@ def interpolate(actions: jax.Array, noise: jax.Array, time: jax.Array) -> jax.Ar
     return (1 - t) * noise + t * actions
 
 
+def euler_times(steps: int) -> jax.Array:
+    """linspace(0, 1, steps + 1), float32."""
+    return jnp.linspace(0, 1, steps + 1, dtype=jnp.float32)
+
+
 def integrate(
-    velocity: Callable[[jax.Array, jax.Array], jax.Array],
+    velocity: Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]],
     noise: jax.Array,
-    steps: int,
+    times: jax.Array,
+    per_step: Any,
+    state: Any,
     mask: jax.Array,
     masked_dims: str,
 ) -> jax.Array:
-    """Euler steps on linspace(0, 1, steps + 1) from noise [B, A, C] to a normalised chunk.
+    """Euler steps along `times` (see `euler_times`) from noise [B, A, C] to a normalised chunk.
 
-    velocity(x [B, A, C], t [B]) -> [B, A, C]. mask [B, A, C]: channels that the robot has; the others "drift" with the
-    predicted velocity, or are "held" on the straight line from their noise to the normalised zero.
+    velocity(x [B, A, C], its part of per_step, state) -> ([B, A, C], state). per_step: arrays with a leading axis of
+    steps. state: what one call leaves to the next. mask [B, A, C]: channels that the robot has; the others "drift" with
+    the predicted velocity, or are "held" on the straight line from their noise to the normalised zero.
     """
-    times = jnp.linspace(0, 1, steps + 1, dtype=jnp.float32)
 
-    def step(x, span):
-        start, end = span
-        v = velocity(x, jnp.broadcast_to(start, x.shape[:1]))
+    def step(carry, span):
+        (x, state), (duration, part) = carry, span
+        v, state = velocity(x, part, state)
         if masked_dims == "held":
             v = jnp.where(mask > 0, v, -noise)
-        return x + (end - start) * v, None
+        return (x + duration * v, state), None
 
-    return jax.lax.scan(step, noise, (times[:-1], times[1:]))[0]
+    return jax.lax.scan(step, (noise, state), (jnp.diff(times), per_step))[0][0]

@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wallx_jax.models.decoder import KV
+from wallx_jax.models.decoder import Cache
 from wallx_jax.models.wallx import Prefix, WallX
 
 
 class _State(NamedTuple):
-    """step: how many tokens are out; tokens [B, N] so far; kv: [L, B, S, K, H]; logits [B, V] for the next one; done
-    [B]: the row has said its end token."""
+    """step: how many tokens are out; tokens [B, N] so far; kv: of S places; logits [B, V] for the next one; done [B]:
+    the row has said its end token."""
 
     step: jax.Array
     tokens: jax.Array
-    kv: KV
+    kv: Cache
     logits: jax.Array
     done: jax.Array
     key: jax.Array
@@ -46,8 +46,7 @@ def generate(
         key: for drawing.
     """
     batch, length = prefix.mask.shape
-    cache, hidden = net.encode_prefix(prefix)
-    room = [(0, 0), (0, 0), (0, max_new_tokens), (0, 0), (0, 0)]
+    cache, hidden = net.encode_prefix(prefix, room=max_new_tokens)
     seen = jnp.pad(prefix.mask, ((0, 0), (0, max_new_tokens)))
     places = jnp.arange(length + max_new_tokens)
 
@@ -66,27 +65,22 @@ def generate(
         tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1)
         done = state.done | jnp.isin(token, jnp.array(end_tokens, jnp.int32))
 
-        written = seen | ((places >= length) & (places < length + state.step))
-        mask = jnp.pad(written, ((0, 0), (0, 1)), constant_values=True)[:, None]  # the token itself comes last
+        place = length + state.step
         ids = (cache.next_position + state.step)[None, :, None]
         out = net.decoder(
             net.embed_tokens(token[:, None]),
             jnp.broadcast_to(ids, (3, batch, 1)),
-            mask,
-            past=state.kv,
+            (seen | ((places >= length) & (places <= place)))[:, None],
+            cache=state.kv,
+            start=place,
             keep_kv=True,
         )
-        kv = jax.tree.map(
-            lambda kept, new: jax.lax.dynamic_update_slice_in_dim(kept, new, length + state.step, axis=2),
-            state.kv,
-            out.kv,
-        )
-        return _State(state.step + 1, tokens, kv, net.logits(out.hidden[:, 0]), done, key)
+        return _State(state.step + 1, tokens, out.kv, net.logits(out.hidden[:, 0]), done, key)
 
     start = _State(
         jnp.int32(0),
         jnp.full((batch, max_new_tokens), fill_token, jnp.int32),
-        jax.tree.map(lambda x: jnp.pad(x, room), cache.kv),
+        cache.kv,
         net.logits(hidden[:, -1]),
         jnp.zeros(batch, bool),
         jax.random.key(0) if key is None else key,

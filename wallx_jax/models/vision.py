@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from wallx_jax.models import stack
 from wallx_jax.models.attention import attend
 from wallx_jax.models.config import VisionConfig
 from wallx_jax.models.layers import Linear, RMSNorm, SwiGLU
@@ -82,8 +83,9 @@ def _attend_groups(q, k, v, run: FrameRun, groups: Sequence[tuple[int, int]]) ->
     out, start = [], 0
     for count, size in groups:
         part = slice(start, start + count * size)
-        grouped = (y[:, part].reshape(-1, size, heads, head_dim) for y in (q, k, v))
-        out.append(attend(*grouped).reshape(batch * run.count, count * size, -1))
+        queries, keys, values = (y[:, part].reshape(-1, size, heads, head_dim) for y in (q, k, v))
+        attended = attend(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2))
+        out.append(attended.reshape(batch * run.count, count * size, -1))
         start += count * size
     return jnp.concatenate(out, axis=1).reshape(batch, run.count * run.patches, -1)
 
@@ -116,10 +118,12 @@ class Merger(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    def __init__(self, config: VisionConfig, remat: str, *, rngs: nnx.Rngs):
+    """`stacked`: see models.stack."""
+
+    def __init__(self, config: VisionConfig, remat: str, stacked: bool = True, *, rngs: nnx.Rngs):
         self.config, self.remat = config, remat
         self.patch_embed = Linear(config.patch_dim, config.hidden_size, bias=False, rngs=rngs)
-        self.blocks = nnx.vmap(lambda keys: VisionBlock(config, rngs=keys))(rngs.split(config.depth))
+        self.blocks = stack.build(lambda keys: VisionBlock(config, rngs=keys), config.depth, stacked, rngs)
         self.merger = Merger(config, rngs=rngs)
 
     def __call__(self, patches: jax.Array, grids: tuple[Grid, ...]) -> jax.Array:
@@ -130,6 +134,16 @@ class VisionTower(nnx.Module):
             raise ValueError(f"grids {grids} make {expected} patches, but {patches.shape[1]} were given")
         plans = [plan_frame(run.rows, run.columns, self.config) for run in runs]
         x = self.patch_embed(_reorder(patches, runs, [plan.order for plan in plans], 1))
+
+        if stack.is_stacked(self.blocks):
+            x = self._scan(x, runs)
+        else:
+            for index, block in enumerate(self.blocks):
+                x = block(x, runs, index in self.config.fullatt_block_indexes)
+        return _reorder(self.merger(x), runs, [plan.restore for plan in plans], cell)
+
+    def _scan(self, x: jax.Array, runs: Sequence[FrameRun]) -> jax.Array:
+        """All blocks over x [B, P, D], as scans over runs of equal ones inside scans over equal super-blocks."""
 
         def block_group(x, blocks, full):
             def body(x, block):
@@ -154,7 +168,7 @@ class VisionTower(nnx.Module):
                 return x, None
 
             x = jax.lax.scan(super_block, x, stacked)[0]
-        return _reorder(self.merger(x), runs, [plan.restore for plan in plans], cell)
+        return x
 
 
 def segments(config: VisionConfig) -> list[tuple[int, int, int, int]]:

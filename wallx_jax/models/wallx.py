@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wallx_jax import tree
-from wallx_jax.models import flow, losses
+from wallx_jax.models import flow, losses, stack
 from wallx_jax.models.action import ActionHeads
 from wallx_jax.models.attention import prefix_mask, sequence_mask, suffix_mask
 from wallx_jax.models.config import WallXConfig
-from wallx_jax.models.decoder import KV, Decoder, DecoderOutput
+from wallx_jax.models.decoder import Cache, Decoder, DecoderOutput, make_room
 from wallx_jax.models.dtypes import param_dtype
 from wallx_jax.models.layers import INIT, Linear
 from wallx_jax.models.positions import continue_positions, next_position, position_ids, visual_rank
@@ -42,9 +42,10 @@ class Prefix(NamedTuple):
 
 
 class PrefixCache(NamedTuple):
-    """What the suffix needs of an encoded prefix: keys and values, mask bool [B, T], next position id int [B]."""
+    """What the suffix needs of an encoded prefix: keys and values with room for it, mask bool [B, T], next position id
+    int [B]."""
 
-    kv: KV
+    kv: Cache
     mask: jax.Array
     next_position: jax.Array
 
@@ -66,11 +67,13 @@ class LossSums(NamedTuple):
 
 
 class WallX(nnx.Module):
-    def __init__(self, config: WallXConfig, *, rngs: nnx.Rngs):
+    """`stacked`: whether layers are stacked and scanned, or apart and unrolled, see models.stack."""
+
+    def __init__(self, config: WallXConfig, stacked: bool = True, *, rngs: nnx.Rngs):
         self.config = config
         self.embed = Embedding(config.text.vocab_size, config.text.hidden_size, rngs=rngs)
-        self.vision = VisionTower(config.vision, config.numerics.remat, rngs=rngs)
-        self.decoder = Decoder(config, rngs=rngs)
+        self.vision = VisionTower(config.vision, config.numerics.remat, stacked, rngs=rngs)
+        self.decoder = Decoder(config, stacked, rngs=rngs)
         if config.action.intermediate_size is not None:
             self.action = ActionHeads(config, rngs=rngs)
         if not config.text.tie_word_embeddings:
@@ -136,7 +139,8 @@ class WallX(nnx.Module):
         """
         if actions is None:
             return self.decoder(prefix.embeddings, prefix.positions, prefix_mask(prefix.mask), keep_layers=keep_layers)
-        suffix = self.action.embed_actions(*actions).astype(self.dtype)
+        noisy, mask, time = actions
+        suffix = self.action.embed_actions(noisy, mask, self.action.embed_time(time)).astype(self.dtype)
         horizon = suffix.shape[1]
         suffix_ids = continue_positions(next_position(prefix.positions, prefix.mask), horizon)
         return self.decoder(
@@ -147,23 +151,30 @@ class WallX(nnx.Module):
             keep_layers=keep_layers,
         )
 
-    def encode_prefix(self, prefix: Prefix) -> tuple[PrefixCache, jax.Array]:
-        """Runs the prefix alone; returns what the suffix needs, and hidden states [B, T, D]."""
+    def encode_prefix(self, prefix: Prefix, room: int) -> tuple[PrefixCache, jax.Array]:
+        """Runs the prefix alone; returns what goes on after it, with room for so many tokens, and hidden states
+        [B, T, D]."""
         out = self.decoder(prefix.embeddings, prefix.positions, prefix_mask(prefix.mask), keep_kv=True)
-        return PrefixCache(out.kv, prefix.mask, next_position(prefix.positions, prefix.mask)), out.hidden
+        kv = make_room(out.kv, room)
+        return PrefixCache(kv, prefix.mask, next_position(prefix.positions, prefix.mask)), out.hidden
 
-    def suffix_velocity(self, cache: PrefixCache, noisy: jax.Array, mask: jax.Array, time: jax.Array) -> jax.Array:
-        """Velocity [B, A, C] of noisy actions [B, A, C] at time [B], over an encoded prefix."""
-        x = self.action.embed_actions(noisy, mask, time).astype(self.dtype)
+    def suffix_velocity(
+        self, cache: PrefixCache, noisy: jax.Array, mask: jax.Array, clock: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """Velocity [B, A, C] of noisy actions [B, A, C] at an embedded time [B, D] (ActionHeads.embed_time), over an
+        encoded prefix with room for A; and the cache's keys and values, for the next call to write over."""
+        x = self.action.embed_actions(noisy, mask, clock).astype(self.dtype)
         horizon = x.shape[1]
         out = self.decoder(
             x,
             continue_positions(cache.next_position, horizon),
             suffix_mask(cache.mask, horizon, self.config.numerics.action_attention),
             num_actions=horizon,
-            past=cache.kv,
+            cache=cache.kv,
+            start=cache.mask.shape[1],
+            keep_kv=True,
         )
-        return self.action.velocity(out.hidden)
+        return self.action.velocity(out.hidden), out.kv
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] -> logits [..., V] in their dtype."""
@@ -195,29 +206,30 @@ class WallX(nnx.Module):
 
     def sample_actions(self, prefix: Prefix, noise: jax.Array, action_mask: jax.Array, steps: int = 10) -> jax.Array:
         """Normalised action chunk [B, A, C] from noise of that shape; the prefix is encoded once."""
-        cache, _ = self.encode_prefix(prefix)
-        return flow.integrate(
-            lambda x, t: self.suffix_velocity(cache, x, action_mask, t),
-            noise,
-            steps,
-            action_mask,
-            self.config.numerics.masked_dims,
-        )
+        cache, _ = self.encode_prefix(prefix, room=noise.shape[1])
+        times = flow.euler_times(steps)
+
+        def velocity(x, clock, kv):
+            return self.suffix_velocity(cache._replace(kv=kv), x, action_mask, clock[None])
+
+        clocks = self.action.embed_time(times[:-1])
+        return flow.integrate(velocity, noise, times, clocks, cache.kv, action_mask, self.config.numerics.masked_dims)
 
 
 # Parameters live outside the module as nested dicts; `bind` puts them in.
 
 
 @functools.cache
-def _abstract(config: WallXConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: WallX(config, rngs=nnx.Rngs(0))), nnx.Param)
+def _abstract(config: WallXConfig, stacked: bool = True) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: WallX(config, stacked, rngs=nnx.Rngs(0))), nnx.Param)
 
 
 def bind(config: WallXConfig, params: tree.Tree) -> WallX:
-    """The model with these parameters (concrete or traced)."""
-    graphdef, state = _abstract(config)
+    """The model with these parameters (concrete or traced), its layers stacked or apart as the parameters are."""
+    apart = stack.is_apart(params)
+    graphdef, state = _abstract(config, not apart)
     state = jax.tree.map(lambda x: x, state)  # a copy: the cached one stays abstract
-    nnx.replace_by_pure_dict(state, params)
+    nnx.replace_by_pure_dict(state, nnx.restore_int_paths(params) if apart else params)
     return nnx.merge(graphdef, state)
 
 

@@ -1,0 +1,71 @@
+"""lerobot's PyTorch wall_x model, answering over pipes; scripts/benchmark.py --compare-torch starts it.
+
+    python scripts/torch_reference.py MODEL_DIR INPUTS.npz
+
+Runs in an environment of its own (`make torch-reference`), since its dependencies are not those of this package. Reads
+one command per line and answers each with one line of JSON: "chunk STEPS" samples an action chunk by the model's own
+`predict`, "actions" tells the last one. INPUTS.npz holds the arrays of a flow batch in Hugging Face's form, and the
+noise to start from.
+"""
+
+import json
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import torch
+from lerobot.policies.wall_x import modeling_wall_x as wall_x
+from safetensors.torch import load_file
+
+
+def load(folder: Path, tokens: dict[str, int]) -> torch.nn.Module:
+    """The reference model in float32 with the weights of a Wall-X directory in upstream's layout."""
+    config = wall_x.Qwen2_5_VLConfig(**json.loads((folder / "config.json").read_text()))
+    config._attn_implementation = "eager"
+    names = {"<|propri|>": tokens["propri"], "<|action|>": tokens["action"]}
+    tokenizer = types.SimpleNamespace(convert_tokens_to_ids=names.get)
+    model = wall_x.Qwen2_5_VLMoEForAction(config, processor=types.SimpleNamespace(tokenizer=tokenizer))
+    weights = load_file(folder / "model.safetensors")
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    if unexpected or any("lm_head" not in name and "normalizer" not in name for name in missing):
+        raise SystemExit(f"weights do not fit lerobot's model: missing {missing}, unexpected {unexpected}")
+    model.tie_weights()
+    return model.float().eval()
+
+
+def main() -> None:
+    folder, inputs = Path(sys.argv[1]), dict(np.load(sys.argv[2]))
+    tokens = json.loads(str(inputs.pop("tokens")))
+    model = load(folder, tokens)
+    arrays = {name: torch.tensor(value) for name, value in inputs.items()}
+    noise = arrays.pop("noise")
+    batch, horizon, channels = noise.shape
+    # `predict` draws its noise with torch.randn, and rounds the state's embedding to bfloat16, which a float32 model
+    # cannot take back: both are put right here, so that it computes what we compute.
+    wall_x.torch = types.SimpleNamespace(**vars(torch))
+    wall_x.torch.randn = lambda size, **_: noise.clone()
+    wall_x.torch.bfloat16 = torch.float32
+    print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads()}), flush=True)
+
+    actions = None
+    for line in sys.stdin:
+        command, *argument = line.split()
+        start = time.perf_counter()
+        answer = {}
+        with torch.no_grad():
+            if command == "chunk":
+                actions = model.predict(
+                    "diffusion", horizon, channels, num_inference_timesteps=int(argument[0]), **arrays
+                )["predict_action"]
+            elif command == "actions":
+                answer["actions"] = actions.tolist()
+            else:
+                raise SystemExit(f"no such command: {command}")
+        answer["ms"] = 1e3 * (time.perf_counter() - start)
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
