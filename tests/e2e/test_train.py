@@ -186,7 +186,7 @@ def test_from_qwen_with_fast_tokens(dataset_dir, tmp_path, monkeypatch):
     # Two updates teach nothing: what it says is no chunk, and that is an error. A right answer is decoded.
     with pytest.raises(FastDecodeError):
         policy.predict(OBSERVATION)
-    with pytest.raises(FastDecodeError, match="no end within 3 tokens"):
+    with pytest.raises(FastDecodeError, match=r"^no <\|im_end\|> within 3 tokens"):
         policy.predict(OBSERVATION, max_tokens=3)
     said = [tokenizer.fast_start + i for i in policy.processor.fast.encode(np.zeros((4, 14)))]
     answer = np.array([[*said, saved.tokens.eos, saved.tokens.pad]])

@@ -29,6 +29,33 @@ def test_qwen(case):
     assert [result.line() for result in results if not result.ok] == []
 
 
+def test_wall_x_says_what_torch_says_after_a_state(tmp_path):
+    """Greedy text of Wall-X weights, with images and a proprioception token in the prompt."""
+    from safetensors.numpy import load_file, save_file
+
+    golden = FIXTURES / "golden"
+    with np.load(golden / "fast_continued.npz") as file:
+        length, scale, said = int(file["length"]), float(file["layer_scale"]), file["out.gen_tokens"]
+    tensors = load_file(golden / "model.safetensors")
+    tensors = {n: x * scale if ".layers." in n and x.ndim > 1 else x for n, x in tensors.items()}
+    tensors = {n: x.astype(np.float32) for n, x in tensors.items()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    shutil.copyfile(golden / "config.json", tmp_path / "config.json")
+    with np.load(golden / "fast.npz") as file:
+        inputs = {k: file[k] for k in file.files if k.startswith("in.") and k != "in.labels" or k == "meta"}
+    for name in ("in.input_ids", "in.attention_mask", "in.moe_token_types"):
+        inputs[name] = inputs[name][:, :length]
+    assert (inputs["in.input_ids"] == 665).sum() == 2 and len(set(said.ravel())) > 20
+
+    def agrees(**changes) -> bool:
+        np.savez(tmp_path / "case.npz", **{**inputs, "out.gen_tokens": said, **changes})
+        (result,) = parity.run(tmp_path, tmp_path / "case.npz")
+        return result.ok
+
+    assert agrees()
+    assert not agrees(**{"in.proprioception": -inputs["in.proprioception"]})
+
+
 def test_command_fails_on_wrong_weights_and_unknown_outputs(tmp_path):
     with np.load(FIXTURES / "golden_qwen" / "text.npz") as file:
         arrays = {key: file[key] for key in file.files if key.startswith("in.") or key == "out.position_ids"}

@@ -37,7 +37,8 @@ class ActionDecodeError(FastDecodeError):
 
     def __init__(self, failures: Mapping[int, str], actions: np.ndarray):
         self.failures, self.actions = dict(failures), actions
-        super().__init__("; ".join(f"observation {index}: {why}" for index, why in failures.items()))
+        lines = [f"observation {index}: {why}" for index, why in failures.items()]
+        super().__init__("; ".join(lines) if len(actions) > 1 else failures[0])
 
 
 @dataclass(frozen=True)
