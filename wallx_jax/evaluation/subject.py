@@ -82,7 +82,7 @@ def _open_model_directory(folder: Path, arguments: argparse.Namespace, numerics:
     if arguments.dataset:
         config.repo_id, config.dataset_root = arguments.dataset, None
     if config.repo_id is None:
-        raise ConfigError("which robot? A model directory needs --config=configs/NAME.py or --dataset")
+        raise ValueError(f"which robot? {folder} is a model directory: give --config=configs/NAME.py or --dataset")
     for name, value in (numerics or {}).items():
         config.numerics[name] = value
     settings = resolve(config)

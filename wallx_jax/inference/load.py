@@ -71,8 +71,7 @@ def load_vlm(
     """
     model = load_model(path_or_repo, revision=revision, numerics=numerics)
     tokenizer = Tokenizer.from_dir(model.files)
-    config = model.config.replace(tokens=dataclasses.asdict(tokenizer.token_ids()))
-    return VLM(config, model.params, tokenizer, read_limits(model.files))
+    return VLM(_with_ids(model.config, tokenizer), model.params, tokenizer, read_limits(model.files))
 
 
 def load_policy(
@@ -111,7 +110,8 @@ def load_policy(
         if norm_stats is not None or robot is not None or action_tokenizer is not None:
             raise ValueError(f"{folder} knows its robot: norm_stats, robot and action_tokenizer are not for it")
         model = load_model(folder, numerics=numerics)
-        return Policy(model.config, model.params, Processor.from_dir(model.files))
+        processor = Processor.from_dir(model.files)
+        return Policy(_with_ids(model.config, processor.tokenizer), model.params, processor)
 
     config, tokenizer = read_config(folder, numerics), Tokenizer.from_dir(folder)
     if config.action.intermediate_size is None:
@@ -122,7 +122,12 @@ def load_policy(
     stats = _robot_stats(folder, norm_stats, robot)
     processor = _new_processor(config, tokenizer, stats, tuple(views), resolution, horizon, fast)
     params = load_model(folder, numerics=numerics).params
-    return Policy(config.replace(tokens=dataclasses.asdict(tokenizer.token_ids())), params, processor)
+    return Policy(_with_ids(config, tokenizer), params, processor)
+
+
+def _with_ids(config: WallXConfig, tokenizer: Tokenizer) -> WallXConfig:
+    """The config with the token ids that the tokenizer gives; config.json does not tell all of them."""
+    return config.replace(tokens=dataclasses.asdict(tokenizer.token_ids()))
 
 
 def read_limits(files: Path) -> images.Limits:
@@ -148,7 +153,8 @@ def _new_processor(
     sizes = (images.target_size(*CAMERA, resolution),) * len(views)
     tokens = [images.image_token_count(*size) for size in sizes]
     window = 0 if fast is None else FAST_TOKENS + 2
-    length = processors.required_prompt_length(tokenizer, ["pick up the block"], views, tokens) + window
+    length = processors.required_prompt_length(tokenizer, ["pick up the block"], views, tokens)
+    length = -(-length // processors.PROMPT_STEP) * processors.PROMPT_STEP + window
     layout = ProcessorConfig(
         views=views,
         camera_keys=views,

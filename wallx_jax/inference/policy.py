@@ -183,6 +183,8 @@ class Policy:
 
     def _flow_actions(self, groups, steps: int, seed: int, noise: np.ndarray | None) -> np.ndarray:
         """Robot units [B, A, D] by flow matching."""
+        if steps < 1:
+            raise ValueError(f"steps is {steps}; give at least 1")
         count = sum(len(rows) for rows, _ in groups)
         shape = (count, *groups[0][1].actions.shape[1:])
         if noise is None:

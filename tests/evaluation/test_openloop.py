@@ -1,0 +1,139 @@
+"""Open-loop errors against plain loops, baselines, and which frames are compared."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import synthetic
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wallx_jax.data.lerobot import LeRobotSource
+from wallx_jax.evaluation import openloop
+from wallx_jax.evaluation.openloop import Recorded
+
+HORIZON, DIMS = 4, 14
+
+
+@pytest.fixture(scope="module")
+def source(dataset_info):
+    return LeRobotSource(dataset_info, HORIZON, dataset_info.camera_keys)
+
+
+def recorded(frames: int, steps: int = 3, dims: int = 2, seed: int = 0) -> Recorded:
+    rng = np.random.default_rng(seed)
+    states = rng.normal(size=(frames, dims))
+    return Recorded(
+        observations=[{"images": {}, "state": state, "instruction": "go"} for state in states],
+        actions=rng.normal(size=(frames, steps, dims)),
+        valid=rng.random((frames, steps)) < 0.8,
+        previous=rng.normal(size=(frames, dims)),
+        episodes=np.arange(frames) // 2,
+        frames=np.arange(frames) % 2,
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1000), failing=st.booleans())
+def test_errors_are_means_over_valid_steps(seed, failing):
+    part, rng = recorded(6, 3, 4, seed), np.random.default_rng(seed + 1)
+    part.valid[0] = True
+    chunks = rng.normal(size=part.actions.shape)
+    if failing:
+        chunks[3] = np.nan
+    predicted = np.array([True, False, True, True])
+    found = openloop.errors(chunks, part, predicted)
+    per_dim, per_step = [[] for _ in range(4)], [[] for _ in range(3)]
+    for n in range(6):
+        for a in range(3):
+            if part.valid[n, a] and not (failing and n == 3):
+                error = abs(chunks[n, a] - part.actions[n, a])
+                per_step[a].append(error[predicted].mean())
+                for d in range(4):
+                    per_dim[d].append(error[d])
+    np.testing.assert_allclose(found.per_dim, [np.mean(x) for x in per_dim])
+    np.testing.assert_allclose(found.per_step, [np.mean(x) for x in per_step])
+    assert found.mean == pytest.approx(np.mean([np.mean(per_dim[d]) for d in (0, 2, 3)]))
+    assert found.failed == int(failing)
+
+
+def test_nothing_predicted_is_no_number_in_json():
+    part = recorded(2)
+    found = openloop.errors(np.full(part.actions.shape, np.nan), part, np.ones(2, bool)).as_json()
+    assert found["mae"] is None and found["failed_frames"] == 2
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_frames_of_whole_episodes(source):
+    found = openloop.read(source, stride=3)
+    wanted = [(e, f) for e, length in enumerate(synthetic.LENGTHS) for f in range(0, length, 3)]
+    assert list(zip(found.episodes.tolist(), found.frames.tolist(), strict=True)) == wanted
+    for row, (episode, frame) in enumerate(wanted):
+        states, actions = synthetic.episode_table(episode)
+        end = len(states) - 1
+        np.testing.assert_allclose(found.observations[row]["state"], states[frame], atol=1e-6)
+        np.testing.assert_allclose(found.previous[row], actions[max(frame - 1, 0)], atol=1e-6)
+        for step in range(HORIZON):
+            np.testing.assert_allclose(found.actions[row, step], actions[min(frame + step, end)], atol=1e-6)
+            assert found.valid[row, step] == (frame + step <= end)
+        assert found.observations[row]["instruction"] == synthetic.TASKS[episode % 2]
+
+
+def test_first_episodes_and_a_limit(source):
+    two = openloop.read(source, stride=1, episodes=2)
+    assert set(two.episodes.tolist()) == {0, 1} and len(two) == sum(synthetic.LENGTHS[:2])
+    few = openloop.read(source, stride=1, limit=5)
+    assert len(few) == 5 and few.episodes[0] == 0 and few.episodes[-1] == 3
+    assert len(two.of_episode(1)) == synthetic.LENGTHS[1]
+    shuffled = LeRobotSource(source.info, HORIZON, source.cameras, frames=np.array([9, 3, 8, 1]))
+    assert openloop.read(shuffled, stride=1).frames.tolist() == [1, 3, 1, 2]
+    with pytest.raises(ValueError, match="stride of 0"):
+        openloop.read(source, stride=0)
+    with pytest.raises(ValueError, match="0 frames"):
+        openloop.read(LeRobotSource(source.info, HORIZON, source.cameras, frames=np.array([], int)), stride=1)
+
+
+class Fake:
+    """What `baselines` and `predict` ask of a processor and a policy."""
+
+    class stats:
+        class action:
+            mean = np.array([1.0, 2.0])
+
+    def __init__(self):
+        self.sizes = []
+
+    def predict(self, observations, **options):
+        self.sizes.append(len(observations))
+        actions = np.stack([np.full((3, 2), o["state"][0]) for o in observations])
+        return type("Prediction", (), {"actions": actions})
+
+
+def test_baselines_hold_the_state_or_the_last_action():
+    part = recorded(5)
+    found = openloop.baselines(part, Fake)
+    np.testing.assert_array_equal(found["hold_still"][3, 2], part.observations[3]["state"])
+    np.testing.assert_array_equal(found["mean_action"][4, 0], [1.0, 2.0])
+    wide = [o | {"state": np.zeros(9)} for o in part.observations]  # a state that is no action
+    other = Recorded(wide, part.actions, part.valid, part.previous, part.episodes, part.frames)
+    np.testing.assert_array_equal(openloop.baselines(other, Fake)["hold_still"][3, 2], part.previous[3])
+
+
+def test_all_batches_have_one_size():
+    part, policy = recorded(7), Fake()
+    chunks = openloop.predict(policy, part.observations, batch_size=3)
+    assert policy.sizes == [3, 3, 3]
+    np.testing.assert_array_equal(chunks[:, 0, 0], [o["state"][0] for o in part.observations])
+    policy.sizes.clear()
+    openloop.predict(policy, part.observations[:2], batch_size=3)
+    assert policy.sizes == [2]
+
+
+def test_dims_have_the_names_of_the_dataset(dataset_info):
+    assert openloop.dim_names(dataset_info, "action")[:2] == ["joint_0", "joint_1"]
+    features = dataset_info.features
+    for names, expected in (({"motors": list("abcdefghijklmn")}, "a"), (None, "0"), (["too", "few"], "0")):
+        renamed = features | {"action": {**features["action"], "names": names}}
+        info = dataclasses.replace(dataset_info, features=renamed)
+        assert openloop.dim_names(info, "action")[0] == expected

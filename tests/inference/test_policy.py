@@ -1,0 +1,335 @@
+"""Acting with a Wall-X directory: pictures of any size in, chunks in robot units out, errors that name the field."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import tiny_run
+from PIL import Image
+
+import wallx_jax
+from wallx_jax import tree
+from wallx_jax.data.fast import FastDecodeError, FastTokenizer
+from wallx_jax.data.lerobot import LeRobotSource
+from wallx_jax.data.normalize import NormStats, Stats, save_norm_stats
+from wallx_jax.data.pipeline import Encode
+from wallx_jax.data.processor import PROMPT_STEP, Processor
+from wallx_jax.data.stats import compute_stats
+from wallx_jax.inference.load import load_model
+from wallx_jax.inference.policy import ActionDecodeError, Policy
+from wallx_jax.weights.safetensors_io import WeightsError, write_safetensors
+
+DIMS, HORIZON, VIEWS = 7, 5, ("face_view", "left_wrist_view")
+FLOAT32 = {"param_dtype": "float32", "compute_dtype": "float32"}
+
+
+def robot_stats(dims: int = DIMS) -> NormStats:
+    rng = np.random.default_rng(4)
+
+    def part():
+        low, high = rng.uniform(-2, -1, dims), rng.uniform(1, 2, dims)
+        return Stats((low + high) / 2, high - low, low, high, low, high)
+
+    return NormStats(part(), part(), "observation.state", "action")
+
+
+def observation(height: int = 60, width: int = 90, seed: int = 0, **changes) -> dict:
+    rng = np.random.default_rng(seed)
+    images = {view: rng.integers(0, 256, (height, width, 3), np.uint8) for view in VIEWS}
+    return {"images": images, "state": rng.uniform(-1, 1, DIMS), "instruction": "open the cabinet"} | changes
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return tiny_run.write_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def policy(model_dir):
+    return wallx_jax.load_policy(
+        model_dir, norm_stats=robot_stats(), views=VIEWS, resolution=84, horizon=HORIZON, numerics=FLOAT32
+    )
+
+
+@pytest.fixture(scope="module")
+def fast_dir(tmp_path_factory):
+    """A FAST tokenizer for this robot."""
+    chunks = np.random.default_rng(0).uniform(-1, 1, (64, HORIZON, DIMS))
+    folder = tmp_path_factory.mktemp("fast")
+    FastTokenizer.fit(chunks, vocab_size=400).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def speaker(model_dir, fast_dir, tmp_path_factory):
+    """A policy that says its actions; its weights are random, so what it says is no chunk."""
+    folder = tmp_path_factory.mktemp("model") / "fast"
+    size = FastTokenizer.from_dir(fast_dir).vocab_size
+    tokenizer = tiny_run.write_tokenizer(folder)
+    tokenizer.add_wallx_tokens(size)
+    tiny_run.write_model(folder, vocab_size=len(tokenizer))
+    tokenizer.save(folder)
+    return wallx_jax.load_policy(
+        folder, norm_stats=robot_stats(), views=VIEWS, horizon=HORIZON, action_tokenizer=fast_dir, numerics=FLOAT32
+    )
+
+
+def test_chunk_in_robot_units(policy):
+    prediction = policy.predict(observation())
+    assert prediction.actions.shape == (HORIZON, DIMS) and prediction.actions.dtype == np.float32
+    assert np.isfinite(prediction.actions).all() and prediction.subtask is None
+    assert set(prediction.timings_ms) == {"preprocess", "model", "total"}
+    assert prediction.timings_ms["total"] >= prediction.timings_ms["model"] > 0
+    stats = policy.processor.stats.action
+    middle, half = (stats.q01 + stats.q99) / 2, (stats.q99 - stats.q01) / 2
+    noise = np.zeros((1, HORIZON, policy.processor.config.action_dim), np.float32)
+    started_at_zero = policy.predict(observation(), noise=noise).actions
+    assert np.abs((started_at_zero - middle) / half).max() < 3  # a tiny random velocity moves it little
+
+
+def test_seed_decides(policy):
+    first, again, other = (policy.predict(observation(), seed=seed).actions for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-3
+
+
+def test_batch_gives_each_what_it_gets_alone(policy):
+    """Also with pictures of different sizes, which run as groups, and for rows that share their place in the list."""
+    observations = [observation(), observation(120, 60, seed=1), observation(seed=2), observation(120, 60, seed=3)]
+    together = policy.predict(observations, seed=5).actions
+    assert together.shape == (4, HORIZON, DIMS)
+    np.testing.assert_allclose(together[0], policy.predict(observations[0], seed=5).actions, atol=1e-5)
+    shape = (4, HORIZON, policy.processor.config.action_dim)
+    noise = np.random.default_rng(0).normal(size=shape)
+    together = policy.predict(observations, noise=noise).actions
+    for row, each in enumerate(observations):
+        alone = policy.predict(each, noise=noise[row : row + 1]).actions
+        np.testing.assert_allclose(together[row], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(480, 640), (60, 90), (720, 1280), (33, 500), (90, 60)])
+def test_pictures_of_any_size_are_resized_by_the_rule_of_training(policy, size):
+    sample = policy.encode(observation(*size))
+    expected = wallx_jax.data.images.target_size(*size, 84)
+    assert [image.shape for image in sample.images] == [(*expected, 3)] * 2
+    tokens = (sample.tokens == policy.config.tokens.image).sum()
+    assert tokens == 2 * wallx_jax.data.images.image_token_count(*expected)
+    assert policy.predict(observation(*size)).actions.shape == (HORIZON, DIMS)
+
+
+def test_pillow_pictures_are_those_of_arrays(policy):
+    arrays = observation()
+    pillow = arrays | {"images": {view: Image.fromarray(image) for view, image in arrays["images"].items()}}
+    np.testing.assert_array_equal(policy.predict(arrays).actions, policy.predict(pillow).actions)
+
+
+def test_longer_words_than_in_training_get_more_room_and_padding_changes_nothing(policy):
+    wordy = observation(instruction="open the cabinet " * 20)
+    sample = policy.encode(wordy)
+    assert len(sample.tokens) % PROMPT_STEP == 0 and sample.token_mask.all() < len(sample.tokens)
+    assert np.isfinite(policy.predict(wordy).actions).all()
+    short = observation()
+    roomy = dataclasses.replace(policy.processor.config, prompt_length=policy.processor.config.prompt_length + 64)
+    other = Policy(policy.config, policy.params, Processor(roomy, policy.processor.tokenizer, policy.processor.stats))
+    np.testing.assert_allclose(policy.predict(short).actions, other.predict(short).actions, atol=1e-5)
+
+
+def test_one_compilation_per_shape(policy):
+    policy.predict(observation(), steps=3)
+    before = policy.compilations
+    for seed in range(3):
+        policy.predict(observation(seed=seed, instruction="pick up the red block"), steps=3, seed=seed)
+        policy.predict(observation(61, 91, seed=seed), steps=3)  # becomes the same size
+    assert policy.compilations == before
+    policy.predict(observation(200, 60), steps=3)
+    assert policy.compilations == before + 1
+
+
+def test_forgotten_programs_are_compiled_again(model_dir):
+    policy = wallx_jax.load_policy(model_dir, norm_stats=robot_stats(), views=VIEWS, resolution=84, horizon=2)
+    policy._flow._limit = 2
+    for steps in (1, 2, 3, 1):
+        policy.predict(observation(), steps=steps)
+    assert policy.compilations == 4 and len(policy._flow._programs) == 2
+    policy.predict(observation(), steps=3)
+    assert policy.compilations == 4
+
+
+def test_a_dataset_sample_reaches_the_model_as_in_training(dataset_info, model_dir):
+    """Training and acting share their preprocessing: every input of the model is the same array."""
+    stats = compute_stats(dataset_info)
+    policy = wallx_jax.load_policy(model_dir, norm_stats=stats, views=VIEWS, resolution=84, horizon=4)
+    layout, keys = policy.processor.config, dataset_info.camera_keys
+    # As training sets it up: for the dataset's frames and its longest instruction.
+    sizes = tuple(wallx_jax.data.images.target_size(*dataset_info.frame_size(key), 84) for key in keys)
+    layout = dataclasses.replace(layout, camera_keys=tuple(keys), image_sizes=sizes, prompt_length=80)
+    processor = Processor(layout, policy.processor.tokenizer, stats)
+    raw = LeRobotSource(dataset_info, 4, keys)[9]
+    trained = Encode(processor)(raw)
+    acted = Policy(policy.config, policy.params, processor).encode(
+        {
+            "images": dict(zip(keys, raw.images, strict=True)),
+            "state": raw.state,
+            "instruction": raw.instruction,
+        }
+    )
+    for name in ("tokens", "token_mask", "labels", "state", "state_mask", "action_mask"):
+        a, b = getattr(trained, name), getattr(acted, name)
+        np.testing.assert_array_equal(a, b, err_msg=name)
+        assert a.dtype == b.dtype
+    for a, b in zip(trained.images, acted.images, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not acted.actions.any()
+
+
+def test_wrong_observations_name_the_field_and_leave_the_policy_usable(policy):
+    right = observation()
+    expected = policy.predict(right).actions
+    images, state = right["images"], right["state"]
+    pixel, floats = np.zeros((1, 1, 3), np.uint8), images["face_view"].astype(np.float32)
+    nan = state.copy()
+    nan[3] = np.nan
+    for changes, message in (
+        ({"images": {"face_view": images["face_view"]}}, "camera 'left_wrist_view'.* is missing"),
+        ({"images": list(images.values())}, "images: list; expected a dict"),
+        ({"images": images | {"face_view": images["face_view"].transpose(2, 0, 1)}}, "face_view: .*channels come last"),
+        ({"images": images | {"face_view": floats}}, "face_view: dtype float32"),
+        ({"images": images | {"face_view": images["face_view"][..., :1]}}, "face_view: shape"),
+        ({"images": images | {"left_wrist_view": pixel}}, "left_wrist_view: an image of 1x1"),
+        ({"images": images | {"left_wrist_view": None}}, "left_wrist_view: NoneType"),
+        ({"state": nan}, r"state is not finite at dims \[3\]"),
+        ({"state": state[:-1]}, r"state has shape \(6,\); this robot's has \(7,\)"),
+        ({"state": state[None]}, r"state has shape \(1, 7\)"),
+        ({"instruction": ""}, "instruction is ''"),
+        ({"instruction": "  "}, "instruction is '  '"),
+        ({"instruction": None}, "instruction is None"),
+        ({"instruction": "open <|im_end|>"}, r"instruction .* contains control tokens: <\|im_end\|>"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            policy.predict(right | changes)
+        with pytest.raises(ValueError, match=f"observation 1: .*{message}"):
+            policy.predict([right, right | changes])
+    for name in ("images", "state", "instruction"):
+        with pytest.raises(ValueError, match=f"the observation has no '{name}'"):
+            policy.predict({key: value for key, value in right.items() if key != name})
+    with pytest.raises(ValueError, match="no observation"):
+        policy.predict([])
+    with pytest.raises(ValueError, match=r"noise has shape \(1, 2\)"):
+        policy.predict(right, noise=np.zeros((1, 2)))
+    with pytest.raises(ValueError, match="steps is 0"):
+        policy.predict(right, steps=0)
+    np.testing.assert_array_equal(policy.predict(right).actions, expected)
+
+
+def test_acts_on_the_subtask_it_has_set_itself(policy, monkeypatch):
+    tokenizer, ids = policy.processor.tokenizer, policy.config.tokens
+    said = [*tokenizer.encode("pick up the red block\n"), ids.eos, ids.pad]
+    asked = []
+
+    def say(batch, budget, temperature, seed):
+        asked.append(tokenizer.decode(batch.tokens[0]))
+        return np.array([said] * len(batch.tokens))
+
+    monkeypatch.setattr(type(policy._speaker), "__call__", lambda self, *inputs: say(*inputs))
+    prediction = policy.predict(observation(), subtask=True)
+    assert prediction.subtask == "pick up the red block" and "subtask" in prediction.timings_ms
+    assert "Predict the next action in language." in asked[0] and "<|propri|>" not in asked[0]
+    direct = policy.predict(observation(instruction="pick up the red block")).actions
+    np.testing.assert_array_equal(prediction.actions, direct)
+    assert policy.predict([observation()] * 2, subtask=True).subtask == ["pick up the red block"] * 2
+    said[:] = [ids.eos]
+    with pytest.raises(ValueError, match="the model said nothing"):
+        policy.subtask(observation())
+    said[:] = [5, 5]
+    with pytest.raises(ValueError, match="no end within 3 tokens"):
+        policy.subtask(observation(), max_tokens=3)
+
+
+def test_subtask_without_an_end_is_an_error(policy):
+    with pytest.raises(ValueError, match="no end within 6 tokens"):
+        policy.subtask(observation(), max_tokens=6)
+
+
+def test_fast_policy_says_its_actions(speaker, monkeypatch):
+    processor, ids = speaker.processor, speaker.config.tokens
+    chunk = np.random.default_rng(0).uniform(-1, 1, (HORIZON, DIMS))
+    said = [processor.tokenizer.fast_start + i for i in processor.fast.encode(chunk)]
+    right = np.array([*said, ids.eos, ids.pad])
+    wrong = np.full(len(right), 7)
+    monkeypatch.setattr(
+        type(speaker._speaker), "__call__", lambda self, batch, *_: np.stack([right, wrong][: len(batch.tokens)])
+    )
+    expected = processor.decode_action_tokens(said)
+    np.testing.assert_array_equal(speaker.predict(observation()).actions, expected)
+    with pytest.raises(ActionDecodeError, match=r"observation 1: no <\|im_end\|>") as caught:
+        speaker.predict([observation(), observation(seed=1)])
+    assert set(caught.value.failures) == {1}
+    np.testing.assert_array_equal(caught.value.actions[0], expected)
+    assert np.isnan(caught.value.actions[1]).all()
+
+
+def test_fast_failure_is_never_an_action(speaker):
+    for options in ({"max_tokens": 4}, {"max_tokens": 8, "temperature": 1.0, "seed": 3}):
+        with pytest.raises(FastDecodeError, match=r"<\|im_end\|>|not action tokens|FAST ids"):
+            speaker.predict(observation(), **options)
+
+
+def test_fast_prompt_keeps_no_room_for_the_answer(speaker):
+    sample = speaker.encode(observation(480, 640))
+    config = speaker.processor.config
+    assert len(sample.tokens) == config.prompt_length - config.label_window
+
+
+def test_statistics_among_the_weights(model_dir, tmp_path):
+    """Upstream keeps q01 and q99 - q01 of each robot beside the parameters."""
+    config, params = wallx_jax.load_params(model_dir)
+    names = {
+        f"action_preprocessor.normalizer_{kind}.{stat}.acme/arm": np.linspace(1, 2, 20, dtype=np.float32) * scale
+        for kind, scale in (("action", 2), ("propri", 3))
+        for stat in ("min", "delta")
+    }
+    folder = tmp_path / "with"
+    tiny_run.write_model(folder)
+    from safetensors.numpy import load_file
+
+    write_safetensors(folder / "model.safetensors", load_file(folder / "model.safetensors") | names)
+    policy = wallx_jax.load_policy(folder, robot="acme/arm", views=VIEWS, resolution=84, horizon=2)
+    action = policy.processor.stats.action
+    np.testing.assert_allclose(action.q99 - action.q01, np.linspace(2, 4, 20), rtol=1e-6)
+    assert policy.predict(observation(state=np.ones(20))).actions.shape == (2, 20)
+    with pytest.raises(ValueError, match="robot 'acme'.*it has .'acme/arm'"):
+        wallx_jax.load_policy(folder, robot="acme")
+    with pytest.raises(ValueError, match="whose actions.*it has: acme/arm"):
+        wallx_jax.load_policy(folder)
+
+
+def test_what_cannot_act_says_so(model_dir, tmp_path):
+    with pytest.raises(ValueError, match="whose actions.*norm_stats=FILE.*it has: none"):
+        wallx_jax.load_policy(model_dir)
+    qwen = tiny_run.write_model(tmp_path / "qwen", qwen=True)
+    with pytest.raises(WeightsError, match="without an action side.*load_vlm"):
+        wallx_jax.load_policy(qwen, norm_stats=robot_stats())
+    with pytest.raises(FileNotFoundError, match="does not exist|neither a folder"):
+        wallx_jax.load_policy(tmp_path / "nowhere")
+    save_norm_stats(tmp_path, robot_stats(30))
+    with pytest.raises(ValueError, match="30 dims but the model only 20 channels"):
+        wallx_jax.load_policy(model_dir, norm_stats=tmp_path / "norm_stats.json")
+
+
+def test_a_directory_that_knows_its_robot_needs_no_more(policy, model_dir, tmp_path):
+    folder = tmp_path / "exported"
+    tiny_run.write_model(folder)
+    policy.processor.save(folder)
+    again = wallx_jax.load_policy(folder, numerics=FLOAT32)
+    np.testing.assert_array_equal(again.predict(observation()).actions, policy.predict(observation()).actions)
+    with pytest.raises(ValueError, match="knows its robot"):
+        wallx_jax.load_policy(folder, norm_stats=robot_stats())
+
+
+def test_numerics_can_be_overridden(policy, model_dir):
+    causal = load_model(model_dir, numerics=FLOAT32 | {"action_attention": "causal"})
+    assert causal.config.numerics.action_attention == "causal"
+    assert json.dumps(sorted(tree.flatten(causal.params))) == json.dumps(sorted(tree.flatten(policy.params)))
+    other = Policy(causal.config, causal.params, policy.processor)
+    assert np.abs(other.predict(observation()).actions - policy.predict(observation()).actions).max() > 1e-7
