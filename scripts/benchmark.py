@@ -6,7 +6,8 @@
 
 Each sample has three 252x196 images and 285 tokens, 32 of them action tokens. Weights are random: speed does not depend
 on them. Prints JSON. The latency of a chunk is split into vision (images to features), prefix (prompt to keys and
-values) and denoise (one Euler step); chunk is the one program that a policy runs.
+values) and denoise (one Euler step); chunk is the one program that a policy runs. token_ms is one token of text or of
+FAST actions.
 
 `--compare-torch` runs lerobot's PyTorch wall_x on the same weights and inputs in turn with ours, and compares the
 actions; `make torch-reference` sets its environment up.
@@ -16,6 +17,7 @@ so its figures are upper bounds for an accelerator.
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -26,6 +28,7 @@ import time
 from pathlib import Path
 
 ACTIONS, TOKENS, IMAGE, CAMERAS, STEPS = 32, 285, (196, 252), 3, 10
+SAID = 32  # tokens of text, or of FAST actions
 
 
 def random_batch(model, batch: int):
@@ -95,6 +98,7 @@ def time_inference(model, params, batch, repeats: int) -> dict:
     import jax
 
     from wallx_jax.models import flow
+    from wallx_jax.models.generate import generate
     from wallx_jax.models.stack import unstack
     from wallx_jax.models.vision import visual_grid
     from wallx_jax.models.wallx import bind
@@ -122,6 +126,11 @@ def time_inference(model, params, batch, repeats: int) -> dict:
             model.numerics.masked_dims,
         )
 
+    def say(count, params, batch):
+        net = bind(model, params)
+        return generate(net, net.embed_batch(batch), count)
+
+    say_one, say_more = (jax.jit(functools.partial(say, count)) for count in (1, 1 + SAID))
     vision, prefix, denoise = map(jax.jit, (vision, prefix, denoise))
     features = vision(params, batch)
     cache = prefix(params, batch, features)
@@ -134,7 +143,9 @@ def time_inference(model, params, batch, repeats: int) -> dict:
         "denoise_step_ms": median_ms(lambda: denoise(params, cache, noise, batch.action_mask), repeats) / STEPS,
         "chunk_ms": median_ms(lambda: chunk(params, batch, noise), repeats),
     }
+    one, more = (median_ms(lambda program=program: program(params, batch), repeats) for program in (say_one, say_more))
     return times | {
+        "token_ms": (more - one) / SAID,
         "euler_steps": STEPS,
         "denoise_step_over_prefix": times["denoise_step_ms"] / times["prefix_ms"],
         "chunk_compile_s": compile_s,

@@ -1,5 +1,6 @@
 """The commands of acting and evaluating, on a run of ours, a Wall-X directory and a Qwen2.5-VL directory."""
 
+import argparse
 import json
 import re
 import runpy
@@ -200,7 +201,7 @@ def test_inspect_batch(robot_config, tmp_path):
 @pytest.mark.parametrize("name", ["openloop_plot", "ablate", "semantics"])
 def test_wrong_arguments_end_with_one_line(run, wallx_dir, run_dir, tmp_path, name):
     for arguments, message in (
-        (("--checkpoint", wallx_dir), "error: .*--config=configs/NAME.py or --dataset"),
+        (("--checkpoint", wallx_dir), "error: which robot.*--config=configs/NAME.py or --dataset"),
         (("--checkpoint", tmp_path / "nowhere"), "error: .*nowhere"),
         (("--checkpoint", tmp_path), "error: no complete checkpoint"),
         (("--checkpoint", run_dir, "--dataset", tmp_path), "error: .*is not a LeRobot dataset"),
@@ -211,8 +212,6 @@ def test_wrong_arguments_end_with_one_line(run, wallx_dir, run_dir, tmp_path, na
 
 
 def test_a_run_is_compared_on_the_episodes_it_has_not_seen(run_dir):
-    import argparse
-
     subject = open_subject(argparse.Namespace(checkpoint=run_dir, dataset=None, config=None))
     episodes = {subject.held_out.low_dim(i).episode for i in range(len(subject.held_out))}
     assert sorted(episodes) == HELD_OUT and subject.folder == checkpoint_dir.find_checkpoints(run_dir)[0]
