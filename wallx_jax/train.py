@@ -169,7 +169,7 @@ def compile_steps(
 
 
 def main(config: ConfigDict) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)  # in place of absl's
     logging.getLogger("absl").setLevel(logging.WARNING)
     print(render(config))
     try:

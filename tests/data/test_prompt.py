@@ -80,7 +80,9 @@ def test_language_labels_end_with_im_end(qwen):
     assert asking.ids == qwen.encode(expand(LANGUAGE)) == encoded.ids[: -len(targets)]
 
 
-free_text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
+free_text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(
+    lambda text: "<|" not in text  # Hypothesis also tries the literals of our modules: control tokens are refused
+)
 
 
 @settings(max_examples=150, deadline=None)
