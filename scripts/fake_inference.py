@@ -20,10 +20,11 @@ from wallx_jax import tree
 from wallx_jax.data import processor as processors
 from wallx_jax.data.normalize import NormStats, Stats
 from wallx_jax.evaluation import subject
-from wallx_jax.inference.load import find_model, load_policy, load_vlm
+from wallx_jax.inference.load import load_policy, load_vlm, model_config
+from wallx_jax.inference.policy import Policy
 from wallx_jax.inference.vlm import VLM
 from wallx_jax.models.config import WallXConfig
-from wallx_jax.weights.load import read_config
+from wallx_jax.training import checkpoint_dir
 
 CAMERA = (480, 640)
 
@@ -47,9 +48,9 @@ def main() -> None:
 
 
 def smoke(arguments: argparse.Namespace) -> dict:
-    folder, is_pytorch = find_model(arguments.model)
+    folder, is_pytorch = checkpoint_dir.find_model(arguments.model)
     start = time.perf_counter()
-    acts = not is_pytorch or read_config(folder).action.intermediate_size is not None
+    acts = model_config(folder, is_pytorch).action.intermediate_size is not None
     policy = _policy(folder, is_pytorch, arguments.horizon) if acts else None
     vlm = VLM(policy.config, policy.params, policy.processor.tokenizer) if acts else load_vlm(folder)
     loaded = time.perf_counter() - start
@@ -77,10 +78,11 @@ def smoke(arguments: argparse.Namespace) -> dict:
     return figures | {"text_tokens": len(answer.tokens), "text": answer.text}
 
 
-def _policy(folder: Path, is_pytorch: bool, horizon: int):
-    if not is_pytorch or (folder / processors.FILE_NAME).is_file():
+def _policy(folder: Path, is_pytorch: bool, horizon: int) -> Policy:
+    files = folder if is_pytorch else checkpoint_dir.assets_dir(folder)
+    if (files / processors.FILE_NAME).is_file():
         return load_policy(folder)
-    action = read_config(folder).action
+    action = model_config(folder, is_pytorch).action
     stats = NormStats(_unit(action.state_dim), _unit(action.action_dim), "state", "action")
     return load_policy(folder, norm_stats=stats, horizon=horizon)
 

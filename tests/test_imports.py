@@ -13,23 +13,26 @@ import wallx_jax
 PACKAGE = Path(wallx_jax.__path__[0])
 
 # Part of the package, by prefix (the longest counts) -> the prefixes that it may import, besides itself.
-SETTINGS = {"tree", "robots", "config", "run_config", "command_line", "upstream_yaml", "hub"}
+SETTINGS = {"tree", "files", "robots", "config", "run_config", "command_line", "upstream_yaml", "hub"}
 ALLOWED = {
     "": set(),
     "tree": set(),
     "hub": set(),
+    "files": set(),
     "robots": set(),
     "run_config": {"models.config"},
     "config": {"run_config", "robots", "models.config"},
     "command_line": {"config"},
     "upstream_yaml": {"config"},
     "models": {"tree", "data.batch"},
-    "weights": {"tree", "hub", "models"},
+    "weights": {"tree", "hub", "files", "models"},
     "data.batch": set(),
     "data": {"tree", "hub", "config", "run_config", "robots", "models.config"},
     "training": SETTINGS | {"models", "weights", "data"},
     # Serving a checkpoint needs to read it, but nothing else of training.
     "inference": SETTINGS | {"models", "weights", "data", "training.checkpoint", "training.checkpoint_dir"},
+    "conversion": SETTINGS
+    | {"models", "weights", "data", "training.checkpoint", "training.checkpoint_dir", "training.checkpoint_stream"},
     "evaluation": SETTINGS | {"models", "weights", "data", "training", "inference"},
     "serving": SETTINGS | {"models.config", "data", "inference"},
     "train": SETTINGS | {"models", "weights", "data", "training", "inference"},
@@ -86,7 +89,7 @@ def test_only_the_dataset_reader_imports_torch(module):
 def test_deployable_part_is_light():
     """Importing the package, and all of models, weights, data and inference, loads no torch."""
     names = ["wallx_jax"]
-    for name in ("models", "weights", "data", "inference"):
+    for name in ("models", "weights", "data", "inference", "conversion"):
         folder = PACKAGE / name
         names += [f"wallx_jax.{name}.{m.name}" for m in pkgutil.iter_modules([str(folder)])] + [f"wallx_jax.{name}"]
     code = (

@@ -327,7 +327,7 @@ checkpointer = checkpoint.Checkpointer(run)
 checkpointer.save(1, big, None, {}, PRESETS["tiny"], assets, wait=True)
 async def never(self, directory):
     return asyncio.sleep(600)
-checkpoint._Files.save = never
+checkpoint.Files.save = never
 print("saving", flush=True)
 checkpointer.save(2, big, None, {}, PRESETS["tiny"], assets)
 checkpointer.wait()

@@ -18,10 +18,10 @@ import numpy as np
 from wallx_jax.data.batch import Batch
 from wallx_jax.evaluation import openloop
 from wallx_jax.evaluation.openloop import Recorded
+from wallx_jax.files import atomic_file
 from wallx_jax.inference.policy import Policy
 from wallx_jax.training import checkpoint_dir
 from wallx_jax.training.step import Objective, make_eval_step
-from wallx_jax.weights.safetensors_io import atomic_file
 
 COMBINATIONS = tuple(
     {"mrope_layout": layout, "action_attention": attention}

@@ -15,7 +15,7 @@ from wallx_jax.data import processor as processors
 from wallx_jax.data.lerobot import DatasetInfo, LeRobotSource, read_info
 from wallx_jax.data.mapping import check_dataset
 from wallx_jax.data.pipeline import split_frames
-from wallx_jax.inference.load import find_model, load_policy
+from wallx_jax.inference.load import load_policy
 from wallx_jax.inference.policy import Policy
 from wallx_jax.training import checkpoint_dir, start
 from wallx_jax.training.checkpoint_dir import CheckpointError
@@ -57,14 +57,15 @@ def run(main: Callable[[], None]) -> None:
 def open_subject(arguments: argparse.Namespace, numerics: Mapping[str, Any] | None = None) -> Subject:
     """What the arguments of `add_arguments` name; `numerics`: fields of models.config.Numerics to override.
 
-    A checkpoint of ours knows its robot and how its dataset was split. A PyTorch directory takes both from --config, or
-    from the known mapping of --dataset.
+    A trained checkpoint knows its robot and how its dataset was split. A PyTorch directory, also a converted one, takes
+    both from --config, or from the known mapping of --dataset.
 
     Raises:
         ValueError, FileNotFoundError, CheckpointError, WeightsError: what is missing or does not fit.
     """
-    folder, is_pytorch = find_model(arguments.checkpoint)
-    if is_pytorch and not (folder / processors.FILE_NAME).is_file():
+    folder, is_pytorch = checkpoint_dir.find_model(arguments.checkpoint)
+    files = folder if is_pytorch else checkpoint_dir.assets_dir(folder)
+    if not (files / processors.FILE_NAME).is_file():
         return _open_model_directory(folder, arguments, numerics)
     stored = {} if is_pytorch else checkpoint_dir.read_metadata(folder)["config"]
     location = arguments.dataset or stored.get("dataset_root") or stored.get("repo_id")

@@ -21,6 +21,7 @@ from wallx_jax.models.config import WallXConfig
 from wallx_jax.models.stack import unstack
 from wallx_jax.training import checkpoint_dir
 from wallx_jax.training.checkpoint import restore_params
+from wallx_jax.training.checkpoint_dir import find_model
 from wallx_jax.weights.load import load_params, read_config, read_normalizers
 from wallx_jax.weights.safetensors_io import WeightsError
 
@@ -36,17 +37,11 @@ class Model(NamedTuple):
     files: Path
 
 
-def find_model(path_or_repo: str | Path, revision: str | None = None) -> tuple[Path, bool]:
-    """(folder, whether it is a PyTorch model directory) of a checkpoint, run, model directory or hub repo id.
-
-    Raises:
-        FileNotFoundError: it is nowhere to be found.
-        CheckpointError: a folder that holds neither a model nor a complete checkpoint.
-    """
-    folder = hub.resolve(path_or_repo, kind="model", revision=revision)
-    if (folder / "config.json").is_file():
-        return folder, True
-    return checkpoint_dir.find_checkpoints(folder)[0], False
+def model_config(folder: Path, is_pytorch: bool, numerics: Mapping[str, Any] | None = None) -> WallXConfig:
+    """Shapes and numerics of what `find_model` found; `numerics` override."""
+    if is_pytorch:
+        return read_config(folder, numerics)
+    return checkpoint_dir.read_model_config(folder).replace(numerics=numerics or {})
 
 
 def load_model(
@@ -57,7 +52,7 @@ def load_model(
     if is_pytorch:
         config, params = load_params(folder, numerics=numerics)
         return Model(config, unstack(params), folder)
-    config = checkpoint_dir.read_model_config(folder).replace(numerics=numerics or {})
+    config = model_config(folder, is_pytorch, numerics)
     return Model(config, unstack(restore_params(folder), free=True), checkpoint_dir.assets_dir(folder))
 
 
@@ -88,7 +83,7 @@ def load_policy(
 ) -> Policy:
     """A policy that acts with a checkpoint of ours (a run directory: its newest one) or with a Wall-X directory.
 
-    A checkpoint knows its robot. A Wall-X directory as published does not; for it say
+    A trained checkpoint knows its robot. A Wall-X directory as published, or converted, does not; for it say
 
     Args:
         norm_stats: the robot's statistics, or the path of its norm_stats.json; or
@@ -106,20 +101,21 @@ def load_policy(
         FileNotFoundError, CheckpointError, WeightsError, ValueError: what was looked for, or what does not fit.
     """
     folder, is_pytorch = find_model(path_or_repo, revision)
-    if not is_pytorch or (folder / processors.FILE_NAME).is_file():
+    files = folder if is_pytorch else checkpoint_dir.assets_dir(folder)
+    if (files / processors.FILE_NAME).is_file():
         if norm_stats is not None or robot is not None or action_tokenizer is not None:
             raise ValueError(f"{folder} knows its robot: norm_stats, robot and action_tokenizer are not for it")
         model = load_model(folder, numerics=numerics)
         processor = Processor.from_dir(model.files)
         return Policy(_with_ids(model.config, processor.tokenizer), model.params, processor)
 
-    config, tokenizer = read_config(folder, numerics), Tokenizer.from_dir(folder)
+    config, tokenizer = model_config(folder, is_pytorch, numerics), Tokenizer.from_dir(files)
     if config.action.intermediate_size is None:
         raise WeightsError(
             f"{folder} is a Qwen2.5-VL without an action side, it cannot act: train from it, or ask it with load_vlm"
         )
     fast = None if action_tokenizer is None else FastTokenizer.from_dir(hub.resolve(action_tokenizer))
-    stats = _robot_stats(folder, norm_stats, robot)
+    stats = _robot_stats(files, norm_stats, robot)
     processor = _new_processor(config, tokenizer, stats, tuple(views), resolution, horizon, fast)
     params = load_model(folder, numerics=numerics).params
     return Policy(_with_ids(config, tokenizer), params, processor)

@@ -1,4 +1,5 @@
-"""Saving and restoring a run with Orbax; only this module knows Orbax. `training.checkpoint_dir` shows the layout.
+"""Saving and restoring a run with Orbax, which only this module and `training.checkpoint_stream` know.
+`training.checkpoint_dir` shows the layout.
 
 The five parts of a checkpoint are written to a temporary directory that Orbax commits once all of them are there, so a
 step directory holds everything or does not count. It needs nothing outside itself: acting and exporting read params,
@@ -111,13 +112,13 @@ class Checkpointer:
         primary = jax.process_index() == 0
         items = {
             **_items(_flatten(state)),
-            "metadata": _Files(
-                {checkpoint_dir.METADATA_FILE: _metadata(step, config, model_config, loss)} if primary else {}
+            "metadata": Files(
+                {checkpoint_dir.METADATA_FILE: metadata_json(step, config, model_config, loss)} if primary else {}
             ),
-            "assets": _Files(_read_tree(Path(assets)) if primary else {}),
+            "assets": Files(_read_tree(Path(assets)) if primary else {}),
         }
         if data_iterator is not None:
-            items["data"] = _Files({_data_file(): json.dumps(data_iterator.get_state()).encode()})
+            items["data"] = Files({_data_file(): json.dumps(data_iterator.get_state()).encode()})
         try:
             # `force`: the caller decides when to save. `overwrite`: forget a failed attempt at this step.
             response = self._orbax.save_checkpointables_async(step, items, force=True, overwrite=True)
@@ -157,7 +158,7 @@ class Checkpointer:
         return CheckpointError(f"saving step {step} in {self._folder} failed: {checkpoint_dir.reason(error)}; {kept}")
 
 
-class _Files:
+class Files:
     """Files as an item of an Orbax checkpoint: {path inside the item: content}, written in the background."""
 
     def __init__(self, files: Mapping[str, bytes]):
@@ -179,7 +180,11 @@ class _Files:
         raise NotImplementedError("read the files of the step directory")
 
 
-def _metadata(step: int, config: Mapping[str, Any], model_config: WallXConfig, loss: float | None) -> bytes:
+def metadata_json(
+    step: int, config: Mapping[str, Any], model_config: WallXConfig, loss: float | None = None, **more: Any
+) -> bytes:
+    """Content of metadata.json; `more`: further entries."""
+
     def version(package: str) -> str | None:
         try:
             return importlib.metadata.version(package)
@@ -196,6 +201,7 @@ def _metadata(step: int, config: Mapping[str, Any], model_config: WallXConfig, l
         "numerics": dataclasses.asdict(model_config.numerics),
         "processes": jax.process_count(),
         "versions": {package: version(package) for package in PACKAGES},
+        **more,
     }
     return json.dumps(metadata, indent=2, default=str).encode()
 
@@ -250,7 +256,7 @@ def restore_params(path: str | Path, abstract_params: Tree | None = None, save_p
     """
 
     def load(step: Path) -> Tree:
-        wanted = abstract_params if abstract_params is not None else unflatten(_stored(step, "params"))
+        wanted = abstract_params if abstract_params is not None else unflatten(stored(step))
         _compare(step, "params", _flatten(wanted), dtypes=False)
         return ocp.load_checkpointables(step, {"params": jax.tree.map(_placed, wanted)})["params"]
 
@@ -296,7 +302,7 @@ def _items(flat: Mapping[str, Any]) -> dict[str, Tree]:
     return {"params": unflatten(inside), "state": unflatten(beside)}
 
 
-def _stored(step: Path, item: str) -> dict[str, Any]:
+def stored(step: Path, item: str = "params") -> dict[str, Any]:
     """{path: shape and dtype} of a stored tree, without reading arrays."""
     tree = ocp.metadata(step, item).metadata
     if tree is None:  # Orbax logs the cause and goes on
@@ -306,13 +312,13 @@ def _stored(step: Path, item: str) -> dict[str, Any]:
 
 def _compare(step: Path, item: str, wanted: Mapping[str, Any], dtypes: bool) -> None:
     """Raises CheckpointError that names what differs between a stored tree and the wanted one."""
-    stored = _stored(step, item)
-    differences = [f"{path} is missing in the checkpoint" for path in wanted.keys() - stored.keys()]
-    differences += [f"{path} is not wanted" for path in stored.keys() - wanted.keys()]
-    for path in wanted.keys() & stored.keys():
-        have, want = _described(stored[path], dtypes), _described(wanted[path], dtypes)
-        if have != want:
-            differences.append(f"{path} is {have} in the checkpoint, {want} is wanted")
+    have = stored(step, item)
+    differences = [f"{path} is missing in the checkpoint" for path in wanted.keys() - have.keys()]
+    differences += [f"{path} is not wanted" for path in have.keys() - wanted.keys()]
+    for path in wanted.keys() & have.keys():
+        is_, want = _described(have[path], dtypes), _described(wanted[path], dtypes)
+        if is_ != want:
+            differences.append(f"{path} is {is_} in the checkpoint, {want} is wanted")
     if differences:
         shown = "; ".join(sorted(differences)[:_SHOWN])
         more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""

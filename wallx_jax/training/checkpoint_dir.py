@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from wallx_jax import hub
 from wallx_jax.models.config import WallXConfig
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ T = TypeVar("T")
 
 FOLDER = "checkpoints"
 METADATA_FILE = "metadata.json"
-_COMMITTED = "commit_success.txt"  # Orbax writes it last
+COMMITTED = "commit_success.txt"  # Orbax writes it last
 _TEMPORARY = re.compile(r"\d+\.orbax-checkpoint-tmp.*")
 
 
@@ -62,7 +63,23 @@ def find_checkpoints(path: str | Path, save_path: str | Path | None = None) -> l
     for folder in (path / FOLDER, path):
         if steps := complete_steps(folder):
             return [folder / str(step) for step in reversed(steps)]
-    raise CheckpointError(f"no complete checkpoint in {path}: looked for {FOLDER}/STEP/params, STEP/params and params")
+    raise CheckpointError(
+        f"no complete checkpoint in {path}: looked for {FOLDER}/STEP/params, STEP/params and params; nor is it a "
+        "PyTorch model directory, which has a config.json"
+    )
+
+
+def find_model(path_or_repo: str | Path, revision: str | None = None) -> tuple[Path, bool]:
+    """(folder, whether it is a PyTorch model directory) of a checkpoint, run, model directory or hub repo id.
+
+    Raises:
+        FileNotFoundError: it is nowhere to be found.
+        CheckpointError: a folder that holds neither a model nor a complete checkpoint.
+    """
+    folder = hub.resolve(path_or_repo, kind="model", revision=revision)
+    if (folder / "config.json").is_file():
+        return folder, True
+    return find_checkpoints(folder)[0], False
 
 
 def latest_step(save_path: str | Path) -> int | None:
@@ -78,7 +95,7 @@ def complete_steps(folder: Path) -> list[int]:
 
 
 def _is_complete(step: Path) -> bool:
-    return (step / _COMMITTED).is_file() and all((step / item).is_dir() for item in ("params", "metadata", "assets"))
+    return (step / COMMITTED).is_file() and all((step / item).is_dir() for item in ("params", "metadata", "assets"))
 
 
 def refuse_overwrite(save_path: str | Path) -> None:

@@ -1,17 +1,20 @@
-"""Where a run's model comes from: a PyTorch directory, or a checkpoint of ours to resume or to take weights from.
+"""Where a run's model comes from: a PyTorch directory, a checkpoint to take weights from, or one to resume.
 
 `find` reads headers and small files only, so that everything else about a run can be checked before weights move.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from wallx_jax import hub, tree
+from wallx_jax import tree
 from wallx_jax.config import ConfigError
+from wallx_jax.data import processor as processors
 from wallx_jax.data.fast import FastTokenizer
 from wallx_jax.data.lerobot import DatasetInfo
 from wallx_jax.data.processor import Processor, ProcessorConfig
@@ -22,9 +25,11 @@ from wallx_jax.models.wallx import abstract_params
 from wallx_jax.run_config import OptimConfig, RunConfig
 from wallx_jax.training import checkpoint_dir
 from wallx_jax.training.checkpoint import restore_params
+from wallx_jax.training.checkpoint_dir import CheckpointError
+from wallx_jax.training.checkpoint_stream import StoredParams
 from wallx_jax.training.sharding import param_spec, shardings
 from wallx_jax.training.state import TrainState, create_state
-from wallx_jax.weights.load import Put, load_params, read_config
+from wallx_jax.weights.load import Put, assemble, load_params, read_config
 
 UPSTREAM_CHANNELS = 20  # action and state width of a fresh action side, as upstream's; a wider robot widens it
 
@@ -57,18 +62,27 @@ def find(run: RunConfig, robot_state_dim: int, robot_action_dim: int, fast: Fast
         FileNotFoundError, WeightsError, CheckpointError: naming what was looked for.
     """
     if run.loop.resume_ckpt is None:
-        files = hub.resolve(run.model.path, kind="model", revision=run.model.revision)
-        config, tokenizer = read_config(files, dict(run.model.numerics)), Tokenizer.from_dir(files)
-        return Origin(_final_config(run, config, tokenizer, robot_state_dim, robot_action_dim, fast), tokenizer, files)
+        folder, is_pytorch = checkpoint_dir.find_model(run.model.path, run.model.revision)
+        if is_pytorch:
+            config, tokenizer = read_config(folder, dict(run.model.numerics)), Tokenizer.from_dir(folder)
+            config = _final_config(run, config, tokenizer, robot_state_dim, robot_action_dim, fast)
+            return Origin(config, tokenizer, folder)
+        checkpoint = folder
+    else:
+        checkpoint = checkpoint_dir.find_checkpoints(run.loop.resume_ckpt, run.loop.save_path)[0]
 
-    checkpoint = checkpoint_dir.find_checkpoints(run.loop.resume_ckpt, run.loop.save_path)[0]
     config = checkpoint_dir.read_model_config(checkpoint)
     assets = checkpoint_dir.assets_dir(checkpoint)
-    if run.loop.load_ckpt_only:
+    if run.loop.resume_ckpt is None or run.loop.load_ckpt_only:
         config = dataclasses.replace(config, numerics=run.model.apply_numerics(config.numerics))
         tokenizer = Tokenizer.from_dir(assets)
         config = _final_config(run, config, tokenizer, robot_state_dim, robot_action_dim, fast)
         return Origin(config, tokenizer, assets, checkpoint)
+    if not (assets / processors.FILE_NAME).is_file():
+        raise CheckpointError(
+            f"{checkpoint} is a converted model, no run that could be resumed: start from it with "
+            f"pretrained_wallx_path={checkpoint}"
+        )
     processor = Processor.from_dir(assets)
     return Origin(config, processor.tokenizer, assets, checkpoint, processor)
 
@@ -144,8 +158,9 @@ def check_same_layout(settings: RunConfig, stored: ProcessorConfig) -> None:
 
 def load_state(origin: Origin, run: RunConfig, decay_steps: int, mesh: Mesh) -> TrainState:
     """A fresh training state around the origin's weights, each parameter placed on the mesh as it is read."""
-    if origin.checkpoint is not None:
-        params = restore_params(origin.checkpoint, abstract_state(origin.config, run.optim, decay_steps, mesh).params)
+    wanted = abstract_state(origin.config, run.optim, decay_steps, mesh).params
+    if origin.checkpoint is not None and _same_shapes(StoredParams(origin.checkpoint).specs, tree.flatten(wanted)):
+        params = restore_params(origin.checkpoint, wanted)
     else:
         params = load_origin(
             origin,
@@ -157,18 +172,25 @@ def load_state(origin: Origin, run: RunConfig, decay_steps: int, mesh: Mesh) -> 
 
 
 def load_origin(origin: Origin, seed: int, put: Put | None = None) -> tree.Tree:
-    """The parameters of a PyTorch origin in their final shapes. `seed`: of what is initialised; `put`: see
-    `load_params`."""
-    return load_params(
-        origin.files,
-        numerics=dataclasses.asdict(origin.config.numerics),
-        action=origin.config.action,
-        vocab_size=origin.config.text.vocab_size,
-        action_dim=origin.config.action.action_dim,
-        state_dim=origin.config.action.state_dim,
-        seed=seed,
-        put=put,
-    )[1]
+    """The origin's parameters in their final shapes. `seed`: of what is initialised; `put`: see `load_params`."""
+    numerics = dataclasses.asdict(origin.config.numerics)
+    changes = {
+        "action": origin.config.action,
+        "vocab_size": origin.config.text.vocab_size,
+        "action_dim": origin.config.action.action_dim,
+        "state_dim": origin.config.action.state_dim,
+        "seed": seed,
+        "put": put,
+    }
+    if origin.checkpoint is None:
+        return load_params(origin.files, numerics=numerics, **changes)[1]
+    config = checkpoint_dir.read_model_config(origin.checkpoint).replace(numerics=numerics)
+    specs, stored = tree.flatten(abstract_params(config)), StoredParams(origin.checkpoint)
+    return assemble(config, lambda path: stored.read(path).astype(specs[path].dtype, copy=False), **changes)[1]
+
+
+def _same_shapes(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    return {path: tuple(spec.shape) for path, spec in a.items()} == {path: tuple(x.shape) for path, x in b.items()}
 
 
 def abstract_state(config: WallXConfig, optim: OptimConfig, decay_steps: int, mesh: Mesh) -> TrainState:

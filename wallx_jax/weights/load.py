@@ -2,7 +2,7 @@
 
 Every tensor is used and every parameter is found, or nothing is loaded and one error lists what does not fit. Shapes
 come from the tensors where a config.json is known to disagree with them: vocabulary rows, expert and channel widths,
-tying.
+tying. `open_weights` checks all that from headers alone and then reads any part; `load_params` reads everything.
 """
 
 import dataclasses
@@ -16,13 +16,23 @@ import numpy as np
 
 from wallx_jax import hub, tree
 from wallx_jax.models.config import ActionConfig, WallXConfig
+from wallx_jax.models.dtypes import ISLANDS
 from wallx_jax.models.wallx import abstract_params
-from wallx_jax.weights import names, resize
+from wallx_jax.weights import names, ops, resize
 from wallx_jax.weights.names import Slot
-from wallx_jax.weights.safetensors_io import DTYPE_NAMES, Tensors, WeightsError, open_tensors
+from wallx_jax.weights.safetensors_io import (
+    DTYPE_NAMES,
+    INDEX,
+    SINGLE,
+    Tensors,
+    WeightsError,
+    is_finite,
+    open_tensors,
+    read_header,
+)
 
 FLOATS = ("F32", "BF16", "F16", "F64")
-EMBEDDING, HEAD = (names.BY_PATH[path].torch for path in resize.VOCABULARY)
+NORMALIZERS = "normalizers.safetensors"
 LISTED = 50  # names per kind of problem that an error spells out; more are grouped by layer
 
 Put = Callable[[str, np.ndarray], Any]
@@ -62,33 +72,106 @@ def load_params(
         WeightsError: if anything is missing, unexpected, wrongly shaped or malformed.
         FileNotFoundError: if the directory or repository is not to be found.
     """
-    directory = hub.resolve(path_or_repo, kind="model", revision=revision)
-    tensors = open_tensors(directory)
-    found = _canonical(directory, tensors)
-    config = _config(directory, tensors, found, numerics)
-    if config.text.tie_word_embeddings:
-        found.pop(HEAD, None)
-    slots = names.expand(config)
-    _check(directory, tensors, found, slots)
+    weights = open_weights(hub.resolve(path_or_repo, kind="model", revision=revision), numerics)
+    return assemble(
+        weights.config,
+        weights.read,
+        action=action,
+        vocab_size=vocab_size,
+        action_dim=action_dim,
+        state_dim=state_dim,
+        seed=seed,
+        put=put,
+    )
 
-    sources: dict[str, list[tuple[str, Slot]]] = {}
-    for name, slot in slots.items():
-        sources.setdefault(slot.row.path, []).append((found[name], slot))
 
-    def read(path: str, spec: Any) -> np.ndarray:
-        out = np.empty(spec.shape, spec.dtype)
-        for name, slot in sources[path]:
-            _copy(out if slot.layer is None else out[slot.layer], slot.row.op.to_jax(tensors[name]))
+class Weights:
+    """A model directory that fits the model which its config.json describes.
+
+    Attributes:
+        config: with the shapes that were found.
+        specs: {parameter path: shape and dtype}.
+        stored: {canonical tensor name: TensorInfo}, with a tied head that the directory also stores.
+    """
+
+    def __init__(self, directory: Path, tensors: Tensors, found: Mapping[str, str], config: WallXConfig):
+        self.directory, self.config = directory, config
+        self.stored = {name: tensors.info[found[name]] for name in found}
+        needed = {name: found[name] for name in found if not (name == names.HEAD and config.text.tie_word_embeddings)}
+        slots = names.expand(config)
+        _check(directory, tensors, needed, slots)
+        self.specs = tree.flatten(abstract_params(config))
+        self._tensors = tensors
+        self._sources: dict[str, list[tuple[str, Slot]]] = {}
+        for name, slot in slots.items():
+            self._sources.setdefault(slot.row.path, []).append((needed[name], slot))
+
+    def read(self, path: str, rows: slice = slice(None)) -> np.ndarray:
+        """A parameter in its final dtype, or `rows` of its first axis (layers, where it has those).
+
+        Raises:
+            WeightsError: it holds NaN or infinity.
+        """
+        sources = self._sources[path]
+        stacked = sources[0][1].layer is not None
+        out = np.empty(
+            (len(range(self.specs[path].shape[0])[rows]), *self.specs[path].shape[1:]), self.specs[path].dtype
+        )
+        targets = zip(out, sources[rows], strict=True) if stacked else [(out, sources[0])]
+        for target, (name, slot) in targets:
+            view = slot.row.op.to_jax(self._tensors[name])
+            ops.copy(target, view if stacked else view[rows])
+            self._tensors.release(name)
+            if not is_finite(target):
+                raise WeightsError(f"{self.directory}: {name} holds NaN or infinity; fetch or train it again")
         return out
 
+    def dtypes(self) -> dict[str, tuple[np.dtype, np.dtype]]:
+        """{tensor name: (as stored, as a parameter)}."""
+        return {
+            name: (self._tensors.info[name].dtype, np.dtype(self.specs[path].dtype))
+            for path, sources in self._sources.items()
+            for name, _ in sources
+        }
+
+    def normalizers(self) -> dict[str, np.ndarray]:
+        """{tensor name: array} of the statistics among the weights, see `read_normalizers`."""
+        return {name: np.array(self._tensors[name]) for name in self._tensors if names.NORMALIZER.fullmatch(name)}
+
+
+def open_weights(directory: str | Path, numerics: Mapping[str, Any] | None = None) -> Weights:
+    """Checks a model directory against its config.json, reading headers alone.
+
+    Raises:
+        WeightsError: if anything is missing, unexpected, wrongly shaped or malformed.
+    """
+    directory = Path(directory)
+    tensors = open_tensors(directory)
+    found = _canonical(directory, tensors)
+    return Weights(directory, tensors, found, _config(directory, tensors, found, numerics))
+
+
+def assemble(
+    config: WallXConfig,
+    read: Callable[[str], np.ndarray],
+    *,
+    action: ActionConfig | None = None,
+    vocab_size: int | None = None,
+    action_dim: int = 0,
+    state_dim: int = 0,
+    seed: int = 0,
+    put: Put | None = None,
+) -> tuple[WallXConfig, tree.Tree]:
+    """The parameters that `read(path)` gives one by one, resized and completed; see `load_params` for the rest."""
+    own = tree.flatten(abstract_params(config))
     resized, config = _resized(config, read, action, vocab_size, action_dim, state_dim, seed)
     put = put or (lambda path, array: array)
     params = {}
     for path, spec in tree.flatten(abstract_params(config)).items():
         if path in resized:
             array = resized.pop(path)
-        elif path in sources:
-            array = read(path, spec)
+        elif path in own:
+            array = read(path)
         else:
             array = resize.fresh(path, spec.shape, spec.dtype, config, seed)
         params[path] = put(path, array)
@@ -98,7 +181,7 @@ def load_params(
 
 def _resized(
     config: WallXConfig,
-    read: Callable[[str, Any], np.ndarray],
+    read: Callable[[str], np.ndarray],
     action: ActionConfig | None,
     vocab_size: int | None,
     action_dim: int,
@@ -110,7 +193,7 @@ def _resized(
     changing = resize.VOCABULARY if vocab_size is not None else ()
     widen = not names.is_qwen(config) and (action_dim > config.action.action_dim or state_dim > config.action.state_dim)
     changing += resize.CHANNELS if widen else ()
-    params = tree.unflatten({path: read(path, specs[path]) for path in changing if path in specs})
+    params = tree.unflatten({path: read(path) for path in changing if path in specs})
     if vocab_size is not None:
         config, params = resize.resize_vocabulary(config, params, vocab_size, seed)
     if widen:
@@ -121,23 +204,13 @@ def _resized(
     return tree.flatten(params), config
 
 
-def _copy(target: np.ndarray, source: np.ndarray, block: int = 256) -> None:
-    """target[...] = source, in blocks that fit the cache: a transposed matrix costs half the time."""
-    if source.ndim != 2:
-        target[...] = source
-        return
-    for i in range(0, source.shape[0], block):
-        for j in range(0, source.shape[1], block):
-            target[i : i + block, j : j + block] = source[i : i + block, j : j + block]
-
-
 def read_config(directory: str | Path, numerics: Mapping[str, Any] | None = None) -> WallXConfig:
     """config.json of a model directory, corrected by its tensors.
 
     Tensors decide: vocabulary rows; whether there is an action side, the action expert's width and the numbers of
-    channels. Where config.json gives no numerics of ours, `param_dtype` is the embedding's. Tying: a model that
-    config.json calls untied needs a head; one that it calls tied and that stores one equal to the embedding is tied;
-    if the two differ, both are kept and a warning says so (dropping trained numbers would be silent).
+    channels. Where config.json gives no numerics of ours, `param_dtype` is the narrowest that loses nothing. Tying: a
+    model that config.json calls untied needs a head; one that it calls tied and that stores one equal to the embedding
+    is tied; if the two differ, both are kept and a warning says so (dropping trained numbers would be silent).
 
     Raises:
         WeightsError: if config.json or the weight files are missing or malformed.
@@ -150,9 +223,16 @@ def read_config(directory: str | Path, numerics: Mapping[str, Any] | None = None
 def read_normalizers(directory: str | Path) -> dict[str, dict[str, dict[str, np.ndarray]]]:
     """The statistics that upstream keeps among the weights: {robot: {"action" or "propri": {"min", "delta": [C]}}}.
 
-    They are no parameters: `load_params` leaves them out, as upstream's later loaders do.
+    They are no parameters: `load_params` leaves them out, as upstream's later loaders do. A checkpoint converted from
+    such weights keeps them among its assets, in NORMALIZERS.
     """
-    tensors = open_tensors(Path(directory))
+    directory = Path(directory)
+    kept = directory / NORMALIZERS
+    if kept.is_file():
+        tensors = Tensors(read_header(kept))
+    else:
+        has_weights = any((directory / name).is_file() for name in (SINGLE, INDEX))
+        tensors = open_tensors(directory) if has_weights else Tensors({})
     robots: dict[str, dict[str, dict[str, np.ndarray]]] = {}
     for name in tensors:
         if match := names.NORMALIZER.fullmatch(name):
@@ -202,20 +282,32 @@ def _config(
     else:
         config = config.replace(action={"intermediate_size": None})
 
-    if "param_dtype" not in hf.get("wallx_jax", {}) and EMBEDDING in found:
-        stored = DTYPE_NAMES[tensors.info[found[EMBEDDING]].dtype]
-        config = config.replace(numerics={"param_dtype": "bfloat16" if stored == "BF16" else "float32"})
+    if "param_dtype" not in hf.get("wallx_jax", {}):
+        config = config.replace(numerics={"param_dtype": _lossless(tensors, found)})
     config = config.replace(numerics=numerics or {})
 
-    stored_both = EMBEDDING in found and HEAD in found
-    if config.text.tie_word_embeddings and stored_both and not _equal(tensors, found[EMBEDDING], found[HEAD]):
+    stored_both = names.EMBEDDING in found and names.HEAD in found
+    if (
+        config.text.tie_word_embeddings
+        and stored_both
+        and not _equal(tensors, found[names.EMBEDDING], found[names.HEAD])
+    ):
         warnings.warn(
-            f"{directory}: config.json says tie_word_embeddings, but {HEAD} differs from the embedding; "
+            f"{directory}: config.json says tie_word_embeddings, but {names.HEAD} differs from the embedding; "
             "both are kept and the model is untied",
             stacklevel=3,
         )
         config = config.replace(text={"tie_word_embeddings": False})
     return config
+
+
+def _lossless(tensors: Tensors, found: Mapping[str, str]) -> str:
+    """bfloat16 if that holds every tensor but the float32 islands, else float32."""
+    for name, stored in found.items():
+        row = names.parse(name)
+        if row and not row[0].path.startswith(ISLANDS) and DTYPE_NAMES[tensors.info[stored].dtype] != "BF16":
+            return "float32"
+    return "bfloat16"
 
 
 def _equal(tensors: Tensors, a: str, b: str) -> bool:

@@ -89,6 +89,7 @@ ROWS: tuple[Row, ...] = (
     *_linear("action_preprocessor.action_proj_back", "action/proj_back", bias=False),
 )
 BY_PATH: dict[str, Row] = {row.path: row for row in ROWS}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one tensor where they are tied
 
 NORMALIZER = re.compile(r"action_preprocessor\.normalizer_(?P<kind>action|propri)\.(?P<stat>min|delta)\.(?P<robot>.+)")
 

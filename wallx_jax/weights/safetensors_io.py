@@ -9,16 +9,18 @@ import contextlib
 import functools
 import json
 import math
+import mmap
 import os
 import struct
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from wallx_jax.files import atomic_file
 
 DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -132,19 +134,32 @@ class Tensors(Mapping[str, np.ndarray]):
 
     def __init__(self, info: Mapping[str, TensorInfo]):
         self.info = dict(info)
-        self._map = functools.cache(lambda path: np.memmap(path, np.uint8, mode="r"))
+        self._map = functools.cache(_map_file)
 
     def __getitem__(self, name: str) -> np.ndarray:
         info = self.info[name]
         if info.start == info.stop:
             return np.zeros(info.shape, info.dtype)
-        return self._map(info.file)[info.start : info.stop].view(np.ndarray).view(info.dtype).reshape(info.shape)
+        data = np.frombuffer(self._map(info.file), np.uint8, info.stop - info.start, info.start)
+        return data.view(info.dtype).reshape(info.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.info)
 
     def __len__(self) -> int:
         return len(self.info)
+
+    def release(self, name: str) -> None:
+        """Lets a tensor's pages go; what was read of a mapped file counts as memory of this process until then."""
+        info = self.info[name]
+        start = info.start // mmap.PAGESIZE * mmap.PAGESIZE
+        if info.stop > start and hasattr(mmap, "MADV_DONTNEED"):
+            self._map(info.file).madvise(mmap.MADV_DONTNEED, start, info.stop - start)
+
+
+def _map_file(path: Path) -> mmap.mmap:
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def open_tensors(directory: Path) -> Tensors:
@@ -207,42 +222,58 @@ def _nothing_to_read(directory: Path) -> str:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes arrays (NumPy or JAX, any strides) under a temporary name, syncs, and renames: whole or not at all.
-
-    Widest dtype first, then by name, as the reference implementation orders them, so every tensor is aligned.
-    `metadata` defaults to {"format": "pt"}, which transformers asks for.
-    """
-    path = Path(path)
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": dict({"format": "pt"} if metadata is None else metadata)}
-    end = 0
-    for name in order:
-        array = tensors[name]
-        start, end = end, end + array.size * array.dtype.itemsize
-        dtype = DTYPE_NAMES[np.dtype(array.dtype)]
-        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    with atomic_file(path) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in order:
-            file.write(np.ascontiguousarray(np.asarray(tensors[name])).reshape(-1).view(np.uint8).data)
+    """Writes arrays (NumPy or JAX, any strides) as `safetensors_file` does."""
+    with safetensors_file(path, tensors, metadata) as write:
+        for name in tensors:
+            write(name, tensors[name])
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """`with atomic_file(path) as file:` writes bytes that appear at `path` only when the block has succeeded."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes its files private
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def safetensors_file(
+    path: Path, specs: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+) -> Iterator[Callable[[str, Any], None]]:
+    """`with safetensors_file(path, specs) as write: write(name, array)`, once for each name, in any order or thread.
+
+    The file gets a temporary name, is synced, and renamed when the block has succeeded: whole or not at all. Widest
+    dtype first, then by name, as the reference implementation orders tensors, so each is aligned.
+
+    Args:
+        specs: {name: anything with the `shape` and `dtype` of the array to come}.
+        metadata: defaults to {"format": "pt"}, which transformers asks for.
+    """
+    order = sorted(specs, key=lambda name: (-np.dtype(specs[name].dtype).itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict({"format": "pt"} if metadata is None else metadata)}
+    end = 0
+    for name in order:
+        dtype, shape = np.dtype(specs[name].dtype), list(specs[name].shape)
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    missing = set(specs)
+
+    with atomic_file(Path(path)) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+
+        def write(name: str, array: Any) -> None:
+            array, spec = np.asarray(array), specs[name]
+            if (array.shape, array.dtype) != (tuple(spec.shape), np.dtype(spec.dtype)):
+                raise ValueError(f"{name} is {array.dtype}{array.shape}, announced was {spec.dtype}{spec.shape}")
+            missing.remove(name)
+            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            start = 8 + len(text) + header[name]["data_offsets"][0]
+            written = 0
+            while written < len(data):  # the system takes at most 2 GiB at a time
+                written += os.pwrite(file.fileno(), data[written:], start + written)
+
+        file.flush()
+        yield write
+        if missing:
+            raise ValueError(f"{path}: {len(missing)} announced tensors were not written, such as {min(missing)}")
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether a contiguous array holds neither NaN nor infinity."""
+    if array.dtype == ml_dtypes.bfloat16:  # its isfinite takes ten times as long as this test of the exponent's bits
+        return array.size == 0 or bool((array.view(np.uint16) & 0x7FFF).max() < 0x7F80)
+    return bool(np.isfinite(array).all())

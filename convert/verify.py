@@ -1,0 +1,27 @@
+"""Compares two models, each a PyTorch directory, a checkpoint or a run: names, shapes, dtypes, values.
+
+    python convert/verify.py A B
+
+Prints what differs. Exit code 0 if both hold the same numbers (dtypes may differ), 1 if not.
+"""
+
+import argparse
+import sys
+
+from wallx_jax.conversion import command
+from wallx_jax.conversion.compare import compare
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("a", help="directory, checkpoint, run or hub repo id")
+    parser.add_argument("b", help="directory, checkpoint, run or hub repo id")
+    arguments = parser.parse_args()
+    found = compare(arguments.a, arguments.b)
+    print(found)
+    print("identical" if found.identical else "same values" if found.same_values else "A and B differ")
+    sys.exit(0 if found.same_values else 1)
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,27 @@
+"""Converts a Wall-X (WALL-OSS) model directory to a checkpoint.
+
+    python convert/wall_oss.py --model x-square-robot/wall-oss-flow --output checkpoints/wall-oss-flow
+    python convert/wall_oss.py --model DIR --output DIR
+
+Streams the tensors, so that memory stays below 2 GiB whatever the model's size. Every piece is read back and compared.
+OUTPUT appears when it is complete; a run that is interrupted leaves nothing that loads. Training
+(--config.pretrained_wallx_path=OUTPUT), acting and convert/export.py take it.
+"""
+
+import argparse
+
+from wallx_jax.conversion import command
+from wallx_jax.conversion.to_checkpoint import convert_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="directory with config.json and safetensors, or hub repo id")
+    parser.add_argument("--output", required=True, help="checkpoint directory to make")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    arguments = parser.parse_args()
+    print(f"wrote {convert_model(arguments.model, arguments.output, acts=True, revision=arguments.revision)}")
+
+
+if __name__ == "__main__":
+    command.run(main)
