@@ -3,7 +3,7 @@ PYTHON ?= python3
 PYTHON_3_12 ?= python3.12
 BIN := .venv/bin
 
-.PHONY: demo test lint torch-reference clean
+.PHONY: demo test lint torch-reference test-loaders clean
 
 demo: .venv/.installed
 	JAX_PLATFORMS=cpu $(BIN)/python scripts/demo.py
@@ -20,6 +20,10 @@ lint: .venv/.installed
 torch-reference: .venv/.installed
 	test -x .venv-torch/bin/python || $(BIN)/uv venv --python $(PYTHON_3_12) .venv-torch
 	$(call install,.venv-torch/bin/python,"lerobot[wallx]==0.6.1" "transformers>=5.4$(,)<5.6")
+
+# lerobot's loader on what we export.
+test-loaders: torch-reference
+	$(BIN)/python -m pytest tests/conversion/test_loaders.py
 
 clean:
 	rm -rf .venv .venv-torch *.egg-info .pytest_cache .ruff_cache .hypothesis

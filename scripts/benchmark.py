@@ -172,25 +172,24 @@ def chunk_program(model, params, batch, noise):
 
 
 class TorchReference:
-    """scripts/torch_reference.py in its own environment, on a model and inputs of ours."""
+    """scripts/torch_reference.py in its own environment, on a Wall-X directory, which describes `model`, and inputs."""
 
-    def __init__(self, python: Path, model, params, batch, noise, folder: Path):
+    def __init__(self, python: Path, folder: Path, model, batch, noise):
         import jax.numpy as jnp
         import numpy as np
 
         from wallx_jax.models.vision import patchify, visual_grid
-        from wallx_jax.weights.export import save_directory
 
         if not python.is_file():
             raise SystemExit(f"error: no PyTorch environment at {python}; set it up with: make torch-reference")
-        save_directory(folder, model, params)
-        ids = np.pad(batch.tokens, ((0, 0), (0, ACTIONS)), constant_values=model.tokens.action)
+        behind = ((0, 0), (0, noise.shape[1]))
+        ids = np.pad(batch.tokens, behind, constant_values=model.tokens.action)
         patches = jnp.concatenate([patchify(jnp.asarray(image), model.vision) for image in batch.images], axis=1)
         grids = [visual_grid(image, model.vision) for image in batch.images] * len(ids)
         np.savez(
             folder / "inputs.npz",
             input_ids=ids.astype(np.int64),
-            attention_mask=np.ones(ids.shape, np.int64),
+            attention_mask=np.pad(batch.token_mask, behind, constant_values=True).astype(np.int64),
             moe_token_types=(ids == model.tokens.action).astype(np.int64),
             pixel_values=np.asarray(patches).reshape(-1, model.vision.patch_dim),
             image_grid_thw=np.array(grids),
@@ -232,10 +231,12 @@ def compare(model, params, batch, python: Path, repeats: int) -> dict:
     import numpy as np
 
     from wallx_jax.models.stack import unstack
+    from wallx_jax.weights.export import save_directory
 
     noise = noise_for(batch)
     with tempfile.TemporaryDirectory() as folder:
-        theirs = TorchReference(python, model, params, batch, noise, Path(folder))
+        save_directory(folder, model, params)
+        theirs = TorchReference(python, Path(folder), model, batch, noise)
         apart, on_device = unstack(params), jax.device_put(batch)
         ours = chunk_program(model, apart, on_device, noise)
         times: dict[str, list[float]] = {"ours": [], "torch": []}

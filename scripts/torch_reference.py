@@ -21,18 +21,37 @@ from safetensors.torch import load_file
 
 
 def load(folder: Path, tokens: dict[str, int]) -> torch.nn.Module:
-    """The reference model in float32 with the weights of a Wall-X directory in upstream's layout."""
-    config = wall_x.Qwen2_5_VLConfig(**json.loads((folder / "config.json").read_text()))
-    config._attn_implementation = "eager"
-    names = {"<|propri|>": tokens["propri"], "<|action|>": tokens["action"]}
-    tokenizer = types.SimpleNamespace(convert_tokens_to_ids=names.get)
-    model = wall_x.Qwen2_5_VLMoEForAction(config, processor=types.SimpleNamespace(tokenizer=tokenizer))
-    weights = load_file(folder / "model.safetensors")
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    if unexpected or any("lm_head" not in name and "normalizer" not in name for name in missing):
-        raise SystemExit(f"weights do not fit lerobot's model: missing {missing}, unexpected {unexpected}")
+    """The reference model in float32 with the weights of a Wall-X directory in upstream's layout, strictly.
+
+    lerobot's own loader reads a directory that has a tokenizer, and with it processor and tokenizer files.
+    """
+    if (folder / "tokenizer.json").is_file():
+        model = wall_x.Qwen2_5_VLMoEForAction.from_pretrained(folder)
+    else:
+        config = wall_x.Qwen2_5_VLConfig(**json.loads((folder / "config.json").read_text()))
+        config._attn_implementation = "eager"
+        names = {"<|propri|>": tokens["propri"], "<|action|>": tokens["action"]}
+        tokenizer = types.SimpleNamespace(convert_tokens_to_ids=names.get)
+        model = wall_x.Qwen2_5_VLMoEForAction(config, processor=types.SimpleNamespace(tokenizer=tokenizer))
+        model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     model.tie_weights()
+    check(model.state_dict(), load_file(folder / "model.safetensors"))
     return model.float().eval()
+
+
+def check(loaded: dict[str, torch.Tensor], stored: dict[str, torch.Tensor]) -> None:
+    """Both of lerobot's ways in pass over what does not fit; here every tensor must have arrived."""
+    stored = {name: x for name, x in stored.items() if "normalizer" not in name}
+    if "lm_head.weight" in loaded and "lm_head.weight" not in stored:
+        stored["lm_head.weight"] = stored["model.embed_tokens.weight"]
+    common = stored.keys() & loaded.keys()
+    problems = {
+        "missing": sorted(loaded.keys() - common),
+        "unexpected": sorted(stored.keys() - common),
+        "not loaded": sorted(x for x in common if not torch.equal(stored[x], loaded[x].to(stored[x].dtype))),
+    }
+    if any(problems.values()):
+        raise SystemExit(f"weights do not fit lerobot's model: {problems}")
 
 
 def main() -> None:

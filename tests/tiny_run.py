@@ -4,11 +4,13 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import synthetic
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from wallx_jax.config import default_config
+from wallx_jax.data.normalize import NormStats, Stats
 from wallx_jax.data.tokenizer import Tokenizer
 from wallx_jax.models.config import TINY
 from wallx_jax.models.wallx import init_params
@@ -75,3 +77,10 @@ def run_config(model: Path, dataset: Path, save_path: Path, **changes):
             node = node[parent]
         node[last] = value
     return c
+
+
+def unit_stats(dims: int) -> NormStats:
+    """Statistics under which normalising changes nothing."""
+    one = np.ones(dims)
+    part = Stats(mean=0 * one, std=one, q01=-one, q99=one, min=-one, max=one)
+    return NormStats(part, part, "observation.state", "action")

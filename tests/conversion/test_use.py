@@ -14,7 +14,6 @@ from wallx_jax.config import resolve
 from wallx_jax.conversion.compare import compare
 from wallx_jax.conversion.to_checkpoint import convert_model
 from wallx_jax.conversion.to_pytorch import export_model
-from wallx_jax.data.normalize import NormStats, Stats
 from wallx_jax.training import sharding, start
 from wallx_jax.training.checkpoint_dir import CheckpointError
 from wallx_jax.weights.load import load_params
@@ -28,10 +27,8 @@ OBSERVATION = {
 
 
 def robot() -> dict:
-    low, high = -np.ones(DIMS), np.ones(DIMS)
-    part = Stats(low * 0, high, low, high, low, high)
-    stats = NormStats(part, part, "observation.state", "action")
-    return {"norm_stats": stats, "views": tuple(OBSERVATION["images"]), "resolution": 84, "horizon": 4}
+    views = tuple(OBSERVATION["images"])
+    return {"norm_stats": tiny_run.unit_stats(DIMS), "views": views, "resolution": 84, "horizon": 4}
 
 
 @pytest.fixture(scope="module", params=["wallx", "qwen"])

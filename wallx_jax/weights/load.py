@@ -287,16 +287,14 @@ def _config(
     config = config.replace(numerics=numerics or {})
 
     stored_both = names.EMBEDDING in found and names.HEAD in found
-    if (
-        config.text.tie_word_embeddings
-        and stored_both
-        and not _equal(tensors, found[names.EMBEDDING], found[names.HEAD])
-    ):
-        warnings.warn(
-            f"{directory}: config.json says tie_word_embeddings, but {names.HEAD} differs from the embedding; "
-            "both are kept and the model is untied",
-            stacklevel=3,
-        )
+    tied = config.text.tie_word_embeddings
+    if tied and stored_both and not _equal(tensors, found[names.EMBEDDING], found[names.HEAD]):
+        if "tie_word_embeddings" in {**hf.get("text_config", {}), **hf}:  # transformers leaves it out where it is false
+            warnings.warn(
+                f"{directory}: config.json says tie_word_embeddings, but {names.HEAD} differs from the embedding; "
+                "both are kept and the model is untied",
+                stacklevel=3,
+            )
         config = config.replace(text={"tie_word_embeddings": False})
     return config
 
