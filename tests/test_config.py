@@ -344,7 +344,7 @@ def test_refused_settings_are_a_list_without_a_traceback(app):
     ("arguments", "words"),
     [
         (["--config=good.py", "--config.learning_rat=3"], ["'learning_rat'", "did you mean --config.learning_rate?"]),
-        (["--config=good.py", "--config.lrr=3"], ["'lrr'", "config.py lists"]),
+        (["--config=good.py", "--config.xyz=3"], ["'xyz'", "config.py lists"]),
         (["--config=good.py", "--config.resume.ckp=3"], ["'resume.ckp'", "did you mean --config.resume.ckpt?"]),
         (["--config=good.py", "--config.load_ckpt_only=True"], ["did you mean --config.resume.load_ckpt_only?"]),
         (["--config=good.py", "--config.num_epoch=1.5"], ["config.num_epoch", "1.5"]),

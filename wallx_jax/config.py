@@ -7,13 +7,14 @@ nothing below train.py sees a ConfigDict. Names and defaults are those of the Wa
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from wallx_jax.models.config import Numerics
+from wallx_jax.models.config import LoraConfig, Numerics
 from wallx_jax.robots import KEY_MAPPINGS
 from wallx_jax.run_config import (
     Camera,
@@ -109,6 +110,10 @@ def default_config() -> OrderedConfig:
     c.freeze_vlm = False  # train the action side only
     c.train_action_expert_only = False  # upstream's second name for the same
     c.train_action_heads = True  # with one of these two: also the action heads, which upstream freezes
+    c.lora = OrderedConfig()  # low-rank adapters, trained in place of the layers that they adapt; see models.lora
+    c.lora.rank = 0  # 0: none
+    c.lora.alpha = 32.0  # their output is multiplied by alpha / rank
+    c.lora.targets = ("decoder/layers/",)  # regular expressions for the paths of the linear layers that get one
     c.max_nonfinite_steps = 10  # skipped updates that stop the run
     c.seed = 42  # of initialisation, sample order and noise
 
@@ -179,7 +184,7 @@ def resolve(config: ConfigDict) -> RunConfig:
             batch_size=v["batch_size_per_gpu"],
             eval_batch_size=v["eval_batch_size_per_gpu"] or v["batch_size_per_gpu"],
         ),
-        optim=_build(OptimConfig, v, warmup_steps=v["num_warmup_steps"]),
+        optim=_build(OptimConfig, v, warmup_steps=v["num_warmup_steps"], lora=LoraConfig(**_section(v, "lora"))),
         loop=_build(
             LoopConfig,
             v,
@@ -216,11 +221,11 @@ POSITIVE = (
     "action_expert_intermediate_size", "action_horizon", "max_length", "max_fast_tokens", "learning_rate",
     "action_expert_learning_rate", "batch_size_per_gpu", "eval_batch_size_per_gpu", "gradient_accumulation_steps",
     "num_training_steps", "max_grad_norm", "max_nonfinite_steps", "save_interval", "max_to_keep",
-    "eval_batches", "log_interval", "profile_active_iters",
+    "eval_batches", "log_interval", "profile_active_iters", "lora.alpha",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "min_lr", "num_warmup_steps", "num_workers", "weight_decay", "flow_loss_weight", "seed", "split_seed",
-    "eval_interval", "num_epoch", "profile_wait_iters", "profile_warmup_iters",
+    "eval_interval", "num_epoch", "profile_wait_iters", "profile_warmup_iters", "lora.rank",
 )  # fmt: skip
 
 
@@ -253,7 +258,7 @@ def _read(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
                 ok, expected = _is_int(value) and value >= 1, "a number of dims, at least 1"
             if not ok:
                 errors.append(f"{key}.{name} = {value!r}: expected {expected}")
-    for key in ("obs_action_keys", "predict_action_keys"):
+    for key in ("obs_action_keys", "predict_action_keys", "lora.targets"):
         if wrong := [item for item in values[key] if not isinstance(item, str)]:
             errors.append(f"{key}: {wrong} are not strings")
         elif len(set(values[key])) != len(values[key]):
@@ -282,6 +287,11 @@ def _value_errors(v: Mapping[str, Any]) -> list[str]:
                 Numerics(**{name: value})
         except ValueError as error:
             errors.append(str(error))
+    for target in v["lora.targets"]:
+        try:
+            re.compile(target if isinstance(target, str) else "")
+        except re.error as error:
+            errors.append(f"lora.targets: {target!r} is not a regular expression: {error}")
     axes = _section(v, "mesh")
     if list(axes.values()).count(-1) > 1 or any(size < 1 and size != -1 for size in axes.values()):
         errors.append(f"mesh = {axes}: give each axis a size of at least 1, or -1 (the rest) on one of them")
@@ -300,8 +310,8 @@ def _relation_errors(v: Mapping[str, Any]) -> list[str]:
     frozen = [key for key in ("freeze_vlm", "train_action_expert_only") if v[key]]
     if frozen and v["use_fast_tokenizer"]:
         errors.append(f"{frozen[0]} = True leaves nothing to train with use_fast_tokenizer: FAST actions are text")
-    if not v["train_action_heads"] and not frozen:
-        errors.append("train_action_heads = False has a meaning only with freeze_vlm or train_action_expert_only")
+    if not v["train_action_heads"] and not frozen and not v["lora.rank"]:
+        errors.append("train_action_heads = False has a meaning only with freeze_vlm, train_action_expert_only or lora")
     if v["resume.load_ckpt_only"] and not v["resume.ckpt"]:
         errors.append("resume.load_ckpt_only = True needs resume.ckpt")
     if v["robot_name"] is not None and v["robot_name"] != v["repo_id"]:

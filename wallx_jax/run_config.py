@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from wallx_jax.models.config import Numerics
+from wallx_jax.models.config import LoraConfig, Numerics
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """See `default_config`; field names are those of training.optimizer.OptimizerConfig."""
+    """See `default_config`."""
 
     learning_rate: float
     min_lr: float
@@ -93,6 +93,7 @@ class OptimConfig:
     freeze_vlm: bool
     train_action_expert_only: bool
     train_action_heads: bool
+    lora: LoraConfig = LoraConfig()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 
 from wallx_jax import tree
 from wallx_jax.data.batch import Batch
-from wallx_jax.models.config import PRESETS, TINY
+from wallx_jax.models.config import PRESETS, TINY, LoraConfig
 from wallx_jax.models.wallx import abstract_params, init_params
 from wallx_jax.run_config import MeshConfig, OptimConfig
 from wallx_jax.training import sharding
@@ -140,9 +140,25 @@ def test_groups():
     assert moments < 2 * trained + 10, "frozen parameters have no optimizer state"
 
 
+@pytest.mark.parametrize("targets", [("decoder/layers/",), ("decoder/layers/attn/", "mlp/vlm")])
+def test_groups_with_adapters(targets):
+    """Trained: adapters, action heads, and an action expert that has no adapters."""
+    config = dataclasses.replace(OPTIM, lora=LoraConfig(rank=2, targets=targets))
+    paths = list(tree.flatten(abstract_params(dataclasses.replace(SMALL, lora=config.lora))))
+    groups = {path: group_of(path, config) for path in paths}
+    for path, group in groups.items():
+        if path.startswith("decoder/layers/mlp/action/"):
+            trained = path.endswith(("lora_a", "lora_b")) or len(targets) == 2
+            assert group == ("action_expert" if trained else "frozen"), path
+        else:
+            assert group == ("vlm" if "lora_" in path or path.startswith("action/") else "frozen"), path
+    only_action = dataclasses.replace(config, freeze_vlm=True)
+    assert {group_of(p, only_action) for p in paths if "mlp/vlm" in p or "attn" in p} == {"frozen"}
+
+
 def test_every_parameter_and_moment_has_a_place_on_the_mesh():
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
-    config = PRESETS["wall_oss_3b"]
+    config = dataclasses.replace(PRESETS["wall_oss_3b"], lora=LoraConfig(rank=8, targets=("",)))
     abstract = jax.eval_shape(lambda p: create_state(p, OPTIM, 10), abstract_params(config))
     placed = sharding.shardings(abstract, mesh)
     cut = whole = 0

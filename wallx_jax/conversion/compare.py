@@ -8,8 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
-from wallx_jax.training.checkpoint_dir import find_model, read_model_config
-from wallx_jax.training.checkpoint_stream import StoredParams
+from wallx_jax.training.checkpoint_dir import find_model
+from wallx_jax.training.checkpoint_stream import StoredModel
 from wallx_jax.weights import names
 from wallx_jax.weights.safetensors_io import DTYPE_NAMES, Tensors, open_tensors
 
@@ -61,7 +61,7 @@ def compare(a: str | Path, b: str | Path, only: Iterable[str] | None = None, rou
     """Compares two models tensor by tensor; neither needs to fit into memory.
 
     Args:
-        a, b: PyTorch model directories, checkpoints or runs of ours, or hub repo ids.
+        a, b: PyTorch model directories, checkpoints or runs of ours (adapters merged), or hub repo ids.
         only: names to look at; None: all.
         round_a: round a's values to b's dtypes first.
 
@@ -136,9 +136,9 @@ class _Directory:
 
 class _Checkpoint:
     def __init__(self, step: Path):
-        self._config, self._params = read_model_config(step), StoredParams(step)
-        self._slots = {_spelling(name): slot for name, slot in names.expand(self._config).items()}
-        specs = self._params.specs
+        self._model = StoredModel(step)
+        self._slots = {_spelling(name): slot for name, slot in names.expand(self._model.config).items()}
+        specs = self._model.specs
         self.info = {
             name: (slot.shape, DTYPE_NAMES[np.dtype(specs[slot.row.path].dtype)]) for name, slot in self._slots.items()
         }
@@ -149,10 +149,10 @@ class _Checkpoint:
         slot = self._slots[name]
         if self._read is None or self._read[0] != slot.row.path:
             self._read = None
-            self._read = (slot.row.path, self._params.read(slot.row.path))
+            self._read = (slot.row.path, self._model.read(slot.row.path))
         parameter = self._read[1]
         leaf = parameter if slot.layer is None else parameter[slot.layer]
-        yield from _blocks(slot.row.op.to_torch(leaf, self._config.vision))
+        yield from _blocks(slot.row.op.to_torch(leaf, self._model.config.vision))
 
 
 def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:

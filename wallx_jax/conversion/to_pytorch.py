@@ -17,7 +17,7 @@ from wallx_jax.models.config import WallXConfig
 from wallx_jax.models.wallx import abstract_params
 from wallx_jax.training import checkpoint_dir
 from wallx_jax.training.checkpoint_dir import CheckpointError
-from wallx_jax.training.checkpoint_stream import StoredParams
+from wallx_jax.training.checkpoint_stream import StoredModel
 from wallx_jax.weights import names
 from wallx_jax.weights.export import tensor_specs, write_json, write_weights
 from wallx_jax.weights.load import NORMALIZERS
@@ -50,7 +50,7 @@ def export_model(
     """Writes a model directory that PyTorch loaders read, and compares it with the checkpoint.
 
     Args:
-        checkpoint: a checkpoint or run of ours (its newest).
+        checkpoint: a checkpoint or run of ours (its newest). Adapters are merged.
         output: folder to make; it appears when it is complete.
         layout: "wall_x" as upstream and lerobot read it; "qwen2_5_vl": the VLM part, as transformers reads it.
         dtype: of all tensors. "keep": as in the checkpoint; a converted one gets the dtypes back that it came with.
@@ -67,7 +67,8 @@ def export_model(
     """
     output = Path(output).expanduser().absolute()
     step = checkpoint_dir.find_checkpoints(checkpoint)[0]
-    config, params = checkpoint_dir.read_model_config(step), StoredParams(step)
+    model = StoredModel(step)
+    config = model.config
     assets = checkpoint_dir.assets_dir(step)
     source = checkpoint_dir.read_metadata(step).get("source")
     whole = (layout == "qwen2_5_vl") == names.is_qwen(config)
@@ -76,7 +77,7 @@ def export_model(
     config = config if whole else config.replace(action={"intermediate_size": None})
 
     wanted = tree.flatten(abstract_params(config))
-    specs = tensor_specs(config, {path: params.specs[path] for path in wanted})
+    specs = tensor_specs(config, {path: model.specs[path] for path in wanted})
     extra = {}
     if source and whole and dtype == "keep":
         specs = _as_in_source(config, specs, source["tensors"])
@@ -91,7 +92,7 @@ def export_model(
         left_out = (NORMALIZERS, "config.json", checkpoint_dir.COMMITTED, *(() if whole else ROBOT))
         shutil.copytree(assets, folder, ignore=shutil.ignore_patterns(*left_out))
         with tqdm(total=size, unit="B", unit_scale=True, unit_divisor=1024, desc=f"to {output.name}") as progress:
-            write_weights(folder, config, params.read, specs, extra, shard_bytes, progress.update)
+            write_weights(folder, config, model.read, specs, extra, shard_bytes, progress.update)
         write_json(folder / "config.json", _config_json(config, assets, specs))
         if not (folder / "preprocessor_config.json").is_file():
             write_json(folder / "preprocessor_config.json", PREPROCESSOR)

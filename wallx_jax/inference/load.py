@@ -17,7 +17,8 @@ from wallx_jax.data.processor import Processor, ProcessorConfig
 from wallx_jax.data.tokenizer import Tokenizer
 from wallx_jax.inference.policy import Policy
 from wallx_jax.inference.vlm import VLM
-from wallx_jax.models.config import WallXConfig
+from wallx_jax.models.config import LoraConfig, WallXConfig
+from wallx_jax.models.lora import merge_params
 from wallx_jax.models.stack import unstack
 from wallx_jax.training import checkpoint_dir
 from wallx_jax.training.checkpoint import restore_params
@@ -30,7 +31,7 @@ FAST_TOKENS = 256  # room for a chunk in FAST tokens
 
 
 class Model(NamedTuple):
-    """A model, its layers apart (models.stack), and the directory of its tokenizer and other small files."""
+    """A model, its layers apart (models.stack) and adapters merged, and the directory of its tokenizer and the like."""
 
     config: WallXConfig
     params: tree.Tree
@@ -52,8 +53,10 @@ def load_model(
     if is_pytorch:
         config, params = load_params(folder, numerics=numerics)
         return Model(config, unstack(params), folder)
-    config = model_config(folder, is_pytorch, numerics)
-    return Model(config, unstack(restore_params(folder), free=True), checkpoint_dir.assets_dir(folder))
+    config, params = model_config(folder, is_pytorch, numerics), restore_params(folder)
+    if config.lora.rank:
+        config, params = dataclasses.replace(config, lora=LoraConfig()), merge_params(params, config.lora)
+    return Model(config, unstack(params, free=True), checkpoint_dir.assets_dir(folder))
 
 
 def load_vlm(

@@ -4,6 +4,7 @@ Sources: Qwen2.5-VL's config.json (flat and nested layouts) and upstream wall-x'
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -114,12 +115,32 @@ class Numerics:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters, see models.lora. rank 0: none. targets: regular expressions; a linear layer of decoder, vision
+    tower or head is adapted if one of them is found in its path ("decoder/layers/attn/q"). The action heads never are:
+    they are small, and trained themselves."""
+
+    rank: int = 0
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ("decoder/layers/",)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def adapts(self, module: str) -> bool:
+        matches = any(re.search(target, module) for target in self.targets)
+        return self.rank > 0 and matches and not module.startswith("action/")
+
+
+@dataclass(frozen=True)
 class WallXConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     action: ActionConfig = field(default_factory=ActionConfig)
     tokens: TokenIds = field(default_factory=TokenIds)
     numerics: Numerics = field(default_factory=Numerics)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def replace(self, **sections: Mapping[str, Any]) -> "WallXConfig":
         """`config.replace(text={"vocab_size": 10})` changes fields inside sections."""
@@ -179,7 +200,8 @@ class WallXConfig:
         tokens = TokenIds(
             **{ours: text_json[theirs] for ours, theirs in ids.items() if text_json.get(theirs) is not None}
         )
-        return cls(_section(VisionConfig, vision_json), text, action, tokens, _section(Numerics, numerics))
+        lora = _section(LoraConfig, numerics.get("lora", {}))
+        return cls(_section(VisionConfig, vision_json), text, action, tokens, _section(Numerics, numerics), lora)
 
     def to_hf(self) -> dict[str, Any]:
         """Upstream's flat config.json, with our numerics under "wallx_jax". `from_hf(to_hf())` keeps all but the pad,
@@ -225,6 +247,8 @@ class WallXConfig:
                                     "num_inference_timesteps": 10},
                 "wallx_jax": dataclasses.asdict(self.numerics),
             }  # fmt: skip
+        if self.lora.rank:
+            hf.setdefault("wallx_jax", {})["lora"] = _plain(self.lora)
         return hf
 
 

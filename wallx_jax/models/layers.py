@@ -11,7 +11,9 @@ INIT = nnx.initializers.normal(0.02)  # Qwen2.5-VL's initializer_range
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel + bias; kernel [D, O], bias [O]."""
+    """y = x @ kernel + bias; kernel [D, O], bias [O]. `models.lora.attach` may add an adapter."""
+
+    lora_a: nnx.Param | None = None
 
     def __init__(self, d_in: int, d_out: int, *, bias: bool, rngs: nnx.Rngs):
         self.kernel = nnx.Param(INIT(rngs.params(), (d_in, d_out)))
@@ -19,6 +21,9 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x @ self.kernel[...].astype(x.dtype)
+        if self.lora_a is not None:
+            low = x @ self.lora_a[...].astype(x.dtype)
+            y = y + (low @ self.lora_b[...].astype(x.dtype)) * self.lora_scale
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wallx_jax import tree
-from wallx_jax.models import flow, losses, stack
+from wallx_jax.models import flow, lora, losses, stack
 from wallx_jax.models.action import ActionHeads
 from wallx_jax.models.attention import prefix_mask, sequence_mask, suffix_mask
 from wallx_jax.models.config import WallXConfig
@@ -78,6 +78,8 @@ class WallX(nnx.Module):
             self.action = ActionHeads(config, rngs=rngs)
         if not config.text.tie_word_embeddings:
             self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False, rngs=rngs)
+        if config.lora.rank:
+            lora.attach(self, config.lora, rngs)
 
     @property
     def dtype(self) -> jnp.dtype:

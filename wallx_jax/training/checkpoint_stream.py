@@ -7,6 +7,7 @@ pieces through TensorStore. Orbax reads it like any other checkpoint.
 """
 
 import contextlib
+import dataclasses
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,8 @@ from orbax.checkpoint import v1 as ocp
 
 from wallx_jax import tree
 from wallx_jax.files import new_directory, sync
+from wallx_jax.models import lora
+from wallx_jax.models.config import LoraConfig
 from wallx_jax.training import checkpoint_dir
 from wallx_jax.training.checkpoint import Files, stored
 from wallx_jax.training.checkpoint_dir import CheckpointError
@@ -122,6 +125,31 @@ def _check_layout(step: Path, specs: Mapping[str, Any]) -> None:
     if found != wanted:
         differing = sorted(path for path in found.keys() | wanted.keys() if found.get(path) != wanted.get(path))
         raise CheckpointError(f"Orbax reads other shapes or types than were written: {', '.join(differing[:5])}")
+
+
+class StoredModel:
+    """The model of a complete step directory, adapters merged into their layers.
+
+    Attributes:
+        config: without adapters.
+        specs: {path: shape and dtype}.
+    """
+
+    def __init__(self, step: Path):
+        stored_config = checkpoint_dir.read_model_config(step)
+        self.config = dataclasses.replace(stored_config, lora=LoraConfig())
+        self._lora, self._params = stored_config.lora, StoredParams(step)
+        self.specs = {path: spec for path, spec in self._params.specs.items() if not lora.is_adapter(path)}
+
+    def read(self, path: str) -> np.ndarray:
+        """One parameter, in host memory."""
+        pair = lora.beside(path)
+        if pair is None or pair[0] not in self._params.specs:
+            return self._params.read(path)
+        kernel, a, b = np.array(self._params.read(path)), *map(self._params.read, pair)
+        for layer in range(len(kernel)) if kernel.ndim == 3 else [slice(None)]:
+            kernel[layer] = lora.merge(kernel[layer], a[layer], b[layer], self._lora.scale)
+        return kernel
 
 
 class StoredParams:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from wallx_jax import tree
+from wallx_jax.models.lora import is_adapter
 from wallx_jax.run_config import OptimConfig
 
 ACTION_EXPERT = "decoder/layers/mlp/action/"
@@ -20,11 +21,17 @@ ACTION_HEADS = "action/"
 def group_of(path: str, config: OptimConfig) -> str:
     """ "vlm", "action_expert" or "frozen" for a parameter path.
 
-    Upstream's `freeze_vlm` freezes the action heads too; `train_action_heads=False` does the same here.
+    Upstream's `freeze_vlm` freezes the action heads too; `train_action_heads=False` does the same here. With adapters,
+    those are trained, and of the rest the action side where it has none.
     """
+    module = path.rpartition("/")[0]
+    if config.lora.adapts(module) and not is_adapter(path):
+        return "frozen"
     if path.startswith(ACTION_EXPERT):
         return "action_expert"
-    if config.freeze_vlm or config.train_action_expert_only:
+    if is_adapter(path):
+        return "frozen" if config.freeze_vlm or config.train_action_expert_only else "vlm"
+    if config.freeze_vlm or config.train_action_expert_only or config.lora.rank:
         return "vlm" if path.startswith(ACTION_HEADS) and config.train_action_heads else "frozen"
     return "vlm"
 

@@ -22,6 +22,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"/(q|k|v|qkv|gate|up|fc1|patch_embed|propri_proj|w1|w2)/kernel$", ("fsdp", "tensor")),
     (r"/(o|proj|down|fc2|w3|proj_back)/kernel$", ("tensor", "fsdp")),
     (r"(^|/)lm_head/kernel$", ("fsdp", "tensor")),
+    (r"/lora_a$", ("fsdp", None)),
+    (r"/lora_b$", (None, "tensor")),
 )
 
 

@@ -20,13 +20,14 @@ from wallx_jax.data.lerobot import DatasetInfo
 from wallx_jax.data.processor import Processor, ProcessorConfig
 from wallx_jax.data.setup import build_processor, load_fast_tokenizer, load_stats
 from wallx_jax.data.tokenizer import Tokenizer
-from wallx_jax.models.config import ActionConfig, WallXConfig
+from wallx_jax.models.config import ActionConfig, LoraConfig, WallXConfig
 from wallx_jax.models.wallx import abstract_params
 from wallx_jax.run_config import OptimConfig, RunConfig
 from wallx_jax.training import checkpoint_dir
 from wallx_jax.training.checkpoint import restore_params
 from wallx_jax.training.checkpoint_dir import CheckpointError
-from wallx_jax.training.checkpoint_stream import StoredParams
+from wallx_jax.training.checkpoint_stream import StoredModel, StoredParams
+from wallx_jax.training.optimizer import ACTION_EXPERT
 from wallx_jax.training.sharding import param_spec, shardings
 from wallx_jax.training.state import TrainState, create_state
 from wallx_jax.weights.load import Put, assemble, load_params, read_config
@@ -103,6 +104,7 @@ def _final_config(
     tokenizer.add_wallx_tokens(fast.vocab_size if fast is not None else None)
     fresh = config.action.intermediate_size is None
     rows = len(tokenizer) if fresh else max(rows, len(tokenizer))
+    config = dataclasses.replace(config, lora=run.optim.lora)
     if fresh:
         config = dataclasses.replace(
             config,
@@ -112,6 +114,7 @@ def _final_config(
                 action_dim=UPSTREAM_CHANNELS,
             ),
         )
+    _check_adapters(config, fresh)
     return config.replace(
         text={"vocab_size": rows},
         action={
@@ -120,6 +123,18 @@ def _final_config(
         },
         tokens=dataclasses.asdict(tokenizer.token_ids()),
     )
+
+
+def _check_adapters(config: WallXConfig, fresh: bool) -> None:
+    lora, flat = config.lora, tree.flatten(abstract_params(dataclasses.replace(config, lora=LoraConfig())))
+    layers = [path.removesuffix("/kernel") for path in flat if path.endswith("/kernel")]
+    if lora.rank and not any(map(lora.adapts, layers)):
+        raise ConfigError(f"lora.targets = {lora.targets} match no linear layer; there are {', '.join(layers)}")
+    if fresh and lora.adapts(f"{ACTION_EXPERT}gate"):
+        raise ConfigError(
+            f"lora.targets = {lora.targets} adapt the action expert, which is new in a model that starts from "
+            "Qwen2.5-VL and has to be trained itself: use ('decoder/layers/attn/', 'decoder/layers/mlp/vlm/')"
+        )
 
 
 def plan(settings: RunConfig, info: DatasetInfo) -> tuple[Origin, Processor]:
@@ -179,13 +194,15 @@ def load_origin(origin: Origin, seed: int, put: Put | None = None) -> tree.Tree:
         "vocab_size": origin.config.text.vocab_size,
         "action_dim": origin.config.action.action_dim,
         "state_dim": origin.config.action.state_dim,
+        "lora": origin.config.lora,
         "seed": seed,
         "put": put,
     }
     if origin.checkpoint is None:
         return load_params(origin.files, numerics=numerics, **changes)[1]
-    config = checkpoint_dir.read_model_config(origin.checkpoint).replace(numerics=numerics)
-    specs, stored = tree.flatten(abstract_params(config)), StoredParams(origin.checkpoint)
+    stored = StoredModel(origin.checkpoint)
+    config = stored.config.replace(numerics=numerics)
+    specs = tree.flatten(abstract_params(config))
     return assemble(config, lambda path: stored.read(path).astype(specs[path].dtype, copy=False), **changes)[1]
 
 

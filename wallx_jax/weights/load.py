@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from wallx_jax import hub, tree
-from wallx_jax.models.config import ActionConfig, WallXConfig
+from wallx_jax.models.config import ActionConfig, LoraConfig, WallXConfig
 from wallx_jax.models.dtypes import ISLANDS
 from wallx_jax.models.wallx import abstract_params
 from wallx_jax.weights import names, ops, resize
@@ -47,6 +47,7 @@ def load_params(
     vocab_size: int | None = None,
     action_dim: int = 0,
     state_dim: int = 0,
+    lora: LoraConfig | None = None,
     seed: int = 0,
     put: Put | None = None,
 ) -> tuple[WallXConfig, tree.Tree]:
@@ -60,6 +61,7 @@ def load_params(
             normal(0, 0.02). Without it such a directory gives a model without an action side.
         vocab_size: rows to cut or grow the vocabulary to, see `resize_vocabulary`; None keeps the file's.
         action_dim, state_dim: channels of the robot; a checkpoint with fewer is widened, see `widen_channels`.
+        lora: adapters to add.
         seed: of everything that is initialised.
         put: called with each parameter's path and host array, stacked and in its final dtype; its result takes the
             array's place. A `put` that places the array on devices keeps one parameter at a time in host memory.
@@ -80,6 +82,7 @@ def load_params(
         vocab_size=vocab_size,
         action_dim=action_dim,
         state_dim=state_dim,
+        lora=lora,
         seed=seed,
         put=put,
     )
@@ -159,12 +162,14 @@ def assemble(
     vocab_size: int | None = None,
     action_dim: int = 0,
     state_dim: int = 0,
+    lora: LoraConfig | None = None,
     seed: int = 0,
     put: Put | None = None,
 ) -> tuple[WallXConfig, tree.Tree]:
     """The parameters that `read(path)` gives one by one, resized and completed; see `load_params` for the rest."""
     own = tree.flatten(abstract_params(config))
     resized, config = _resized(config, read, action, vocab_size, action_dim, state_dim, seed)
+    config = dataclasses.replace(config, lora=lora or LoraConfig())
     put = put or (lambda path, array: array)
     params = {}
     for path, spec in tree.flatten(abstract_params(config)).items():

@@ -18,8 +18,13 @@ CHANNELS = ("action/propri_proj/kernel", "action/w1/kernel", "action/proj_back/k
 
 
 def fresh(path: str, shape: tuple[int, ...], dtype: np.dtype, config: WallXConfig, seed: int) -> np.ndarray:
-    """normal(0, initializer_range), upstream's start for weights that no file has; a function of path and seed."""
+    """normal(0, initializer_range), upstream's start for weights that no file has; a function of path and seed.
+    Adapters start as `models.lora` says."""
     rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
+    if path.endswith("/lora_b"):
+        return np.zeros(shape, dtype)
+    if path.endswith("/lora_a"):
+        return rng.uniform(-1, 1, shape).astype(dtype) * dtype.type(shape[-2] ** -0.5)
     values = rng.standard_normal(shape, np.float32)
     values *= config.text.initializer_range
     return values.astype(dtype)
