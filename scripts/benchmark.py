@@ -2,21 +2,23 @@
 
     python scripts/benchmark.py --preset mid [--batch 1] [--json OUT]
     python scripts/benchmark.py --preset mid --compare-torch [--json OUT]
-    python scripts/benchmark.py --preset wall_oss_3b --aot --devices 8 [--json OUT]
+    python scripts/benchmark.py --preset wall_oss_3b --aot --target h200 --devices 8 [--json OUT]
 
 Each sample has three 252x196 images and 285 tokens, 32 of them action tokens. Weights are random: speed does not depend
 on them. Prints JSON. The latency of a chunk is split into vision (images to features), prefix (prompt to keys and
 values) and denoise (one Euler step); chunk is the one program that a policy runs. token_ms is one token of text or of
 FAST actions.
 
-`--compare-torch` runs lerobot's PyTorch wall_x on the same weights and inputs in turn with ours, and compares the
-actions; `make torch-reference` sets its environment up.
+`--compare-torch` runs lerobot's PyTorch wall_x on the same weights and inputs in turn with ours, a chunk and a train
+step, and compares the actions; `make torch-reference` sets its environment up.
 
-`--aot` compiles for N virtual CPU devices, sharded over fsdp; the CPU compiler keeps some bfloat16 arrays in float32,
-so its figures are upper bounds for an accelerator.
+`--aot` compiles for N devices, parameters cut over fsdp, and prints the compiler's bytes per device. `--target h100`
+and `h200` take the GPU compiler that comes with `jax[cuda12]`, and no GPU. The CPU compiler keeps some bfloat16 arrays
+in float32, so its figures are upper bounds for an accelerator.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -26,6 +28,8 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+
+import aot
 
 ACTIONS, TOKENS, IMAGE, CAMERAS, STEPS = 32, 285, (196, 252), 3, 10
 SAID = 32  # tokens of text, or of FAST actions
@@ -73,23 +77,16 @@ def median_ms(call, repeats: int) -> float:
     return float(np.median(times[1:]))
 
 
-def train_step_of(model):
-    from wallx_jax.config import default_config
-    from wallx_jax.run_config import OptimConfig
+def train_step_of(model, optimizer: str = "adamw", freeze_vlm: bool = False):
+    """(settings, train step) with the defaults of a run."""
+    from wallx_jax.config import default_config, resolve
     from wallx_jax.training.step import Objective, make_train_step
 
     c = default_config()
-    optim = OptimConfig(
-        learning_rate=c.learning_rate,
-        min_lr=c.min_lr,
-        warmup_steps=c.num_warmup_steps,
-        action_expert_learning_rate=None,
-        weight_decay=c.weight_decay,
-        max_grad_norm=c.max_grad_norm,
-        freeze_vlm=False,
-        train_action_expert_only=False,
-        train_action_heads=True,
-    )
+    c.pretrained_wallx_path = c.repo_id = c.save_path = "unused"
+    c.camera_views = {"face_view": "unused"}
+    c.optimizer, c.freeze_vlm = optimizer, freeze_vlm
+    optim = dataclasses.replace(resolve(c).optim, lora=model.lora)
     return optim, make_train_step(model, optim, 1000, Objective(), seed=0)
 
 
@@ -196,6 +193,7 @@ class TorchReference:
             proprioception=batch.state[:, None],
             agent_pos_mask=batch.state_mask[:, None],
             dof_mask=batch.action_mask,
+            action_chunk=batch.actions,
             noise=np.asarray(noise),
             tokens=json.dumps({name: getattr(model.tokens, name) for name in ("propri", "action")}),
         )
@@ -226,7 +224,7 @@ class TorchReference:
 
 
 def compare(model, params, batch, python: Path, repeats: int) -> dict:
-    """A chunk of ours and one of lerobot's in turn, after one of each that is not counted."""
+    """A chunk, then a train step, of ours and of lerobot's in turn, after one of each that is not counted."""
     import jax
     import numpy as np
 
@@ -239,13 +237,20 @@ def compare(model, params, batch, python: Path, repeats: int) -> dict:
         theirs = TorchReference(python, Path(folder), model, batch, noise)
         apart, on_device = unstack(params), jax.device_put(batch)
         ours = chunk_program(model, apart, on_device, noise)
-        times: dict[str, list[float]] = {"ours": [], "torch": []}
+        times: dict[str, list[float]] = {name: [] for name in ("ours", "torch", "ours_train", "torch_train")}
         for _ in range(repeats + 1):
             start = time.perf_counter()
             actions = np.asarray(ours(apart, on_device, noise))
             times["ours"].append(1e3 * (time.perf_counter() - start))
             times["torch"].append(theirs(f"chunk {STEPS}")["ms"])
         expected = np.array(theirs("actions")["actions"])
+        del apart
+        train_one = train_program(model, params, on_device)
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            jax.block_until_ready(train_one())
+            times["ours_train"].append(1e3 * (time.perf_counter() - start))
+            times["torch_train"].append(theirs("train")["ms"])
         versions = theirs.versions
         theirs.close()
     medians = {name: float(np.median(each[1:])) for name, each in times.items()}
@@ -255,8 +260,32 @@ def compare(model, params, batch, python: Path, repeats: int) -> dict:
         "speedup": medians["torch"] / medians["ours"],
         "largest_difference": float(np.abs(actions - expected).max()),
         "largest_action": float(np.abs(expected).max()),
+        "ours_train_ms": medians["ours_train"],
+        "torch_train_ms": medians["torch_train"],
+        "train_speedup": medians["torch_train"] / medians["ours_train"],
         **versions,
     }
+
+
+def train_program(model, params, batch):
+    """A function that makes one update and returns its loss; `compile_s` tells how long it took to compile."""
+    import jax
+
+    from wallx_jax.training.state import create_state
+
+    optim, step = train_step_of(model)
+    state = jax.jit(lambda p: create_state(p, optim, 1000))(params)
+    micro = jax.tree.map(lambda x: x[None], batch)
+    start = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=0).lower(state, micro).compile()
+
+    def one_step():
+        nonlocal state
+        state, metrics = compiled(state, micro)
+        return metrics["loss"]
+
+    one_step.compile_s = time.perf_counter() - start
+    return one_step
 
 
 def run(model, batch_size: int, repeats: int) -> dict:
@@ -264,25 +293,13 @@ def run(model, batch_size: int, repeats: int) -> dict:
     import jax
 
     from wallx_jax.models.wallx import init_params
-    from wallx_jax.training.state import create_state
 
     batch = jax.device_put(random_batch(model, batch_size))
     params = jax.jit(lambda: init_params(model, 0))()
     inference = time_inference(model, params, batch, repeats)
 
-    optim, step = train_step_of(model)
-    state = jax.jit(lambda p: create_state(p, optim, 1000))(params)
-    micro = jax.tree.map(lambda x: x[None], batch)
-    start = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, micro).compile()
-    compile_s = time.perf_counter() - start
-
-    def one_step():
-        nonlocal state
-        state, metrics = compiled(state, micro)
-        return metrics["loss"]
-
-    step_ms = median_ms(one_step, repeats)
+    train_one = train_program(model, params, batch)
+    step_ms = median_ms(train_one, repeats)
     stats = jax.devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     return {
@@ -290,38 +307,11 @@ def run(model, batch_size: int, repeats: int) -> dict:
             "step_ms": step_ms,
             "tokens_per_s": 1e3 * batch_size * TOKENS / step_ms,
             "samples_per_s": 1e3 * batch_size / step_ms,
-            "compile_s": compile_s,
+            "compile_s": train_one.compile_s,
         },
         "inference": inference,
         "peak_memory_gib": peak / 2**30,
         "peak_memory_of": "device" if "peak_bytes_in_use" in stats else "process",
-    }
-
-
-def plan(model, batch_size: int, devices: int) -> dict:
-    """The compiler's account of the train step on `devices` devices, nothing allocated."""
-    import jax
-
-    from wallx_jax.run_config import MeshConfig
-    from wallx_jax.training import sharding
-    from wallx_jax.training.loop import abstract_batch
-    from wallx_jax.training.start import abstract_state
-
-    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=devices, tensor=1))
-    optim, step = train_step_of(model)
-    state = abstract_state(model, optim, 1000, mesh)
-    sample = jax.tree.map(lambda x: x[0], random_batch(model, 1))
-    batch = abstract_batch(sample, batch_size * devices, mesh, 1)
-    out = (jax.tree.map(lambda x: x.sharding, state), None)
-    start = time.perf_counter()
-    memory = jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch).compile().memory_analysis()
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return {
-        "devices": devices,
-        "arguments_gib": memory.argument_size_in_bytes / 2**30,
-        "temporary_gib": memory.temp_size_in_bytes / 2**30,
-        "per_device_gib": (memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs) / 2**30,
-        "compile_s": time.perf_counter() - start,
     }
 
 
@@ -332,6 +322,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="timed calls; the median is printed")
     parser.add_argument("--aot", action="store_true", help="compile the train step only, and print bytes per device")
     parser.add_argument("--devices", type=int, default=1, help="with --aot: devices that parameters are cut over")
+    parser.add_argument("--target", choices=aot.TARGETS, default="cpu", help="with --aot: the hardware to compile for")
+    parser.add_argument("--optimizer", choices=("adamw", "adafactor"), default="adamw", help="with --aot")
+    parser.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank instead of all weights")
+    parser.add_argument("--freeze-vlm", action="store_true", help="with --aot: train the action side only")
     parser.add_argument("--compare-torch", action="store_true", help="compare a chunk with lerobot's PyTorch wall_x")
     parser.add_argument(
         "--torch-python", type=Path, default=Path(".venv-torch/bin/python"), help="with --compare-torch: its python"
@@ -339,17 +333,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
     if arguments.aot:  # before jax starts
-        os.environ["JAX_PLATFORMS"] = "cpu"
-        flag = f"--xla_force_host_platform_device_count={arguments.devices}"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+        aot.prepare(arguments.target, arguments.devices)
 
     import jax
 
     from wallx_jax.models.config import PRESETS
 
-    model = PRESETS[arguments.preset]
+    model = PRESETS[arguments.preset].replace(lora={"rank": arguments.lora_rank})
     if arguments.aot:
-        figures = plan(model, arguments.batch, arguments.devices)
+        optim, step = train_step_of(model, arguments.optimizer, arguments.freeze_vlm)
+        sample = jax.tree.map(lambda x: x[0], random_batch(model, 1))
+        figures = {"optimizer": arguments.optimizer, "lora_rank": arguments.lora_rank}
+        figures |= {"freeze_vlm": arguments.freeze_vlm}
+        figures |= aot.plan(model, optim, step, sample, arguments.batch, arguments.target, arguments.devices)
     elif arguments.compare_torch:
         from wallx_jax.models.wallx import init_params
 

@@ -4,8 +4,8 @@
 
 Runs in an environment of its own (`make torch-reference`), since its dependencies are not those of this package. Reads
 one command per line and answers each with one line of JSON: "chunk STEPS" samples an action chunk by the model's own
-`predict`, "actions" tells the last one. INPUTS.npz holds the arrays of a flow batch in Hugging Face's form, and the
-noise to start from.
+`predict`, "actions" tells the last one, "train" makes one update with AdamW. INPUTS.npz holds the arrays of a flow
+batch in Hugging Face's form, and the noise to start from.
 """
 
 import json
@@ -68,20 +68,28 @@ def main() -> None:
     wall_x.torch.bfloat16 = torch.float32
     print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads()}), flush=True)
 
-    actions = None
+    actions, optimizer = None, torch.optim.AdamW(model.parameters(), lr=9e-5, weight_decay=0.1)
+    chunk = arrays.pop("action_chunk")
     for line in sys.stdin:
         command, *argument = line.split()
         start = time.perf_counter()
         answer = {}
-        with torch.no_grad():
-            if command == "chunk":
+        if command == "chunk":
+            with torch.no_grad():
                 actions = model.predict(
                     "diffusion", horizon, channels, num_inference_timesteps=int(argument[0]), **arrays
                 )["predict_action"]
-            elif command == "actions":
-                answer["actions"] = actions.tolist()
-            else:
-                raise SystemExit(f"no such command: {command}")
+        elif command == "actions":
+            answer["actions"] = actions.tolist()
+        elif command == "train":
+            loss = model.train()(mode="train", action_chunk=chunk, use_cache=False, **arrays).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            answer["loss"] = loss.item()
+        else:
+            raise SystemExit(f"no such command: {command}")
         answer["ms"] = 1e3 * (time.perf_counter() - start)
         print(json.dumps(answer), flush=True)
 

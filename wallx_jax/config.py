@@ -96,6 +96,7 @@ def default_config() -> OrderedConfig:
     c.num_workers = 4  # data processes; 0 reads in the training process
 
     # Optimisation. Steps are optimizer updates.
+    c.optimizer = "adamw"  # or "adafactor", whose second moments are factored: 8 GiB less per moment at the 3B size
     c.learning_rate = 9e-5  # peak
     c.min_lr = 5e-5  # at the end of the cosine
     c.num_warmup_steps = 100  # from 0 to the peak, linear
@@ -107,9 +108,12 @@ def default_config() -> OrderedConfig:
     c.max_grad_norm = 1.0  # global norm that gradients are clipped to
     c.flow_loss_weight = 1.0  # factor of the flow loss beside the cross-entropy
     c.action_expert_learning_rate = placeholder(float)  # peak for the action expert; None: learning_rate
+    c.learning_rates = ()  # other peaks, "PATTERN=RATE": a regular expression found in a parameter's path; first match
     c.freeze_vlm = False  # train the action side only
     c.train_action_expert_only = False  # upstream's second name for the same
     c.train_action_heads = True  # with one of these two: also the action heads, which upstream freezes
+    c.stochastic_rounding = True  # bfloat16 parameters and moments round up or down at random; False: to the nearest
+    c.ema_decay = placeholder(float)  # checkpoints hold this moving average of what is trained, to act with; None: none
     c.lora = OrderedConfig()  # low-rank adapters, trained in place of the layers that they adapt; see models.lora
     c.lora.rank = 0  # 0: none
     c.lora.alpha = 32.0  # their output is multiplied by alpha / rank
@@ -184,7 +188,13 @@ def resolve(config: ConfigDict) -> RunConfig:
             batch_size=v["batch_size_per_gpu"],
             eval_batch_size=v["eval_batch_size_per_gpu"] or v["batch_size_per_gpu"],
         ),
-        optim=_build(OptimConfig, v, warmup_steps=v["num_warmup_steps"], lora=LoraConfig(**_section(v, "lora"))),
+        optim=_build(
+            OptimConfig,
+            v,
+            warmup_steps=v["num_warmup_steps"],
+            learning_rates=tuple(map(_pattern_and_rate, v["learning_rates"])),
+            lora=LoraConfig(**_section(v, "lora")),
+        ),
         loop=_build(
             LoopConfig,
             v,
@@ -216,6 +226,7 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f' (did you mean "{close[0]}"?)' if close else ""
 
 
+OPTIMIZERS = ("adamw", "adafactor")
 REQUIRED = ("pretrained_wallx_path", "repo_id", "save_path")
 POSITIVE = (
     "action_expert_intermediate_size", "action_horizon", "max_length", "max_fast_tokens", "learning_rate",
@@ -258,7 +269,7 @@ def _read(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
                 ok, expected = _is_int(value) and value >= 1, "a number of dims, at least 1"
             if not ok:
                 errors.append(f"{key}.{name} = {value!r}: expected {expected}")
-    for key in ("obs_action_keys", "predict_action_keys", "lora.targets"):
+    for key in ("obs_action_keys", "predict_action_keys", "lora.targets", "learning_rates"):
         if wrong := [item for item in values[key] if not isinstance(item, str)]:
             errors.append(f"{key}: {wrong} are not strings")
         elif len(set(values[key])) != len(values[key]):
@@ -287,6 +298,19 @@ def _value_errors(v: Mapping[str, Any]) -> list[str]:
                 Numerics(**{name: value})
         except ValueError as error:
             errors.append(str(error))
+    if v["optimizer"] not in OPTIMIZERS:
+        errors.append(f"optimizer = {v['optimizer']!r}: choose one of {list(OPTIMIZERS)}")
+    if v["ema_decay"] is not None and not 0 < v["ema_decay"] < 1:
+        errors.append(f"ema_decay = {v['ema_decay']}: must be between 0 and 1, e.g. 0.999")
+    for entry in v["learning_rates"]:
+        try:
+            pattern, rate = _pattern_and_rate(str(entry))
+            re.compile(pattern)
+            ok = 0 < rate < math.inf
+        except (ValueError, re.error):
+            ok = False
+        if not ok:
+            errors.append(f"learning_rates: {entry!r} is not PATTERN=RATE, e.g. '^vision/=1e-5'")
     for target in v["lora.targets"]:
         try:
             re.compile(target if isinstance(target, str) else "")
@@ -347,6 +371,12 @@ def _type(defaults: ConfigDict, key: str) -> type:
     for parent in parents:
         defaults = defaults[parent]
     return defaults.get_type(last)
+
+
+def _pattern_and_rate(entry: str) -> tuple[str, float]:
+    """ "^vision/=1e-5" -> ("^vision/", 1e-5)."""
+    pattern, _, rate = entry.rpartition("=")
+    return pattern, float(rate)
 
 
 def _is_int(value: Any) -> bool:

@@ -93,6 +93,10 @@ class OptimConfig:
     freeze_vlm: bool
     train_action_expert_only: bool
     train_action_heads: bool
+    optimizer: str = "adamw"
+    learning_rates: tuple[tuple[str, float], ...] = ()
+    stochastic_rounding: bool = True
+    ema_decay: float | None = None
     lora: LoraConfig = LoraConfig()
 
 

@@ -9,7 +9,6 @@ from wallx_jax import tree
 from wallx_jax.models import flow, losses, stack
 from wallx_jax.models.attention import sequence_mask
 from wallx_jax.models.config import PRESETS, TINY, WallXConfig
-from wallx_jax.models.vision import segments
 from wallx_jax.models.wallx import FlowTarget, abstract_params, bind, init_params
 
 HORIZON, LENGTH = 5, 24
@@ -196,14 +195,6 @@ def test_sequence_mask():
     np.testing.assert_array_equal(mask, np.array(expected, bool))
     causal = np.asarray(sequence_mask(jnp.asarray([[False, True, True]]), 2, "causal"))[0]
     assert not causal[3, 4] and causal[4, 3]
-
-
-def test_vision_depth_is_cut_into_equal_super_blocks():
-    assert segments(WallXConfig().vision) == [(0, 7, 1, 4)]
-    assert segments(TINY.replace(vision={"depth": 5, "fullatt_block_indexes": (1,)}).vision) == [
-        (0, 1, 1, 1),
-        (2, 3, 0, 1),
-    ]
 
 
 def test_one_compilation_serves_every_prompt(params):

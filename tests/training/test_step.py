@@ -13,7 +13,8 @@ from wallx_jax.models.config import PRESETS, TINY, LoraConfig
 from wallx_jax.models.wallx import abstract_params, init_params
 from wallx_jax.run_config import MeshConfig, OptimConfig
 from wallx_jax.training import sharding
-from wallx_jax.training.optimizer import group_of, make_optimizer, schedule
+from wallx_jax.training.optimizer import group_of, make_optimizer, peak_rate, schedule
+from wallx_jax.training.rounding import stochastic
 from wallx_jax.training.state import create_state
 from wallx_jax.training.step import Objective, make_eval_step, make_train_step
 
@@ -187,3 +188,90 @@ def test_decay_reaches_every_parameter():
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     for update in jax.tree.leaves(updates):
         np.testing.assert_allclose(update, -1e-3 * 0.1, rtol=1e-5)
+
+
+def test_stochastic_rounding_is_right_on_average():
+    x = jnp.asarray([1 + 2**-9, -(1 + 2**-9), 1 + 2**-8 + 2**-10, 3e-39, 0.0, 1.0], jnp.float32)
+    draws = jax.vmap(lambda key: stochastic(key, x))(jax.random.split(jax.random.key(0), 4000)).astype(jnp.float32)
+    assert set(np.unique(draws[:, 0])) == {1.0, 1 + 2**-7}
+    assert set(np.unique(draws[:, 1])) == {-1.0, -1 - 2**-7}
+    np.testing.assert_allclose(draws.mean(0)[:3], x[:3], atol=4 * 2**-8 / 4000**0.5)
+    assert (draws[:, 4:] == x[4:]).all(), "what bfloat16 holds stays"
+    odd = jnp.asarray([np.nan, np.inf, -np.inf], jnp.float32)
+    np.testing.assert_array_equal(stochastic(jax.random.key(1), odd).astype(jnp.float32), odd)
+
+
+@pytest.mark.parametrize("rounding", [True, False])
+def test_small_updates_of_bfloat16_are_kept_by_stochastic_rounding(rounding):
+    """Weight decay alone: each update is a 2000th of the parameter, far below a step of bfloat16."""
+    model = SMALL.replace(numerics={"param_dtype": "bfloat16", "float32_islands": False})
+    config = dataclasses.replace(
+        OPTIM, learning_rate=5e-3, min_lr=5e-3, warmup_steps=0, freeze_vlm=True, stochastic_rounding=rounding
+    )
+    params = init_params(model, 0)
+    params["action"]["w1"]["kernel"] = jnp.ones_like(params["action"]["w1"]["kernel"])
+    batch = random_batch((1, 1))
+    batch = dataclasses.replace(batch, action_mask=batch.action_mask * 0)  # no loss, no gradient
+    step, state = jax.jit(make_train_step(model, config, 100, Objective(), seed=0)), create_state(params, config, 100)
+    for _ in range(40):
+        state, _ = step(state, batch)
+    mean = float(state.params["action"]["w1"]["kernel"].astype(jnp.float32).mean())
+    assert mean == (pytest.approx((1 - 5e-4) ** 40, abs=2e-3) if rounding else 1.0)
+
+
+def test_bfloat16_training_follows_float32():
+    """The same model, data and noise: after 30 updates the losses agree better than the run has moved."""
+
+    def losses(param_dtype: str) -> np.ndarray:
+        model = SMALL.replace(numerics={"param_dtype": param_dtype})
+        step = jax.jit(make_train_step(model, OPTIM, 30, Objective(), seed=0))
+        state = create_state(jax.tree.map(lambda x, s: x.astype(s.dtype), start, abstract_params(model)), OPTIM, 30)
+        found = []
+        for _ in range(30):
+            state, metrics = step(state, batch)
+            found.append(float(metrics["loss"]))
+        return np.array(found)
+
+    start, batch = init_params(SMALL, 0), random_batch((1, 4))
+    wide, narrow = losses("float32"), losses("bfloat16")
+    assert np.abs(wide - narrow).max() < 0.1 * (wide[:5].mean() - wide[-5:].mean())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_optimizers_lower_the_loss_on_any_mesh(optimizer):
+    config = dataclasses.replace(OPTIM, optimizer=optimizer, ema_decay=0.9)
+    step, batch, results = make_train_step(SMALL, config, 30, Objective(), seed=0), random_batch((1, 4)), {}
+    for mesh_config in (MeshConfig(1, 1, 1), MeshConfig(1, 2, 2)):
+        devices = mesh_config.fsdp * mesh_config.tensor
+        mesh = sharding.make_mesh(mesh_config, jax.devices()[:devices])
+        state = create_state(init_params(SMALL, 0), config, 30)
+        state = jax.device_put(state, sharding.shardings(jax.eval_shape(lambda s=state: s), mesh))
+        jitted, losses = jax.jit(step), []
+        for _ in range(12):
+            state, metrics = jitted(state, batch)
+            losses.append(float(metrics["loss"]))
+        assert np.mean(losses[-4:]) < np.mean(losses[:4])
+        results[devices] = (np.array(losses), leaves(state.ema), leaves(state.params))
+    np.testing.assert_allclose(results[1][0], results[4][0], rtol=2e-4)
+    average, last = results[1][1:]
+    assert average.keys() == last.keys()
+    assert not np.array_equal(average["action/w1/kernel"], last["action/w1/kernel"])
+    moments = create_state(init_params(SMALL, 0), config, 30).opt_state
+    sizes = sum(x.size for x in jax.tree.leaves(moments))
+    assert (sizes < 0.9 * sum(x.size for x in last.values())) == (optimizer == "adafactor")
+
+
+def test_learning_rates_by_pattern():
+    config = dataclasses.replace(
+        OPTIM, action_expert_learning_rate=7e-4, learning_rates=(("^vision/", 1e-5), ("mlp/action/down", 2e-5))
+    )
+    assert peak_rate("vision/blocks/attn/qkv/kernel", config) == 1e-5
+    assert peak_rate("decoder/layers/mlp/action/down/kernel", config) == 2e-5
+    assert peak_rate("decoder/layers/mlp/action/up/kernel", config) == 7e-4
+    assert peak_rate("decoder/norm/scale", config) == 1e-3
+    params = tree.map_with_path(lambda path, x: jnp.ones(x.shape), abstract_params(SMALL))
+    config = dataclasses.replace(config, warmup_steps=0)
+    optimizer = make_optimizer(config, 10)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    for path, update in tree.flatten(updates).items():
+        np.testing.assert_allclose(update, -peak_rate(path, config) * 0.1, rtol=1e-5)

@@ -3,6 +3,7 @@
 Legend: B batch, P patches of all frames of a sample, D width, N heads, H head dim, R frames in a run of equal ones.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -61,19 +62,31 @@ class VisionAttention(nnx.Module):
         self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=True, rngs=rngs)
         self.proj = Linear(config.hidden_size, config.hidden_size, bias=True, rngs=rngs)
 
-    def __call__(self, x: jax.Array, runs: Sequence[FrameRun], full: bool) -> jax.Array:
-        """x [B, P, D], frames in order, each frame's patches in its plan's order."""
+    def __call__(self, x: jax.Array, runs: Sequence[FrameRun], full: bool | jax.Array) -> jax.Array:
+        """x [B, P, D], frames in order, each frame's patches in its plan's order. full: over a whole frame, or over
+        each of its windows; traced where layers are scanned."""
         config, heads = self.config, self.config.num_heads
         qkv = self.qkv(x).reshape(*x.shape[:2], 3, heads, config.hidden_size // heads)
-        out, start = [], 0
-        for run in runs:
-            plan = plan_frame(run.rows, run.columns, config)
-            q, k, v = jnp.moveaxis(qkv[:, start : start + run.count * run.patches], 2, 0)
-            angles = np.tile(plan.angles, (run.count, 1))
-            q, k = (rotate(y, np.cos(angles), np.sin(angles)) for y in (q, k))
-            out.append(_attend_groups(q, k, v, run, ((1, run.patches),) if full else plan.windows))
-            start += run.count * run.patches
-        return self.proj(jnp.concatenate(out, axis=1))
+        plans = [plan_frame(run.rows, run.columns, config) for run in runs]
+        angles = np.concatenate([np.tile(plan.angles, (run.count, 1)) for run, plan in zip(runs, plans, strict=True)])
+        q, k, v = jnp.moveaxis(qkv, 2, 0)
+        q, k = (rotate(y, np.cos(angles), np.sin(angles)) for y in (q, k))
+        frames = [((1, run.patches),) for run in runs]
+        windows = [plan.windows for plan in plans]
+        if isinstance(full, bool):
+            return self.proj(_attend_frames(q, k, v, runs, frames if full else windows))
+        branches = (functools.partial(_attend_frames, runs=runs, groups=groups) for groups in (frames, windows))
+        return self.proj(jax.lax.cond(full, *branches, q, k, v))
+
+
+def _attend_frames(q, k, v, runs: Sequence[FrameRun], groups: Sequence[Sequence[tuple[int, int]]]) -> jax.Array:
+    """Attention inside each frame's groups of patches, (how many, of which size): q, k, v [B, P, N, H] -> [B, P, D]."""
+    out, start = [], 0
+    for run, own in zip(runs, groups, strict=True):
+        part = slice(start, start + run.count * run.patches)
+        out.append(_attend_groups(q[:, part], k[:, part], v[:, part], run, own))
+        start = part.stop
+    return jnp.concatenate(out, axis=1)
 
 
 def _attend_groups(q, k, v, run: FrameRun, groups: Sequence[tuple[int, int]]) -> jax.Array:
@@ -97,7 +110,7 @@ class VisionBlock(nnx.Module):
         self.attn = VisionAttention(config, rngs=rngs)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=True, rngs=rngs)
 
-    def __call__(self, x: jax.Array, runs: Sequence[FrameRun], full: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, runs: Sequence[FrameRun], full: bool | jax.Array) -> jax.Array:
         x = x + self.attn(self.norm1(x), runs, full)
         return x + self.mlp(self.norm2(x))
 
@@ -135,61 +148,17 @@ class VisionTower(nnx.Module):
         plans = [plan_frame(run.rows, run.columns, self.config) for run in runs]
         x = self.patch_embed(_reorder(patches, runs, [plan.order for plan in plans], 1))
 
+        full = [index in self.config.fullatt_block_indexes for index in range(self.config.depth)]
+
+        def body(x, block_and_kind):
+            block, full = block_and_kind
+            return block(x, runs, full), None
+
         if stack.is_stacked(self.blocks):
-            x = self._scan(x, runs)
+            x, _ = stack.run(checkpointed(body, self.remat), x, self.blocks, np.array(full))
         else:
-            for index, block in enumerate(self.blocks):
-                x = block(x, runs, index in self.config.fullatt_block_indexes)
+            x, _ = stack.run(body, x, self.blocks, full)
         return _reorder(self.merger(x), runs, [plan.restore for plan in plans], cell)
-
-    def _scan(self, x: jax.Array, runs: Sequence[FrameRun]) -> jax.Array:
-        """All blocks over x [B, P, D], as scans over runs of equal ones inside scans over equal super-blocks."""
-
-        def block_group(x, blocks, full):
-            def body(x, block):
-                return block(x, runs, full), None
-
-            return jax.lax.scan(checkpointed(body, self.remat), x, blocks)[0]
-
-        for start, windowed, full, repeat in segments(self.config):
-            length = windowed + full
-            stacked = jax.tree.map(
-                lambda w, start=start, stop=start + repeat * length, length=length: w[start:stop].reshape(
-                    -1, length, *w.shape[1:]
-                ),
-                self.blocks,
-            )
-
-            def super_block(x, blocks, windowed=windowed, full=full):
-                if windowed:
-                    x = block_group(x, jax.tree.map(lambda w: w[:windowed], blocks), False)
-                if full:
-                    x = block_group(x, jax.tree.map(lambda w: w[windowed:], blocks), True)
-                return x, None
-
-            x = jax.lax.scan(super_block, x, stacked)[0]
-        return x
-
-
-def segments(config: VisionConfig) -> list[tuple[int, int, int, int]]:
-    """The depth as runs of equal super-blocks: (first layer, windowed layers, full layers (0 or 1), repeats).
-
-    The published 3B tower is one segment, (0, 7, 1, 4): a single scan whatever the depth.
-    """
-    ends = [i + 1 for i in sorted(config.fullatt_block_indexes) if i < config.depth]
-    starts = [0, *ends]
-    shapes = [(end - start - 1, 1) for start, end in zip(starts, ends, strict=False)]
-    if starts[-1] < config.depth:
-        shapes.append((config.depth - starts[-1], 0))
-    result: list[tuple[int, int, int, int]] = []
-    layer = 0
-    for windowed, full in shapes:
-        if result and result[-1][1:3] == (windowed, full):
-            result[-1] = (*result[-1][:3], result[-1][3] + 1)
-        else:
-            result.append((layer, windowed, full, 1))
-        layer += windowed + full
-    return result
 
 
 def _reorder(x: jax.Array, runs: Sequence[FrameRun], orders: Sequence[np.ndarray], cell: int) -> jax.Array:

@@ -235,11 +235,10 @@ def restore_state(
     def load(step: Path) -> Any:
         for item, tree in _items(wanted).items():
             _compare(step, item, _flatten(tree), dtypes=True)
-        stored = ocp.load_checkpointables(step, jax.tree.map(_placed, _items(wanted)))
-        leaves = _flatten({"params": stored["params"], **stored["state"]})
+        leaves = _from_items(ocp.load_checkpointables(step, jax.tree.map(_placed, _items(wanted))), wanted)
         if data_iterator is not None:
             _restore_iterator(step, data_iterator)
-        return jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[key] for key in wanted])
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), list(leaves.values()))
 
     return checkpoint_dir.first_readable(path, save_path, load), data_iterator
 
@@ -295,11 +294,29 @@ def _flatten(tree: Any) -> dict[str, Any]:
 def _items(flat: Mapping[str, Any]) -> dict[str, Tree]:
     """A flattened state -> the nested dicts that are stored: "params", and "state" for everything else.
 
+    Where a moving average is kept, it stands in "params" for the parameters that it averages, so that whoever acts or
+    exports takes it; those themselves are in "state", as "params/...".
+
     Plain dicts on disk: reading a checkpoint needs none of the optimizer's classes.
     """
-    inside = {path.removeprefix("params/"): leaf for path, leaf in flat.items() if path.startswith("params/")}
-    beside = {path: leaf for path, leaf in flat.items() if not path.startswith("params/")}
-    return {"params": unflatten(inside), "state": unflatten(beside)}
+    averages = {path.removeprefix("ema/"): leaf for path, leaf in flat.items() if path.startswith("ema/")}
+    trained = {path.removeprefix("params/"): leaf for path, leaf in flat.items() if path.startswith("params/")}
+    beside = {path: leaf for path, leaf in flat.items() if not path.startswith(("params/", "ema/"))}
+    beside |= {f"params/{path}": trained[path] for path in averages}
+    return {"params": unflatten(trained | averages), "state": unflatten(beside)}
+
+
+def _from_items(items: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves `wanted` of a flattened state: the inverse of `_items`."""
+    acting, beside = _flatten(items["params"]), _flatten(items["state"])
+
+    def leaf(path: str) -> Any:
+        kind, _, name = path.partition("/")
+        if kind == "ema" or (kind == "params" and path not in beside):
+            return acting[name]
+        return beside[path]
+
+    return {path: leaf(path) for path in wanted}
 
 
 def stored(step: Path, item: str = "params") -> dict[str, Any]:

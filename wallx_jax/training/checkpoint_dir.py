@@ -2,7 +2,7 @@
 
 A run keeps {save_path}/checkpoints/{step}/, which `training.checkpoint` writes:
 
-    params/    the parameters                                        } arrays in Orbax's format,
+    params/    the parameters (their moving average, if one is kept) } arrays in Orbax's format,
     state/     the rest of the train state: optimizer, step, ...     } restored onto any mesh
     data/      process_{i}.json: the data iterator's state, per process
     metadata/  metadata.json: run config, model config, token ids, numerics, package versions, loss

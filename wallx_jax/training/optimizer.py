@@ -1,9 +1,10 @@
-"""AdamW with learning-rate groups and freezing; the schedule counts optimizer updates.
+"""AdamW or Adafactor with learning-rate groups and freezing; the schedule counts optimizer updates.
 
 Upstream's scheduler ticks once per process and per update, so its 100 warm-up "steps" are 100 / processes updates
 here; and with groups it divides min_lr by 1e-3 instead of the base rate. Neither is reproduced.
 """
 
+import re
 from collections.abc import Callable
 
 import jax
@@ -36,6 +37,16 @@ def group_of(path: str, config: OptimConfig) -> str:
     return "vlm"
 
 
+def peak_rate(path: str, config: OptimConfig) -> float:
+    """The peak learning rate of a parameter that is trained."""
+    for pattern, rate in config.learning_rates:
+        if re.search(pattern, path):
+            return rate
+    if group_of(path, config) == "action_expert":
+        return config.action_expert_learning_rate or config.learning_rate
+    return config.learning_rate
+
+
 def is_trainable(config: OptimConfig) -> Callable[[str], bool]:
     return lambda path: group_of(path, config) != "frozen"
 
@@ -53,20 +64,29 @@ def schedule(peak: float, config: OptimConfig, decay_steps: int) -> optax.Schedu
 
 
 def make_optimizer(config: OptimConfig, decay_steps: int) -> optax.GradientTransformation:
-    """AdamW (0.9, 0.999, eps 1e-8) with decay on every parameter, as upstream; for the trainable part of the tree.
+    """Decay on every parameter, as upstream; for the trainable part of the tree. AdamW: (0.9, 0.999, eps 1e-8).
+    Adafactor (arXiv 1804.04235) in AdamW's place: factored second moments, no first, updates clipped to RMS 1, and
+    learning rate and decay as AdamW's.
 
-    Clipping is not part of it: the step clips once per update with the norm that it logs.
+    Clipping gradients is not part of it: the step clips once per update with the norm that it logs.
     """
 
-    def adamw(peak: float) -> optax.GradientTransformation:
-        return optax.adamw(
-            schedule(peak, config, decay_steps), b1=0.9, b2=0.999, eps=1e-8, weight_decay=config.weight_decay
+    def at_rate(peak: float) -> optax.GradientTransformation:
+        rate = schedule(peak, config, decay_steps)
+        if config.optimizer == "adamw":
+            return optax.adamw(rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=config.weight_decay)
+        return optax.chain(
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.add_decayed_weights(config.weight_decay),
+            optax.scale_by_learning_rate(rate),
         )
 
-    expert_peak = config.action_expert_learning_rate or config.learning_rate
+    rates = {config.learning_rate, config.action_expert_learning_rate or config.learning_rate}
+    rates |= {rate for _, rate in config.learning_rates}
     return optax.partition(
-        {"vlm": adamw(config.learning_rate), "action_expert": adamw(expert_peak)},
-        lambda params: tree.map_with_path(lambda path, _: group_of(path, config), params),
+        {str(rate): at_rate(rate) for rate in sorted(rates)},
+        lambda params: tree.map_with_path(lambda path, _: str(peak_rate(path, config)), params),
     )
 
 

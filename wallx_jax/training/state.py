@@ -16,12 +16,14 @@ from wallx_jax.training.optimizer import is_trainable, make_optimizer
 @dataclass(frozen=True)
 class TrainState:
     """step: int32, optimizer steps tried. skipped: int32, those of them left out because of a non-finite loss or
-    gradient. params: nested dict of all parameters. opt_state: optax state of the trainable ones."""
+    gradient. params: nested dict of all parameters. opt_state: optax state of the trainable ones. ema: moving average
+    of the trainable ones, in their dtypes, where one is kept."""
 
     step: jax.Array
     skipped: jax.Array
     params: tree.Tree
     opt_state: Any
+    ema: tree.Tree | None = None
 
 
 def create_state(params: tree.Tree, config: OptimConfig, decay_steps: int) -> TrainState:
@@ -29,4 +31,6 @@ def create_state(params: tree.Tree, config: OptimConfig, decay_steps: int) -> Tr
     trainable, _ = tree.split(params, is_trainable(config))
     opt_state: optax.OptState = make_optimizer(config, decay_steps).init(trainable)
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, zero, params, opt_state)
+    # Copies: a donated state must not hold an array twice.
+    ema = jax.tree.map(jnp.copy, trainable) if config.ema_decay is not None else None
+    return TrainState(zero, zero, params, opt_state, ema)

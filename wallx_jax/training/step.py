@@ -18,6 +18,7 @@ from wallx_jax.models.config import WallXConfig
 from wallx_jax.models.wallx import FlowTarget, LossSums, bind
 from wallx_jax.run_config import OptimConfig
 from wallx_jax.training.optimizer import clip, global_norm, is_trainable, make_optimizer, schedule
+from wallx_jax.training.rounding import narrow, widen
 from wallx_jax.training.state import TrainState
 
 
@@ -52,12 +53,16 @@ def make_train_step(
     """train_step(state, batch) -> (state, metrics), for batches with leading axes [N, B].
 
     The N micro-batches run one after another; sums are divided by the counts of all of them, so the update equals that
-    of one batch of N x B. Noise and time come from (seed, step) alone. An update whose loss or gradient norm is not
+    of one batch of N x B. Noise, time and rounding come from (seed, step) alone. The update itself is float32, whatever
+    parameters and moments are kept in. An update whose loss or gradient norm is not
     finite leaves parameters and optimizer as they were, and is counted.
     """
     optimizer = make_optimizer(optim, decay_steps)
     trainable = is_trainable(optim)
     rate = schedule(optim.learning_rate, optim, decay_steps)
+
+    def rounding_key(step: jax.Array) -> jax.Array | None:
+        return jax.random.fold_in(jax.random.key(seed + 1), step) if optim.stochastic_rounding else None
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         params, frozen = tree.split(state.params, trainable)
@@ -78,11 +83,14 @@ def make_train_step(
 
         norm = global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(clip(grads, norm, optim.max_grad_norm), state.opt_state, params)
-        updated = (optax.apply_updates(params, updates), opt_state)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), updated, (params, state.opt_state)
-        )
+        before = (params, state.opt_state, state.ema)
+        wide, moments, ema = widen(before)
+        updates, moments = optimizer.update(clip(widen(grads), norm, optim.max_grad_norm), moments, wide)
+        wide = optax.apply_updates(wide, updates)
+        if optim.ema_decay is not None:
+            ema = optax.incremental_update(wide, ema, 1 - optim.ema_decay)
+        after = narrow((wide, moments, ema), before, rounding_key(state.step))
+        params, opt_state, ema = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
         metrics = {
             "loss": loss,
             "cross_entropy_loss": parts.cross_entropy,
@@ -91,7 +99,7 @@ def make_train_step(
             "learning_rate": rate(state.step - state.skipped),
             "finite": finite,
         }
-        new_state = TrainState(state.step + 1, state.skipped + ~finite, tree.merge(params, frozen), opt_state)
+        new_state = TrainState(state.step + 1, state.skipped + ~finite, tree.merge(params, frozen), opt_state, ema)
         return new_state, metrics
 
     return train_step

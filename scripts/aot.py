@@ -1,0 +1,81 @@
+"""Compiles a train step for hardware that need not be there, and reads off the compiler's account of memory."""
+
+import os
+import time
+
+# What the GPU compiler has to know of a card; vendor datasheets (NVIDIA H100 SXM, H200).
+GPUS = {
+    "h100": {"name": "NVIDIA H100 80GB HBM3", "memory": 84_942_979_072, "bandwidth": 3_352_320_000_000},
+    "h200": {"name": "NVIDIA H200 141GB HBM3e", "memory": 151_397_597_184, "bandwidth": 4_800_000_000_000},
+}
+TARGETS = ("cpu", *GPUS)
+# The fields of XLA's GpuTargetConfigProto that both cards share: compute capability 9.0, 132 multiprocessors.
+HOPPER = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  memory_bandwidth: {bandwidth} l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: {memory}
+  cuda_compute_capability {{ major: 9 }}
+  device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability 9.0" device_address_bits: 64
+  driver_version: "13.0.0" runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0" dnn_version: "9.10.0"
+  name: "{name}"
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+device_description_str: "{name}"
+"""
+
+
+def prepare(target: str, devices: int) -> None:
+    """Environment for compiling for `devices` of a target; call it before jax starts."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if target == "cpu":
+        flag = f"--xla_force_host_platform_device_count={devices}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+
+
+def target_devices(target: str, count: int) -> list:
+    """Virtual CPU devices, or descriptions of GPUs (which takes the CUDA plugin of `jax[cuda12]`, and no GPU)."""
+    import jax
+    from jax.experimental import topologies
+
+    if target == "cpu":
+        return jax.devices()[:count]
+    config = HOPPER.format(**GPUS[target])
+    try:
+        return topologies.get_topology_desc(platform="cuda", topology=f"1x1x{count}", target_config=config).devices
+    except Exception as error:
+        raise SystemExit(
+            f"error: cannot compile for {target} here ({str(error).splitlines()[0]}); the GPU compiler comes with "
+            'pip install "wallx-jax[cuda12]"'
+        ) from error
+
+
+def plan(model, optim, make_step, sample, batch_size: int, target: str, devices: int) -> dict:
+    """The compiler's account of the train step on `devices` devices, parameters cut over fsdp; nothing is allocated."""
+    import jax
+
+    from wallx_jax.run_config import MeshConfig
+    from wallx_jax.training import sharding
+    from wallx_jax.training.loop import abstract_batch
+    from wallx_jax.training.start import abstract_state
+
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=devices, tensor=1), target_devices(target, devices))
+    state = abstract_state(model, optim, 1000, mesh)
+    batch = abstract_batch(sample, batch_size * devices, mesh, 1)
+    out = (jax.tree.map(lambda x: x.sharding, state), None)
+    start = time.perf_counter()
+    memory = jax.jit(make_step, donate_argnums=0, out_shardings=out).lower(state, batch).compile().memory_analysis()
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {
+        "target": target,
+        "devices": devices,
+        "arguments_gib": memory.argument_size_in_bytes / 2**30,
+        "temporary_gib": memory.temp_size_in_bytes / 2**30,
+        "per_device_gib": (memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs) / 2**30,
+        "compile_s": time.perf_counter() - start,
+    }
