@@ -38,7 +38,7 @@ ALLOWED = {
     "evaluation": SETTINGS | {"models", "weights", "data", "training", "inference"},
     "serving": SETTINGS | {"models.config", "data", "inference"},
     "train": SETTINGS | {"models", "weights", "data", "training", "inference", "devices", "compile_cache"},
-    "doctor": {"devices", "files", "tree", "models", "weights", "data", "training"},
+    "doctor": {"config", "devices", "compile_cache", "training.checkup", "training.parts"},
 }
 HEAVY = ("torch", "torchvision", "lerobot")
 MAY_IMPORT_HEAVY = {"data.lerobot"}

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 
 INSTALL = "pip install 'jax[cuda12]'"
+SMI_TIMEOUT_S = 20
 _ALIASES = {"cuda": "gpu", "rocm": "gpu"}
 
 
@@ -36,7 +37,7 @@ def require(platform: str | None) -> str:
     by = f"platform = {platform!r}" if platform else f"JAX_PLATFORMS={named}"
     try:
         found = jax.default_backend()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # the latter where no plugin knows the platform
         raise DeviceError(f"{by}: JAX cannot start it ({_line(error)}); {_remedy(asked, found=None)}") from None
     if asked:
         if found != _ALIASES.get(asked, asked):
@@ -62,7 +63,7 @@ def nvidia_gpus(proc: Path = Path("/proc/driver/nvidia")) -> list[str]:
         return []
     query = [program, "--query-gpu=name", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(query, capture_output=True, text=True, timeout=SMI_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired):  # a driver that hangs is no reason to hang with it
         return []
     return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
@@ -108,7 +109,7 @@ def _failure() -> str:
 
 
 def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()) or "no plugin for it"
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 

@@ -3,13 +3,14 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
 import tiny_run
 
 from wallx_jax import tree
 from wallx_jax.config import resolve
 from wallx_jax.models.config import PRESETS
-from wallx_jax.models.wallx import abstract_params, init_params
+from wallx_jax.models.wallx import abstract_params
 from wallx_jax.run_config import MeshConfig
 from wallx_jax.training import parts, plan, sharding, start
 from wallx_jax.training.optimizer import is_trainable
@@ -45,7 +46,8 @@ def test_memory_is_what_a_placed_state_takes(axes, changes):
     model = dataclasses.replace(TINY, lora=optim.lora)
     memory = plan.memory_of(start.abstract_state(model, optim, 10, mesh), optim, 1)
 
-    state = create_state(init_params(model, 0), optim, 10)
+    zeros = jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), abstract_params(model))
+    state = create_state(zeros, optim, 10)
     state = jax.device_put(state, sharding.shardings(state, mesh))
 
     def on_first_device(arrays) -> int:
