@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny_run
+from orbax.checkpoint import v1 as ocp
 
 from wallx_jax import devices, doctor, train, tree
 from wallx_jax.config import flatten, resolve
@@ -20,6 +22,7 @@ from wallx_jax.data.mapping import check_dataset
 from wallx_jax.models.wallx import abstract_params
 from wallx_jax.training import start
 from wallx_jax.training.checkpoint import Checkpointer
+from wallx_jax.training.checkpoint_dir import read_model_config
 from wallx_jax.training.checkup import check_up
 from wallx_jax.training.state import create_state
 
@@ -85,21 +88,13 @@ def test_a_run_is_whole(command, written):
     assert "complete steps: 2, 4" in text and f"{written}/checkpoints/4, complete" in text
     assert "at step 4, loss 0.5" in text and "with the versions that are installed here" in text
     assert "resume       yes" in text and "1 process" in text
-    specs = tree.flatten(abstract_params(check_model(written)))
+    specs = tree.flatten(abstract_params(read_model_config(written)))
     assert f"{sum(spec.size for spec in specs.values()):,}" in text
     assert "face_view, left_wrist_view" in text
     assert f"jax {jax.__version__}" in text and "XLA_PYTHON_CLIENT_PREALLOCATE=false" in text
 
 
-def check_model(run):
-    from wallx_jax.training.checkpoint_dir import read_model_config
-
-    return read_model_config(run)
-
-
 def test_arrays_are_not_loaded(written, monkeypatch):
-    from orbax.checkpoint import v1 as ocp
-
     def refuse(*_, **__):
         raise AssertionError("arrays were loaded")
 
@@ -135,7 +130,7 @@ BREAKS = {
         "metadata.json lacks model",
     ),
     "arrays gone": (
-        lambda step: [shutil.rmtree(d) for d in (step / "params").rglob("d") if d.is_dir()],
+        lambda step: max((step / "params").rglob("d/*"), key=lambda file: file.stat().st_size).unlink(),
         "",
         r"params/ has .* on disk, its arrays take .*copy it again",
     ),
@@ -161,8 +156,6 @@ BREAKS = {
 
 @pytest.mark.parametrize("damage", BREAKS)
 def test_damage_is_told_in_a_line(run, damage):
-    import re
-
     break_it, found, problem = BREAKS[damage]
     break_it(run / "checkpoints" / "4")
     checkup = check_up(run)
