@@ -137,7 +137,7 @@ def make_plan(
     rows = tuple(parts.rows(specs, label))
     points = {0, optim.warmup_steps, *(length.total_steps * quarter // 4 for quarter in range(1, 5))}
     curve = schedule(optim.learning_rate, optim, length.decay_steps)
-    device = mesh.devices.flat[0]
+    device = mesh.local_devices[0]  # another process's tells no memory
     peak = flops.peak_tflops(device.device_kind)
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     copies, micro_batches = mesh.shape["data"] * mesh.shape["fsdp"], settings.loop.gradient_accumulation_steps
