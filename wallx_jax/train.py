@@ -70,7 +70,6 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
     """
     settings = resolve(config)
     devices.require(settings.platform)
-    compile_cache.enable(settings.compile_cache)
     if dry_run:  # neither fetches nor decodes videos
         data = dataclasses.replace(settings.data, frame_cache=None, download_videos=False)
         settings = dataclasses.replace(settings, data=data)
@@ -109,6 +108,7 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
         return None
     logger.info("%s", plan)
 
+    compile_cache.enable(settings.compile_cache)
     save_path.mkdir(parents=True, exist_ok=True)
     (save_path / "config.yaml").write_text(render(config))
     assets = write_assets(processor, origin.files, save_path / "assets")

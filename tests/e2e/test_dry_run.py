@@ -1,5 +1,6 @@
 """--dry_run: the plan of a run, without loading weights or writing anything."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -71,6 +72,20 @@ def test_the_plan(plan_of, model_dir):
     parameters, gradients, optimizer = map(float, sizes.groups())
     assert gradients == pytest.approx(2 * parameters, abs=0.11) and optimizer == pytest.approx(2 * parameters, abs=0.11)
     assert "activations on top" in text and not Path("cache").exists()
+
+
+def test_an_accelerator_is_measured_against_the_plan(plan_of, monkeypatch):
+    kept = []
+    real = wallx_jax.train.make_plan
+    monkeypatch.setattr(wallx_jax.train, "make_plan", lambda *arguments: kept.append(real(*arguments)) or kept[0])
+    plan_of()
+    plan = kept[0]
+    assert "device has" not in str(plan) and "at the peak" not in str(plan), "a CPU has neither"
+    update = plan.flops * plan.length.global_batch
+    on_device = dataclasses.replace(plan, device_limit=80 << 30, peak_flops=update / 1800)
+    assert "a device has 80.00 GiB)" in str(on_device)
+    assert "at the peak of these devices 1.8e+03 s, and 2 h for the run" in str(on_device), "4 updates"
+    assert "IT DOES NOT FIT" in str(dataclasses.replace(plan, device_limit=plan.memory.total - 1))
 
 
 def test_what_is_frozen(plan_of):
