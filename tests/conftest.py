@@ -14,6 +14,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_llvm_disable_expensive_passes=true",
     )
 )
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # nothing is written into the user's cache, also by subprocesses
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no warning when worker processes fork

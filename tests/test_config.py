@@ -153,6 +153,8 @@ def test_key_masks():
         ({"learning_rate": 1e-5}, ["min_lr", "5e-05", "1e-05"]),
         ({"batch_size_per_gpu": 0}, ["batch_size_per_gpu", "above 0"]),
         ({"num_workers": -1}, ["num_workers", "negative"]),
+        ({"platform": "gpus"}, ["platform = 'gpus'", "'cpu', 'gpu', 'tpu'", 'did you mean "gpu"']),
+        ({"compile_cache": ""}, ["compile_cache = ''", "'auto' or 'off'"]),
         ({"eval_batches": True}, ["eval_batches", "int", "bool"]),
         ({"num_epoch": 0}, ["num_training_steps", "num_epoch"]),
         ({"num_epoch": None}, ["num_epoch", "int"]),

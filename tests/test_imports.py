@@ -20,6 +20,8 @@ ALLOWED = {
     "hub": set(),
     "files": set(),
     "robots": set(),
+    "devices": set(),
+    "compile_cache": set(),
     "run_config": {"models.config"},
     "config": {"run_config", "robots", "models.config"},
     "command_line": {"config"},
@@ -35,7 +37,8 @@ ALLOWED = {
     | {"models", "weights", "data", "training.checkpoint", "training.checkpoint_dir", "training.checkpoint_stream"},
     "evaluation": SETTINGS | {"models", "weights", "data", "training", "inference"},
     "serving": SETTINGS | {"models.config", "data", "inference"},
-    "train": SETTINGS | {"models", "weights", "data", "training", "inference"},
+    "train": SETTINGS | {"models", "weights", "data", "training", "inference", "devices", "compile_cache"},
+    "doctor": {"config", "devices", "compile_cache", "training.checkup", "training.parts"},
 }
 HEAVY = ("torch", "torchvision", "lerobot")
 MAY_IMPORT_HEAVY = {"data.lerobot"}

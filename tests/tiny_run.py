@@ -69,7 +69,7 @@ def run_config(model: Path, dataset: Path, save_path: Path, **changes):
     c.action_horizon, c.num_workers, c.batch_size_per_gpu = 4, 0, 2
     c.learning_rate, c.min_lr, c.num_warmup_steps = 1e-3, 1e-4, 1
     c.train_test_split, c.log_interval, c.eval_interval, c.save_interval, c.eval_batches = 0.75, 1, 2, 2, 2
-    c.num_training_steps, c.mesh.data = 4, 1
+    c.num_training_steps, c.mesh.data, c.compile_cache = 4, 1, "off"
     for key, value in changes.items():
         *parents, last = key.split("__")
         node = c

@@ -121,7 +121,10 @@ def default_config() -> OrderedConfig:
     c.max_nonfinite_steps = 10  # skipped updates that stop the run
     c.seed = 42  # of initialisation, sample order and noise
 
-    # Devices along each mesh axis; -1 on one of them takes the rest.
+    # Devices
+    c.platform = placeholder(str)  # "cpu", "gpu" or "tpu"; None: JAX's choice, but never the CPU beside an NVIDIA GPU
+    c.compile_cache = "auto"  # directory to keep compiled programs in, "auto" (see compile_cache.enable) or "off"
+    # Along each mesh axis; -1 on one of them takes the rest.
     c.mesh = OrderedConfig()
     c.mesh.data = -1  # copies of the model
     c.mesh.fsdp = 1  # parameters and optimizer state cut along a width
@@ -204,6 +207,8 @@ def resolve(config: ConfigDict) -> RunConfig:
             profile_save_path=v["profile_save_path"] or f"{v['save_path']}/profile",
         ),
         mesh=MeshConfig(**_section(v, "mesh")),
+        platform=v["platform"],
+        compile_cache=v["compile_cache"],
     )
 
 
@@ -227,6 +232,7 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 
 OPTIMIZERS = ("adamw", "adafactor")
+PLATFORMS = ("cpu", "gpu", "tpu")
 REQUIRED = ("pretrained_wallx_path", "repo_id", "save_path")
 POSITIVE = (
     "action_expert_intermediate_size", "action_horizon", "max_length", "max_fast_tokens", "learning_rate",
@@ -316,6 +322,11 @@ def _value_errors(v: Mapping[str, Any]) -> list[str]:
             re.compile(target if isinstance(target, str) else "")
         except re.error as error:
             errors.append(f"lora.targets: {target!r} is not a regular expression: {error}")
+    if v["platform"] not in (None, *PLATFORMS):
+        hint = nearest(v["platform"], PLATFORMS)
+        errors.append(f"platform = {v['platform']!r}: choose one of {list(PLATFORMS)}{hint}")
+    if not v["compile_cache"]:
+        errors.append("compile_cache = '': give a directory, 'auto' or 'off'")
     axes = _section(v, "mesh")
     if list(axes.values()).count(-1) > 1 or any(size < 1 and size != -1 for size in axes.values()):
         errors.append(f"mesh = {axes}: give each axis a size of at least 1, or -1 (the rest) on one of them")

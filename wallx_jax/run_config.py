@@ -154,6 +154,8 @@ class RunConfig:
     optim: OptimConfig
     loop: LoopConfig
     mesh: MeshConfig
+    platform: str | None
+    compile_cache: str
 
 
 def _used(table: tuple[tuple[str, int], ...], keys: tuple[str, ...]) -> tuple[bool, ...]:

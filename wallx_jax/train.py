@@ -1,10 +1,11 @@
 """Fine-tunes Wall-X on a LeRobot dataset.
 
-    python -m wallx_jax.train --config=configs/aloha.py [--config.key=value ...] [--workdir=DIR]
+    python -m wallx_jax.train --config=configs/aloha.py [--config.key=value ...] [--workdir=DIR] [--dry_run]
 
 From Python: `wallx_jax.train.run(config)` with a ConfigDict from `wallx_jax.config.default_config`.
 """
 
+import dataclasses
 import logging
 import shutil
 import sys
@@ -13,9 +14,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from wallx_jax import compile_cache, devices
 from wallx_jax.command_line import launch, render
 from wallx_jax.config import ConfigError, flatten, resolve
 from wallx_jax.data.batch import Batch, describe
@@ -29,8 +32,11 @@ from wallx_jax.run_config import RunConfig
 from wallx_jax.training import checkpoint_dir, sharding, start
 from wallx_jax.training.checkpoint import Checkpointer, restore_state
 from wallx_jax.training.checkpoint_dir import CheckpointError
+from wallx_jax.training.flops import update_flops
 from wallx_jax.training.loop import NonFiniteError, Steps, abstract_batch, run_loop
 from wallx_jax.training.metrics import MetricWriter
+from wallx_jax.training.optimizer import is_trainable
+from wallx_jax.training.plan import Length, make_plan
 from wallx_jax.training.progress import Progress
 from wallx_jax.training.state import TrainState
 from wallx_jax.training.step import Objective, make_eval_step, make_train_step
@@ -42,20 +48,31 @@ EVAL_SEED = 20_251_123  # of the validation noise: the same in every run, so tha
 # Files of a model directory that later users of a checkpoint look for beside the tokenizer.
 EXTRA_ASSETS = ("preprocessor_config.json", "video_preprocessor_config.json", "generation_config.json",
                 "chat_template.json", "chat_template.jinja")  # fmt: skip
-USER_ERRORS = (ConfigError, CheckpointError, WeightsError, NonFiniteError, FileNotFoundError, ValueError, ImportError)
+USER_ERRORS = (
+    ConfigError, devices.DeviceError, CheckpointError, WeightsError, NonFiniteError, FileNotFoundError, ValueError,
+    ImportError,
+)  # fmt: skip
 
 
-def run(config: ConfigDict) -> Path:
+def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
     """Trains as configured and returns the directory of the last checkpoint.
 
-    Everything that can be wrong with configuration, dataset, prompt, model directory or resume is found before any
-    weight is loaded.
+    Everything that can be wrong with configuration, devices, dataset, prompt, model directory or resume is found before
+    any weight is loaded.
+
+    Args:
+        dry_run: stop there, print the plan and return None; nothing is written.
 
     Raises:
-        ConfigError, CheckpointError, WeightsError, FileNotFoundError, ValueError: what is wrong, and the remedy.
+        ConfigError, DeviceError, CheckpointError, WeightsError, FileNotFoundError, ValueError: what is wrong, and the
+            remedy.
         NonFiniteError: training diverged.
     """
     settings = resolve(config)
+    devices.require(settings.platform)
+    if dry_run:  # neither fetches nor decodes videos
+        data = dataclasses.replace(settings.data, frame_cache=None, download_videos=False)
+        settings = dataclasses.replace(settings, data=data)
     info = read_info(settings.data.location, settings.data.revision, settings.data.download_videos)
     settings = check_dataset(settings, info)
     mesh = sharding.make_mesh(settings.mesh)
@@ -80,18 +97,26 @@ def run(config: ConfigDict) -> Path:
         jax.process_count(),
     )
 
+    abstract = start.abstract_state(origin.config, settings.optim, decay_steps, mesh)
+    frames = (len(train_source), len(val_source))
+    length = Length(global_batch, updates_per_epoch, total_steps, decay_steps)
+    plan = make_plan(settings, info, origin, processor.config, abstract, mesh, frames, length)
+    if dry_run:
+        batches.close()
+        start.check_weights(origin, abstract)
+        print(plan)
+        return None
+    logger.info("%s", plan)
+
+    compile_cache.enable(settings.compile_cache)
     save_path.mkdir(parents=True, exist_ok=True)
     (save_path / "config.yaml").write_text(render(config))
     assets = write_assets(processor, origin.files, save_path / "assets")
     sample = blank_sample(processor.config)
-    logger.info("dataset %s: %d training frames, %d held out", info.repo_id, len(train_source), len(val_source))
-    logger.info("model from %s, %s", origin.checkpoint or origin.files, origin.config.numerics)
-    logger.info("mesh %s on %s", dict(mesh.shape), jax.devices()[0].device_kind)
+    logger.info("%s", origin.config.numerics)
     logger.info("one sample: %s", describe(sample))
-    logger.info("%d updates of %d samples, %d per epoch", total_steps, global_batch, updates_per_epoch)
 
     if origin.resumes:
-        abstract = start.abstract_state(origin.config, settings.optim, decay_steps, mesh)
         state, _ = restore_state(loop.resume_ckpt, abstract, batches, save_path)
         resumed_step = int(state.step) if continues else None
     else:
@@ -160,24 +185,27 @@ def compile_steps(
     with progress.compiling("the train step"):
         out = (jax.tree.map(lambda x: x.sharding, state), None)
         train = jax.jit(train_step, donate_argnums=0, out_shardings=out).lower(state, batch).compile()
+    flops = update_flops(model, sample, is_trainable(settings.optim), objective.use_flow)
     if eval_size is None:
-        return Steps(train, None)
+        return Steps(train, None, flops)
     with progress.compiling("the evaluation step"):
         eval_step = jax.jit(make_eval_step(model, objective, EVAL_SEED))
         evaluate = eval_step.lower(state.params, abstract_batch(sample, eval_size, mesh), jnp.int32(0)).compile()
-    return Steps(train, evaluate)
+    return Steps(train, evaluate, flops)
 
 
-def main(config: ConfigDict) -> None:
+def main(config: ConfigDict, dry_run: bool = False) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)  # in place of absl's
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    for library in ("absl", "jax"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     print(render(config))
     try:
-        last = run(config)
+        last = run(config, dry_run)
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
-    print(f"trained; last checkpoint: {last}")
+    print("dry run: nothing was loaded or written" if dry_run else f"trained; last checkpoint: {last}")
 
 
 if __name__ == "__main__":
-    launch(main)
+    flags.DEFINE_bool("dry_run", False, "Check everything and print the plan, without loading weights or training.")
+    launch(lambda config: main(config, flags.FLAGS.dry_run))

@@ -21,12 +21,17 @@ def test_a_log_gets_plain_lines():
     for _ in range(10):
         progress.advance()
     progress.report(20, loss=0.123456, samples_per_s=12.345, eta_s=3725)
+    progress.report(30, loss=0.1, samples_per_s=12.345, eta_s=5, mfu=0.417)
     progress.note("saved")
     progress.close()
     lines = stream.getvalue().splitlines()
     assert lines[0] == "compiling the train step ..."
     assert lines[1].startswith("compiled the train step in 0.") and lines[1].endswith(" s")
-    assert lines[2:] == ["step 20/100 | loss 0.1235 | 12.3 samples/s | 1:02:05 left", "saved"]
+    assert lines[2:] == [
+        "step 20/100 | loss 0.1235 | 12.3 samples/s | 1:02:05 left",
+        "step 30/100 | loss 0.1 | 12.3 samples/s | 42% MFU | 0:05 left",
+        "saved",
+    ]
     assert stream.getvalue().replace("\n", "").isprintable()
 
 

@@ -233,8 +233,7 @@ def restore_state(
     wanted = _flatten(abstract_state)
 
     def load(step: Path) -> Any:
-        for item, tree in _items(wanted).items():
-            _compare(step, item, _flatten(tree), dtypes=True)
+        compare_state(step, abstract_state)
         leaves = _from_items(ocp.load_checkpointables(step, jax.tree.map(_placed, _items(wanted))), wanted)
         if data_iterator is not None:
             _restore_iterator(step, data_iterator)
@@ -256,7 +255,7 @@ def restore_params(path: str | Path, abstract_params: Tree | None = None, save_p
 
     def load(step: Path) -> Tree:
         wanted = abstract_params if abstract_params is not None else unflatten(stored(step))
-        _compare(step, "params", _flatten(wanted), dtypes=False)
+        compare_params(step, wanted)
         return ocp.load_checkpointables(step, {"params": jax.tree.map(_placed, wanted)})["params"]
 
     return checkpoint_dir.first_readable(path, save_path, load)
@@ -325,6 +324,17 @@ def stored(step: Path, item: str = "params") -> dict[str, Any]:
     if tree is None:  # Orbax logs the cause and goes on
         raise OSError(f"the index of {item}/ cannot be read")
     return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in _flatten(tree).items()}
+
+
+def compare_state(step: Path, abstract_state: Any) -> None:
+    """Raises CheckpointError unless a step directory holds a state of these names, shapes and dtypes."""
+    for item, tree in _items(_flatten(abstract_state)).items():
+        _compare(step, item, _flatten(tree), dtypes=True)
+
+
+def compare_params(step: Path, abstract_params: Tree) -> None:
+    """Raises CheckpointError unless a step directory holds parameters of these names and shapes."""
+    _compare(step, "params", _flatten(abstract_params), dtypes=False)
 
 
 def _compare(step: Path, item: str, wanted: Mapping[str, Any], dtypes: bool) -> None:

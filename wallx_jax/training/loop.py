@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from wallx_jax.data.batch import Batch, describe
 from wallx_jax.models.wallx import LossSums
 from wallx_jax.run_config import LoopConfig
+from wallx_jax.training import flops
 from wallx_jax.training.metrics import MetricWriter, Stopwatch
 from wallx_jax.training.progress import Progress
 from wallx_jax.training.sharding import batch_sharding
@@ -26,10 +27,14 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True)
 class Steps:
-    """The two compiled functions. Compiled ahead, so that another shape is an error and never a second compilation."""
+    """The two compiled functions. Compiled ahead, so that another shape is an error and never a second compilation.
+
+    flops_per_sample: model FLOPs of an update, see training.flops.
+    """
 
     train: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     evaluate: Callable[[Any, Batch, jax.Array], tuple[LossSums, LossSums]] | None
+    flops_per_sample: int
 
 
 def abstract_batch(sample: Batch, size: int, mesh: Mesh, micro_batches: int | None = None) -> Batch:
@@ -110,9 +115,11 @@ def run_loop(
             scalars = averages(jax.device_get(window))
             scalars["skipped"] = float(state.skipped)
             scalars |= watch.summary(step - logged, samples_per_step * (step - logged))
+            scalars |= flops.rates(steps.flops_per_sample * scalars["samples_per_s"], mesh)
             loss, window, logged = scalars["loss"], [], step
             writer.write(step, scalars)
-            progress.report(step, loss, scalars["samples_per_s"], watch.eta_s(total_steps - step))
+            eta_s = watch.eta_s(total_steps - step)
+            progress.report(step, loss, scalars["samples_per_s"], eta_s, scalars.get("mfu"))
         if steps.evaluate and loop.eval_interval and (step % loop.eval_interval == 0 or step == total_steps):
             with watch.paused():
                 scalars = validate(steps.evaluate, state.params, held_out(), mesh, loop.flow_loss_weight)

@@ -35,9 +35,12 @@ class Progress:
         if self._bar is not None:
             self._bar.update(steps)
 
-    def report(self, step: int, loss: float, samples_per_s: float, eta_s: float | None) -> None:
-        """Shows figures; call it once per log interval."""
-        figures = f"loss {loss:.4g} | {samples_per_s:.3g} samples/s | {duration(eta_s)} left"
+    def report(
+        self, step: int, loss: float, samples_per_s: float, eta_s: float | None, mfu: float | None = None
+    ) -> None:
+        """Shows figures; call it once per log interval. `mfu`: share of the accelerator's peak, where it is known."""
+        used = "" if mfu is None else f" | {mfu:.0%} MFU"
+        figures = f"loss {loss:.4g} | {samples_per_s:.3g} samples/s{used} | {duration(eta_s)} left"
         if self._bar is not None:
             self._bar.set_postfix_str(figures)
         else:

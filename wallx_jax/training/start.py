@@ -24,13 +24,13 @@ from wallx_jax.models.config import ActionConfig, LoraConfig, WallXConfig
 from wallx_jax.models.wallx import abstract_params
 from wallx_jax.run_config import OptimConfig, RunConfig
 from wallx_jax.training import checkpoint_dir
-from wallx_jax.training.checkpoint import restore_params
+from wallx_jax.training.checkpoint import compare_params, compare_state, restore_params
 from wallx_jax.training.checkpoint_dir import CheckpointError
 from wallx_jax.training.checkpoint_stream import StoredModel, StoredParams
 from wallx_jax.training.optimizer import ACTION_EXPERT
 from wallx_jax.training.sharding import param_spec, shardings
 from wallx_jax.training.state import TrainState, create_state
-from wallx_jax.weights.load import Put, assemble, load_params, read_config
+from wallx_jax.weights.load import Put, assemble, load_params, open_weights, read_config
 
 UPSTREAM_CHANNELS = 20  # action and state width of a fresh action side, as upstream's; a wider robot widens it
 
@@ -169,6 +169,22 @@ def check_same_layout(settings: RunConfig, stored: ProcessorConfig) -> None:
     ]
     if differing:
         raise ConfigError(*differing)
+
+
+def check_weights(origin: Origin, state: TrainState) -> None:
+    """Checks from headers alone that the origin's files hold what loading them will ask for.
+
+    state: shapes and dtypes of the state of this run.
+
+    Raises:
+        CheckpointError, WeightsError: something is missing, too much or of another shape.
+    """
+    if origin.checkpoint is None:
+        open_weights(origin.files)
+    elif origin.resumes:
+        compare_state(origin.checkpoint, state)
+    else:
+        compare_params(origin.checkpoint, abstract_params(checkpoint_dir.read_model_config(origin.checkpoint)))
 
 
 def load_state(origin: Origin, run: RunConfig, decay_steps: int, mesh: Mesh) -> TrainState:

@@ -1,0 +1,117 @@
+"""Which devices JAX found, and whether they are the ones that were asked for.
+
+JAX falls back to the CPU with a log line when it cannot use a GPU; a run would go on a hundred times slower.
+"""
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax
+
+INSTALL = "pip install 'jax[cuda12]'"
+SMI_TIMEOUT_S = 20
+_ALIASES = {"cuda": "gpu", "rocm": "gpu"}
+
+
+class DeviceError(RuntimeError):
+    """JAX does not have the devices that were asked for; the message is for the user."""
+
+
+def require(platform: str | None) -> str:
+    """The platform ("cpu", "gpu" or "tpu") that JAX computes on, once it is the right one.
+
+    Args:
+        platform: what is asked for; "cpu" also makes JAX take it, if it has not started yet. None: what JAX_PLATFORMS
+            says, else any, except for the CPU of a machine with an NVIDIA GPU.
+
+    Raises:
+        DeviceError: it is another one; the message says why and what helps.
+    """
+    named = jax.config.jax_platforms or ""
+    if platform == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    asked = platform or named.split(",")[0]
+    by = f"platform = {platform!r}" if platform else f"JAX_PLATFORMS={named}"
+    try:
+        found = jax.default_backend()
+    except (RuntimeError, AssertionError) as error:  # the latter where no plugin knows the platform
+        raise DeviceError(f"{by}: JAX cannot start it ({_line(error)}); {_remedy(asked, found=None)}") from None
+    if asked:
+        if found != _ALIASES.get(asked, asked):
+            raise DeviceError(
+                f"{by} asks for the {asked.upper()}, but JAX uses the {found.upper()}; {_remedy(asked, found)}"
+            )
+    elif found == "cpu" and (gpus := nvidia_gpus()):
+        raise DeviceError(
+            f"this machine has {_counted(gpus)}, but JAX sees only the CPU; {_remedy('gpu', found)}. "
+            "To use the CPU on purpose say so: platform=cpu, or JAX_PLATFORMS=cpu in the environment"
+        )
+    return found
+
+
+def nvidia_gpus(proc: Path = Path("/proc/driver/nvidia")) -> list[str]:
+    """Names of the NVIDIA GPUs that the driver, not JAX, knows of; CUDA_VISIBLE_DEVICES="" or -1 hides them all."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return []
+    lines = [line for file in sorted(proc.glob("gpus/*/information")) for line in file.read_text().splitlines()]
+    if names := [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]:
+        return names
+    if (program := shutil.which("nvidia-smi")) is None:
+        return []
+    query = [program, "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=SMI_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired):  # a driver that hangs is no reason to hang with it
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+
+
+def cuda_plugins() -> dict[str, str]:
+    """{package: version} of JAX's CUDA plugins that are installed."""
+    found = {}
+    for distribution in importlib.metadata.distributions():
+        name = distribution.metadata["Name"] or ""
+        if name.startswith("jax-cuda") and name.endswith("-plugin"):
+            found[name] = distribution.version
+    return found
+
+
+def _remedy(asked: str, found: str | None) -> str:
+    if _ALIASES.get(asked, asked) == "tpu":
+        return "on a TPU machine: pip install 'jax[tpu]'"
+    if _ALIASES.get(asked, asked) == "cpu":
+        return "JAX had started before: set it before anything else, or JAX_PLATFORMS=cpu in the environment"
+    if _ALIASES.get(asked, asked) != "gpu":
+        return "known platforms are cpu, gpu (cuda) and tpu"
+    plugins = cuda_plugins()
+    if not plugins:
+        return f"JAX's CUDA plugin is not installed: {INSTALL}"
+    if not nvidia_gpus():
+        return "no NVIDIA GPU is visible: see nvidia-smi, CUDA_VISIBLE_DEVICES and, in a container, --gpus all"
+    installed = ", ".join(f"{name} {version}" for name, version in plugins.items())
+    reason = "" if found is None else f" ({_failure()})"
+    return (
+        f"{installed} with jaxlib {importlib.metadata.version('jaxlib')} does not start{reason}: all three versions "
+        f"must belong together ({INSTALL} -U), and the driver must be new enough for the plugin's CUDA"
+    )
+
+
+def _failure() -> str:
+    """Why JAX has no GPU, in its words."""
+    try:
+        jax.devices("gpu")
+    except RuntimeError as error:
+        return _line(error)
+    return "JAX_PLATFORMS or jax_platforms keeps it from the GPU"
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or "no plugin for it"
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _counted(names: list[str]) -> str:
+    return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))

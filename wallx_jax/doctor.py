@@ -1,0 +1,153 @@
+"""Looks at this installation, its devices and, if asked, a checkpoint, and says what is wrong and how to mend it.
+
+    python -m wallx_jax.doctor [--platform {cpu,gpu,tpu}] [--checkpoint DIR]
+
+The exit code is 0 when nothing is wrong. `--checkpoint` takes a checkpoint, a run or a PyTorch model directory and
+reads its headers alone.
+"""
+
+import argparse
+import importlib.metadata
+import logging
+import os
+import platform
+import resource
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import jax
+from packaging.requirements import Requirement
+
+from wallx_jax import compile_cache, devices
+from wallx_jax.config import PLATFORMS
+from wallx_jax.training.checkup import Checkup, check_up
+from wallx_jax.training.parts import gib
+
+SHOWN = (
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "lerobot", "transformers", "numpy", "torch"
+)  # fmt: skip
+SHARED_MEMORY = Path("/dev/shm")
+LEAST_SHARED_BYTES = 1 << 30  # data workers pass batches through it; a container without --shm-size has 64 MiB
+LEAST_OPEN_FILES = 1024
+
+
+def look_at_packages(checkup: Checkup) -> None:
+    """Versions, and whether they are those that this package asks for."""
+    version, wanted = importlib.metadata.version, importlib.metadata.requires
+    found = {name: _version(name) for name in SHOWN}
+    checkup.say("python", f"{platform.python_version()} on {platform.platform()}")
+    checkup.say("packages", ", ".join(f"{name} {here}" for name, here in found.items() if here))
+    try:
+        checkup.say("wallx-jax", version("wallx-jax"))
+        requirements = [Requirement(line) for line in wanted("wallx-jax") or ()]
+    except importlib.metadata.PackageNotFoundError:
+        checkup.say("wallx-jax", "not installed, imported from the directory")
+        return
+    missing: dict[str, list[str]] = {}
+    extras = importlib.metadata.metadata("wallx-jax").get_all("Provides-Extra") or []
+    for requirement in requirements:
+        needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        here = _version(requirement.name)
+        if here is None and needed:
+            checkup.problems.append(f"{requirement.name} is not installed: pip install '{requirement.name}'")
+        elif here is None:
+            for extra in extras:
+                if requirement.marker.evaluate({"extra": extra}):
+                    missing.setdefault(extra, []).append(requirement.name)
+        elif not requirement.specifier.contains(here, prereleases=True):
+            wants = f"{requirement.name}{requirement.specifier}"
+            checkup.problems.append(f"{requirement.name} {here} is installed, {wants} is wanted: pip install '{wants}'")
+    for extra, names in missing.items():
+        checkup.say("extra", f"{extra} is not complete, it lacks {', '.join(names)}: pip install 'wallx-jax[{extra}]'")
+
+
+def look_at_devices(checkup: Checkup, wanted: str | None) -> None:
+    """What JAX computes on. A CPU in place of an accelerator that was asked for is a problem."""
+    plugins = ", ".join(f"{name} {here}" for name, here in devices.cuda_plugins().items())
+    gpus = Counter(devices.nvidia_gpus())
+    checkup.say("NVIDIA", ", ".join(f"{count} x {name}" for name, count in gpus.items()) or "no GPU is visible")
+    checkup.say("CUDA plugin", plugins or f"not installed; for GPUs: {devices.INSTALL}")
+    try:
+        devices.require(wanted)
+    except devices.DeviceError as error:
+        checkup.problems.append(str(error))
+        return
+    kinds = Counter(device.device_kind for device in jax.devices())
+    counted = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    checkup.say("devices", f"{counted} (platform {jax.default_backend()})")
+    for device in jax.local_devices():
+        if stats := device.memory_stats():
+            limit = stats.get("bytes_limit", 0)
+            checkup.say(
+                "memory", f"{device}: JAX may take {gib(limit)}, {gib(stats.get('bytes_in_use', 0))} are in use"
+            )
+
+
+def explain_preallocation(checkup: Checkup) -> None:
+    """What JAX takes of a GPU's memory, and which variable decides."""
+    on = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower() not in ("false", "0")
+    share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")
+    used = f"{share} (XLA_PYTHON_CLIENT_MEM_FRACTION)" if share else "75%"
+    if os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR") == "platform":
+        text = "XLA_PYTHON_CLIENT_ALLOCATOR=platform: memory is taken and given back piece by piece, which is slow"
+    elif on:
+        text = (
+            f"JAX takes {used} of a GPU's memory at its start, whatever it needs: nvidia-smi shows that share. "
+            "XLA_PYTHON_CLIENT_PREALLOCATE=false takes it as needed, XLA_PYTHON_CLIENT_MEM_FRACTION=.9 another share"
+        )
+    else:
+        text = f"XLA_PYTHON_CLIENT_PREALLOCATE=false: JAX takes a GPU's memory as needed, up to {used}"
+    checkup.say("GPU memory", text)
+
+
+def look_at_machine(checkup: Checkup) -> None:
+    """Disk, shared memory and open files."""
+    checkup.say(
+        "disk", f"{gib(shutil.disk_usage('.').free)} free here; compiled programs: {compile_cache.default_folder()}"
+    )
+    open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if open_files < LEAST_OPEN_FILES:
+        checkup.problems.append(f"{open_files} open files are allowed, too few for data workers: ulimit -n 4096")
+    shared = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None
+    if shared is not None and shared < LEAST_SHARED_BYTES:
+        checkup.problems.append(
+            f"{SHARED_MEMORY} has {gib(shared)} free, data workers pass batches through it: in a container "
+            "--shm-size=8g or --ipc=host, or train with num_workers=0"
+        )
+    checkup.say("workers", f"{os.cpu_count()} CPUs, {open_files} open files, {gib(shared or 0)} of shared memory free")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--platform", choices=PLATFORMS, help="what JAX must compute on")
+    parser.add_argument("--checkpoint", type=Path, help="a checkpoint, run or PyTorch model directory to check")
+    arguments = parser.parse_args()
+    logging.disable(logging.CRITICAL)  # JAX and Orbax log what is reported here in one line
+    checkup = Checkup()
+    look_at_packages(checkup)
+    explain_preallocation(checkup)
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # a run may be using the GPU
+    look_at_devices(checkup, arguments.platform)
+    look_at_machine(checkup)
+    if arguments.checkpoint is not None:
+        jax.config.update("jax_platforms", "cpu")  # where devices could not be had, the checkpoint is read all the same
+        found = check_up(arguments.checkpoint)
+        checkup.findings += ["", *found.findings]
+        checkup.problems += found.problems
+    print("\n".join(checkup.findings))
+    if checkup.problems:
+        sys.exit("\n".join(f"error: {problem}" for problem in checkup.problems))
+    print("nothing is wrong")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""What a run is going to do, worked out from shapes, headers and tables before a weight is loaded."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from wallx_jax import tree
+from wallx_jax.data.lerobot import DatasetInfo
+from wallx_jax.data.processor import ProcessorConfig
+from wallx_jax.data.setup import blank_sample
+from wallx_jax.models.vision import visual_grid
+from wallx_jax.models.vision_plan import token_count
+from wallx_jax.run_config import OptimConfig, RunConfig
+from wallx_jax.training import flops, parts
+from wallx_jax.training.optimizer import group_of, is_trainable, peak_rate, schedule
+from wallx_jax.training.parts import gib
+from wallx_jax.training.start import Origin
+from wallx_jax.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class Length:
+    """Samples of a whole update, updates of an epoch, of the run, and until the learning rate has fallen."""
+
+    global_batch: int
+    updates_per_epoch: int
+    total_steps: int
+    decay_steps: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each device that stay for the whole update, a moving average with the optimizer's. Activations come on
+    top."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`str(plan)` is for people; the fields are what it is made of.
+
+    sample: tokens, {"prompt": ..., "images": {view: tokens}, "fast": ..., "actions": ...}. Those of images and the room
+        for FAST tokens are part of the prompt's; action tokens follow it.
+    peaks: the groups that are trained, each with its peak learning rate.
+    curve: (update, learning rate) of the group "vlm" at some points.
+    flops: model FLOPs of one sample's update.
+    """
+
+    source: str
+    dataset: str
+    cameras: str
+    sample: Mapping[str, Any]
+    rows: tuple[parts.Row, ...]
+    memory: Memory
+    device_limit: int | None
+    curve: tuple[tuple[int, float], ...]
+    peaks: tuple[str, ...]
+    batch: str
+    length: Length
+    flops: int
+    peak_flops: float | None
+
+    def __str__(self) -> str:
+        sample, length, memory = self.sample, self.length, self.memory
+        views = ", ".join(f"{view} {tokens}" for view, tokens in sample["images"].items())
+        fast = f", up to {sample['fast']} of FAST actions" if sample["fast"] else ""
+        actions = f" and {sample['actions']} action tokens" if sample["actions"] else ""
+        updates = f"{length.total_steps:,} updates of {length.global_batch:,} samples"
+        curve = ", ".join(f"{rate:.3g} at {update:,}" for update, rate in self.curve)
+        groups = "; ".join(self.peaks)
+        return "\n".join(
+            (
+                f"model        {self.source}",
+                f"dataset      {self.dataset}",
+                f"cameras      {self.cameras}",
+                f"sample       {sample['prompt']} prompt tokens "
+                f"({sum(sample['images'].values())} of images: {views}{fast}){actions}",
+                f"batch        {self.batch}",
+                f"length       {updates}, {length.updates_per_epoch:,} per epoch: "
+                f"{length.total_steps / length.updates_per_epoch:.3g} epochs",
+                f"rate         {groups}; the curve of learning_rate: {curve}",
+                "parameters",
+                *(f"  {line}" for line in parts.table(self.rows)),
+                f"memory       per device: parameters {gib(memory.parameters)}, gradients {gib(memory.gradients)}, "
+                f"optimizer {gib(memory.optimizer)}; together {gib(memory.total)}, activations on top{self._room()}",
+                f"compute      {self.flops * length.global_batch / 1e12:.4g} TFLOPs per update{self._duration()}",
+            )
+        )
+
+    def _room(self) -> str:
+        if self.device_limit is None:
+            return ""
+        fits = "" if self.memory.total < self.device_limit else ": IT DOES NOT FIT; use lora, freeze_vlm or mesh.fsdp"
+        return f" (a device has {gib(self.device_limit)}{fits})"
+
+    def _duration(self) -> str:
+        if self.peak_flops is None:
+            return ""
+        update_s = self.flops * self.length.global_batch / self.peak_flops
+        hours = update_s * self.length.total_steps / 3600
+        return f": at the peak of these devices {update_s:.3g} s, and {hours:.3g} h for the run; no run gets that far"
+
+
+def make_plan(
+    settings: RunConfig,
+    info: DatasetInfo,
+    origin: Origin,
+    layout: ProcessorConfig,
+    state: TrainState,
+    mesh: Mesh,
+    frames: tuple[int, int],
+    length: Length,
+) -> Plan:
+    """Args:
+    state: shapes, dtypes and shardings (training.start.abstract_state).
+    frames: how many train, how many are held out.
+    """
+    model, optim, data = origin.config, settings.optim, settings.data
+    sample, use_flow = blank_sample(layout), layout.objective == "flow"
+    specs = tree.flatten(state.params)
+
+    def label(path: str) -> str:
+        group = group_of(path, optim)
+        return group if group == "frozen" else f"{group}, peak {peak_rate(path, optim):g}"
+
+    rows = tuple(parts.rows(specs, label))
+    points = {0, optim.warmup_steps, *(length.total_steps * quarter // 4 for quarter in range(1, 5))}
+    curve = schedule(optim.learning_rate, optim, length.decay_steps)
+    device = mesh.local_devices[0]  # another process's tells no memory
+    peak = flops.peak_tflops(device.device_kind)
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    copies, micro_batches = mesh.shape["data"] * mesh.shape["fsdp"], settings.loop.gradient_accumulation_steps
+    cameras = ", ".join(
+        f"{view} = {key} {'x'.join(map(str, info.frame_size(key)))} read at {'x'.join(map(str, size))}"
+        for view, key, size in zip(layout.views, layout.camera_keys, layout.image_sizes, strict=True)
+    )
+    return Plan(
+        source=f"{origin.checkpoint or origin.files}{', resumed with its optimizer and data order' * origin.resumes}",
+        dataset=f"{data.location}: {info.num_episodes:,} episodes, {info.num_frames:,} frames at {info.fps:g} fps "
+        f"({frames[0]:,} train, {frames[1]:,} held out)",
+        cameras=cameras,
+        sample={
+            "prompt": layout.prompt_length,
+            "images": {
+                view: token_count(visual_grid(np.empty((1, *size, 0)), model.vision), model.vision)
+                for view, size in zip(layout.views, layout.image_sizes, strict=True)
+            },
+            "fast": max(layout.label_window - 2, 0),  # two more labels end the answer
+            "actions": layout.horizon if use_flow else 0,
+        },
+        rows=rows,
+        memory=memory_of(state, optim, micro_batches),
+        device_limit=(device.memory_stats() or {}).get("bytes_limit"),
+        curve=tuple((update, float(curve(update))) for update in sorted(points) if update <= length.total_steps),
+        peaks=tuple(dict.fromkeys(row.label for row in rows if row.label != "frozen")),
+        batch=f"{length.global_batch} = {data.batch_size} samples x {copies} copies x {micro_batches} micro-batches; "
+        f"{mesh.size} x {device.device_kind}, mesh {axes}",
+        length=length,
+        flops=flops.update_flops(model, sample, is_trainable(optim), use_flow),
+        peak_flops=None if peak is None else 1e12 * peak * mesh.size,
+    )
+
+
+def memory_of(state: TrainState, optim: OptimConfig, micro_batches: int) -> Memory:
+    """What one device holds of a state with shardings. With micro-batches there is a float32 sum of gradients, too."""
+
+    def local(leaf: Any, itemsize: int | None = None) -> int:
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * (itemsize or leaf.dtype.itemsize)
+
+    parameters = tree.flatten(state.params)
+    trained = [leaf for path, leaf in parameters.items() if is_trainable(optim)(path)]
+    return Memory(
+        parameters=sum(map(local, parameters.values())),
+        gradients=sum(local(leaf) + (local(leaf, 4) if micro_batches > 1 else 0) for leaf in trained),
+        optimizer=sum(map(local, jax.tree.leaves((state.opt_state, state.ema)))),
+    )
