@@ -13,6 +13,7 @@ import tabletop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import wallx_jax.train
 from wallx_jax.config import resolve
 from wallx_jax.data.images import target_size
 from wallx_jax.data.lerobot import LeRobotSource, read_info
@@ -180,3 +181,25 @@ def test_the_whole_demo_in_short(tmp_path):
     assert set(results["closed_loop"]) == blanked and set(results["open_loop"]) == blanked | {"hold still"}
     assert (tmp_path / "demo.png").stat().st_size > 10_000
     assert "named block" in done.stdout
+
+
+@pytest.mark.slow
+def test_bfloat16_training_follows_float32(model_dir, tmp_path):
+    """The demo's first updates with parameters and moments in bfloat16, rounded at random, and in float32."""
+    demo_assets.write_dataset(tmp_path / "dataset", episodes=12, seed=3)
+
+    def losses(param_dtype: str) -> np.ndarray:
+        c = runpy.run_path(str(ROOT / "configs/demo.py"))["get_config"]()
+        c.pretrained_wallx_path, c.repo_id = str(model_dir), str(tmp_path / "dataset")
+        c.save_path, c.frame_cache = str(tmp_path / param_dtype), str(tmp_path / "cache")
+        c.numerics.param_dtype, c.numerics.compute_dtype = param_dtype, "float32"
+        c.batch_size_per_gpu, c.num_training_steps, c.num_warmup_steps = 4, 60, 5  # on four virtual devices
+        c.log_interval, c.eval_interval, c.compile_cache = 1, 0, "off"
+        wallx_jax.train.run(c)
+        lines = (tmp_path / param_dtype / "metrics.jsonl").read_text().splitlines()
+        return np.array([json.loads(line)["loss"] for line in lines])
+
+    wide, narrow = losses("float32"), losses("bfloat16")
+    fallen = wide[:5].mean() - wide[-10:].mean()
+    assert fallen > 0.3 * wide[:5].mean(), "the run learns something"
+    assert abs(wide[-10:].mean() - narrow[-10:].mean()) < 0.1 * fallen
