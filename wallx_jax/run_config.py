@@ -143,6 +143,15 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """Who the processes of a run are. All None: one process, or as the environment says."""
+
+    coordinator: str | None
+    num_processes: int | None
+    process_id: int | None
+
+
+@dataclass(frozen=True)
 class RunConfig:
     model: ModelSource
     robot: RobotConfig
@@ -150,6 +159,7 @@ class RunConfig:
     optim: OptimConfig
     loop: LoopConfig
     mesh: MeshConfig
+    distributed: DistributedConfig
 
 
 def _used(table: tuple[tuple[str, int], ...], keys: tuple[str, ...]) -> tuple[bool, ...]:
