@@ -7,6 +7,7 @@ for each run. As a script: the server.
 import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -35,11 +36,13 @@ class Server:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def start(self, model: Path, dataset: Path, save_path: Path, **changes) -> "Job":
-        """`changes` as for tiny_run.run_config."""
+    def start(self, model: Path, dataset: Path, save_path: Path, file_limit: int | None = None, **changes) -> "Job":
+        """`file_limit`: bytes that a file may have; `changes` as for tiny_run.run_config."""
         self._jobs += 1
         log = self._folder / f"job{self._jobs}.log"
-        pid = self._ask(start=[str(model), str(dataset), str(save_path)], changes=changes, log=str(log))
+        pid = self._ask(
+            start=[str(model), str(dataset), str(save_path)], changes=changes, log=str(log), limit=file_limit
+        )
         return Job(self, pid, log)
 
     def _ask(self, **request) -> int:
@@ -115,6 +118,8 @@ def serve() -> None:
             os.dup2(log, stream)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
+        if request["limit"] is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit"], request["limit"]))
         wallx_jax.train.main(tiny_run.run_config(*map(Path, request["start"]), **request["changes"]))
         sys.exit(0)
 

@@ -2,17 +2,20 @@
 
 import functools
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny_jobs
 import tiny_run
 
+import wallx_jax.train
 from wallx_jax import tree
-from wallx_jax.training import checkpoint_dir
+from wallx_jax.training import checkpoint_dir, sharding
 from wallx_jax.training.checkpoint import restore_params
 from wallx_jax.training.interruption import EXIT_CODE
 
@@ -126,3 +129,63 @@ def test_kill_at_random_points(start, whole, tmp_path, workers, kills):
     assert last.wait() == 0, last.log
     assert_same_run(run, whole)
     assert not leftovers()
+
+
+def without_the_last(whole: Path, folder: Path, keep: bool) -> Path:
+    """A copy of the finished run and the checkpoint before its last; `keep`: the last one too."""
+    shutil.copytree(whole, folder)
+    if not keep:
+        shutil.rmtree(folder / "checkpoints" / str(STEPS))
+    return folder
+
+
+@pytest.mark.parametrize("part", ["params", "state", "data", "metadata", "assets"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(start, whole, tmp_path, part):
+    run = without_the_last(whole, tmp_path / "run", keep=True)
+    for file in (run / "checkpoints" / str(STEPS) / part).rglob("*"):
+        if file.is_file() and (part not in ("params", "state") or file.parent.name == "d"):
+            file.write_bytes(file.read_bytes()[:7])
+    job = start(run)
+    assert job.wait() == 0, job.log
+    assert f"checkpoints/{STEPS} is damaged and passed over" in job.log
+    assert_same_run(run, whole)
+    if part != "assets":  # which the run knows anyway: it loses no step
+        assert f"step {STEPS}/{STEPS} | loss" in job.log and f"step {STEPS - 2}/{STEPS} | loss" not in job.log
+        assert (run / "checkpoints" / f"{STEPS}.abandoned-1").is_dir()
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(start, whole, tmp_path):
+    run = without_the_last(whole, tmp_path / "run", keep=False)
+    job = start(run, file_limit=1 << 17)  # bytes a file may have: a write beyond fails, as on a full disk
+    assert job.wait() == 1, job.log
+    (line,) = [line for line in job.log.splitlines() if line.startswith("error")]
+    assert f"saving step {STEPS}" in line and "too large" in line and f"step {STEPS - 2} is intact" in line
+    assert "Traceback" not in job.log
+    assert start(run).wait() == 0
+    assert_same_run(run, whole)
+
+
+def test_another_mesh_goes_on(model_dir, dataset_dir, tmp_path, monkeypatch):
+    """Saved on fsdp=4; resumed on one device, and on data=2 x tensor=2."""
+    make_mesh = sharding.make_mesh
+
+    def train(save_path, devices, per_device, **changes):
+        monkeypatch.setattr(sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:devices]))
+        changes |= {"num_training_steps": 4, "eval_interval": 0, "batch_size_per_gpu": per_device}
+        return wallx_jax.train.run(tiny_run.run_config(model_dir, dataset_dir, save_path, **changes))
+
+    four = tmp_path / "four"
+    train(four, 4, 1, mesh__fsdp=4)
+    shutil.rmtree(four / "checkpoints" / "4")
+    for name, devices, per_device, mesh in (
+        ("one", 1, 4, {}),
+        ("two", 4, 2, {"mesh__data": 2, "mesh__tensor": 2}),
+    ):
+        shutil.copytree(four, tmp_path / name)
+        train(tmp_path / name, devices, per_device, resume__ckpt="latest", **mesh)
+        assert (tmp_path / name / "checkpoints" / "4").is_dir()
+    one, two = np.array(curve(tmp_path / "one")), np.array(curve(tmp_path / "two"))
+    whole = np.array(curve(four))
+    assert [len(lines) for lines in (one, two, whole)] == [4, 4, 4]
+    np.testing.assert_allclose(one, whole, rtol=1e-4)
+    np.testing.assert_allclose(two, whole, rtol=1e-4)
