@@ -128,7 +128,7 @@ def default_config() -> OrderedConfig:
     # JAX_NUM_PROCESSES and JAX_PROCESS_ID, SLURM or Open MPI say, else one process.
     c.distributed = OrderedConfig()
     c.distributed.coordinator = placeholder(str)  # "HOST:PORT" of process 0
-    c.distributed.num_processes = placeholder(int)
+    c.distributed.num_processes = placeholder(int)  # of the whole run
     c.distributed.process_id = placeholder(int)  # from 0
 
     # Saving, resuming, evaluating, logging

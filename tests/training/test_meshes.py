@@ -24,10 +24,9 @@ MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if np.pro
 STEPS, BATCH = 5, 8
 
 
-def trained(sizes: tuple[int, int, int]) -> tuple[list[float], dict[str, np.ndarray]]:
-    """Losses and parameters of STEPS updates on a mesh (data, fsdp, tensor)."""
+def trained(params: tree.Tree, sizes: tuple[int, int, int]) -> tuple[list[float], dict[str, np.ndarray]]:
+    """Losses, and parameters after STEPS updates, on a mesh (data, fsdp, tensor)."""
     mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
-    params = init_params(SMALL, 0)
     lie = sharding.shardings(jax.eval_shape(lambda p: create_state(p, OPTIM, 10), params), mesh)
     state = jax.jit(lambda p: create_state(p, OPTIM, 10), out_shardings=lie)(params)
     train_step = make_train_step(SMALL, OPTIM, 10, Objective(), seed=0)
@@ -41,12 +40,13 @@ def trained(sizes: tuple[int, int, int]) -> tuple[list[float], dict[str, np.ndar
 
 def main() -> None:
     """Prints {mesh: [losses, largest difference of a parameter from one device]}, and how far parameters moved."""
-    first = tree.flatten(init_params(SMALL, 0))
-    losses, one = trained((1, 1, 1))
+    params = jax.device_get(init_params(SMALL, 0))
+    first = tree.flatten(params)
+    losses, one = trained(params, (1, 1, 1))
     results = {"one": [losses, max(float(np.abs(one[path] - first[path]).max()) for path in one)]}
     for sizes in MESHES:
-        losses, params = trained(sizes)
-        results[str(sizes)] = [losses, max(float(np.abs(params[path] - one[path]).max()) for path in one)]
+        losses, there = trained(params, sizes)
+        results[str(sizes)] = [losses, max(float(np.abs(there[path] - one[path]).max()) for path in one)]
     print(json.dumps(results))
 
 
