@@ -136,8 +136,7 @@ def default_config() -> OrderedConfig:
     c.save_interval = 1000  # steps between checkpoints; there is always one at the end
     c.max_to_keep = 2  # newest checkpoints kept
     c.resume = OrderedConfig()
-    # Checkpoint or run to continue from; "latest": the newest of save_path, and a new run where there is none yet.
-    c.resume.ckpt = placeholder(str)
+    c.resume.ckpt = placeholder(str)  # to continue from; "latest": the newest of save_path, a new run if it has none
     c.resume.load_ckpt_only = False  # take its weights only: step, optimizer and data start anew
     c.eval_interval = 1000  # steps between validations; 0: never
     c.eval_batches = 8  # batches of held-out data per validation

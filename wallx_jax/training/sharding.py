@@ -19,10 +19,7 @@ AXES = ("data", "fsdp", "tensor")
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"/(scale|bias)$", ()),
     (r"(^|/)embed/embedding$", ("tensor", "fsdp")),
-    # Small, and what goes in is concatenated from two halves: with that axis cut too, XLA gets w1's gradient wrong on
-    # meshes that use all three axes.
-    (r"/(propri_proj|w1)/kernel$", (None, "tensor")),
-    (r"/(q|k|v|qkv|gate|up|fc1|patch_embed|w2)/kernel$", ("fsdp", "tensor")),
+    (r"/(q|k|v|qkv|gate|up|fc1|patch_embed|propri_proj|w1|w2)/kernel$", ("fsdp", "tensor")),
     (r"/(o|proj|down|fc2|w3|proj_back)/kernel$", ("tensor", "fsdp")),
     (r"(^|/)lm_head/kernel$", ("fsdp", "tensor")),
     (r"/lora_a$", ("fsdp", None)),
