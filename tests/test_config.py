@@ -163,6 +163,18 @@ def test_key_masks():
         ({"use_fast_tokenizer": True}, ["action_tokenizer_path", "required"]),
         ({"train_action_heads": False}, ["train_action_heads", "freeze_vlm"]),
         ({"resume__load_ckpt_only": True}, ["resume.load_ckpt_only", "resume.ckpt"]),
+        (
+            {"distributed__num_processes": 2},
+            ["distributed.coordinator and distributed.process_id", "required as well"],
+        ),
+        (
+            {"distributed__coordinator": "h", "distributed__num_processes": 2, "distributed__process_id": 1},
+            ["'h'", "HOST:PORT"],
+        ),
+        (
+            {"distributed__coordinator": "h:1", "distributed__num_processes": 2, "distributed__process_id": 2},
+            ["distributed.process_id = 2 of distributed.num_processes = 2"],
+        ),
         ({"resume": {"ckp": "x"}}, ["resume.ckp", 'did you mean "resume.ckpt"']),
         (
             {"robot_name": "physical-intelligence/libero"},

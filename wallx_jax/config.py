@@ -19,6 +19,7 @@ from wallx_jax.robots import KEY_MAPPINGS
 from wallx_jax.run_config import (
     Camera,
     DataConfig,
+    DistributedConfig,
     LoopConfig,
     MeshConfig,
     ModelSource,
@@ -130,12 +131,19 @@ def default_config() -> OrderedConfig:
     c.mesh.fsdp = 1  # parameters and optimizer state cut along a width
     c.mesh.tensor = 1  # heads and MLP width cut
 
+    # Many processes: all three, the same in every process but for its number. None: as JAX_COORDINATOR_ADDRESS,
+    # JAX_NUM_PROCESSES and JAX_PROCESS_ID, SLURM or Open MPI say, else one process.
+    c.distributed = OrderedConfig()
+    c.distributed.coordinator = placeholder(str)  # "HOST:PORT" of process 0
+    c.distributed.num_processes = placeholder(int)  # of the whole run
+    c.distributed.process_id = placeholder(int)  # from 0
+
     # Saving, resuming, evaluating, logging
     c.save_path = placeholder(str)  # required; output directory, --workdir overrides it
     c.save_interval = 1000  # steps between checkpoints; there is always one at the end
     c.max_to_keep = 2  # newest checkpoints kept
     c.resume = OrderedConfig()
-    c.resume.ckpt = placeholder(str)  # checkpoint directory to continue from
+    c.resume.ckpt = placeholder(str)  # to continue from; "latest": the newest of save_path, a new run if it has none
     c.resume.load_ckpt_only = False  # take its weights only: step, optimizer and data start anew
     c.eval_interval = 1000  # steps between validations; 0: never
     c.eval_batches = 8  # batches of held-out data per validation
@@ -209,6 +217,7 @@ def resolve(config: ConfigDict) -> RunConfig:
         mesh=MeshConfig(**_section(v, "mesh")),
         platform=v["platform"],
         compile_cache=v["compile_cache"],
+        distributed=DistributedConfig(**_section(v, "distributed")),
     )
 
 
@@ -330,6 +339,24 @@ def _value_errors(v: Mapping[str, Any]) -> list[str]:
     axes = _section(v, "mesh")
     if list(axes.values()).count(-1) > 1 or any(size < 1 and size != -1 for size in axes.values()):
         errors.append(f"mesh = {axes}: give each axis a size of at least 1, or -1 (the rest) on one of them")
+    errors += _distributed_errors(_section(v, "distributed"))
+    return errors
+
+
+def _distributed_errors(processes: Mapping[str, Any]) -> list[str]:
+    missing = [f"distributed.{name}" for name, value in processes.items() if value is None]
+    if len(missing) == len(processes):
+        return []
+    if missing:
+        return [f"{' and '.join(missing)}: required as well, when one setting of distributed is given"]
+    address, count, index = processes.values()
+    errors = []
+    if not re.fullmatch(r".+:\d+", address):
+        errors.append(f"distributed.coordinator = {address!r}: expected HOST:PORT of process 0")
+    if not 0 <= index < count:
+        errors.append(
+            f"distributed.process_id = {index} of distributed.num_processes = {count}: must be 0 or more, and below it"
+        )
     return errors
 
 

@@ -147,6 +147,15 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """Who the processes of a run are. All None: one process, or as the environment says."""
+
+    coordinator: str | None
+    num_processes: int | None
+    process_id: int | None
+
+
+@dataclass(frozen=True)
 class RunConfig:
     model: ModelSource
     robot: RobotConfig
@@ -156,6 +165,7 @@ class RunConfig:
     mesh: MeshConfig
     platform: str | None
     compile_cache: str
+    distributed: DistributedConfig
 
 
 def _used(table: tuple[tuple[str, int], ...], keys: tuple[str, ...]) -> tuple[bool, ...]:

@@ -3,6 +3,9 @@
     python -m wallx_jax.train --config=configs/aloha.py [--config.key=value ...] [--workdir=DIR] [--dry_run]
 
 From Python: `wallx_jax.train.run(config)` with a ConfigDict from `wallx_jax.config.default_config`.
+
+Exit codes: 0 trained to the end; 75 (EX_TEMPFAIL) interrupted by SIGTERM or SIGINT, saved, to be continued with
+--config.resume.ckpt=latest; 1 or 2 an error that one line tells. A second signal ends the process at once.
 """
 
 import dataclasses
@@ -29,10 +32,11 @@ from wallx_jax.data.processor import Processor
 from wallx_jax.data.setup import blank_sample, split_sources
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.run_config import RunConfig
-from wallx_jax.training import checkpoint_dir, sharding, start
+from wallx_jax.training import checkpoint_dir, distributed, sharding, start
 from wallx_jax.training.checkpoint import Checkpointer, restore_state
 from wallx_jax.training.checkpoint_dir import CheckpointError
 from wallx_jax.training.flops import update_flops
+from wallx_jax.training.interruption import EXIT_CODE, Interrupted, StopRequest
 from wallx_jax.training.loop import NonFiniteError, Steps, abstract_batch, run_loop
 from wallx_jax.training.metrics import MetricWriter
 from wallx_jax.training.optimizer import is_trainable
@@ -67,8 +71,10 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
         ConfigError, DeviceError, CheckpointError, WeightsError, FileNotFoundError, ValueError: what is wrong, and the
             remedy.
         NonFiniteError: training diverged.
+        Interrupted: SIGTERM or SIGINT came while training; a checkpoint has been saved.
     """
-    settings = resolve(config)
+    settings = start.resumable(resolve(config))
+    distributed.initialize(settings.distributed)
     devices.require(settings.platform)
     if dry_run:  # neither fetches nor decodes videos
         data = dataclasses.replace(settings.data, frame_cache=None, download_videos=False)
@@ -85,16 +91,17 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
     train_source, val_source = split_sources(settings, info, processor.config)
     micro_batch = settings.data.batch_size * mesh.shape["data"] * mesh.shape["fsdp"]
     global_batch = micro_batch * loop.gradient_accumulation_steps
+    share, shares = sharding.data_share(mesh)
     updates_per_epoch = max(len(train_source) // global_batch, 1)
     total_steps, decay_steps = loop.total_steps(updates_per_epoch), loop.decay_steps(updates_per_epoch)
     batches = train_iterator(
         train_source,
         processor,
-        global_batch // jax.process_count(),
+        global_batch // shares,
         loop.seed,
         settings.data.num_workers,
-        jax.process_index(),
-        jax.process_count(),
+        share,
+        shares,
     )
 
     abstract = start.abstract_state(origin.config, settings.optim, decay_steps, mesh)
@@ -109,9 +116,11 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
     logger.info("%s", plan)
 
     compile_cache.enable(settings.compile_cache)
-    save_path.mkdir(parents=True, exist_ok=True)
-    (save_path / "config.yaml").write_text(render(config))
-    assets = write_assets(processor, origin.files, save_path / "assets")
+    assets = save_path / "assets"
+    if jax.process_index() == 0:
+        save_path.mkdir(parents=True, exist_ok=True)
+        (save_path / "config.yaml").write_text(render(config))
+        write_assets(processor, origin.files, assets)
     sample = blank_sample(processor.config)
     logger.info("%s", origin.config.numerics)
     logger.info("one sample: %s", describe(sample))
@@ -134,9 +143,10 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
     eval_batch = settings.data.eval_batch_size * mesh.shape["data"] * mesh.shape["fsdp"]
 
     def held_out() -> Iterator[Batch]:
-        return eval_batches(val_source, processor, eval_batch // jax.process_count(), loop.eval_batches)
+        return eval_batches(val_source, processor, eval_batch, loop.eval_batches, share, shares)
 
     checkpointer = Checkpointer(save_path, loop.max_to_keep, resumed_step)
+    stop = StopRequest(mesh)
 
     def save(step: int, state: TrainState, loss: float | None) -> None:
         checkpointer.save(step, state, batches, flatten(config), origin.config, assets, loss=loss)
@@ -145,23 +155,31 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
         evaluates = loop.eval_interval and len(val_source)
         sizes = (global_batch, eval_batch if evaluates else None)
         steps = compile_steps(settings, origin.config, decay_steps, state, sample, sizes, mesh, progress)
-        state = run_loop(state, batches, steps, total_steps, global_batch, loop, mesh, held_out, writer, progress, save)
-        checkpointer.wait()
+        with stop:
+            state = run_loop(
+                state, batches, steps, total_steps, global_batch, loop, mesh, held_out, writer, progress, save,
+                stop.reached,
+            )  # fmt: skip
+            checkpointer.wait()
     finally:
         progress.close()
         writer.close()
         checkpointer.close()
         batches.close()
-    return checkpoint_dir.find_checkpoints(save_path)[0]
+    last = checkpoint_dir.find_checkpoints(save_path)[0]
+    if stop.stopped and int(state.step) < total_steps:
+        raise Interrupted(
+            f"interrupted after step {int(state.step)} of {total_steps}; saved {last}; go on with resume.ckpt=latest"
+        )
+    return last
 
 
-def write_assets(processor: Processor, model_files: Path, folder: Path) -> Path:
+def write_assets(processor: Processor, model_files: Path, folder: Path) -> None:
     """The files that go into every checkpoint: preprocessing, and the model directory's image-processor files."""
     processor.save(folder)
     for name in EXTRA_ASSETS:
         if (model_files / name).is_file():
             shutil.copyfile(model_files / name, folder / name)
-    return folder
 
 
 def compile_steps(
@@ -198,9 +216,16 @@ def main(config: ConfigDict, dry_run: bool = False) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)  # in place of absl's
     for library in ("absl", "jax"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    print(render(config))
     try:
+        distributed.initialize(resolve(config).distributed)
+        if jax.process_index() == 0:
+            print(render(config))
+        else:
+            logging.getLogger().setLevel(logging.WARNING)
         last = run(config, dry_run)
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        sys.exit(EXIT_CODE)
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
     print("dry run: nothing was loaded or written" if dry_run else f"trained; last checkpoint: {last}")

@@ -167,6 +167,14 @@ def test_eval_limit_spreads_over_the_source(source):
     np.testing.assert_array_equal(batch.state, [source.low_dim(i).state for i in (0, len(source) - 1)])
 
 
+def test_processes_share_each_eval_batch(source):
+    whole = list(eval_batches(source, PlainProcessor(), 8, limit=2))
+    for index in range(2):
+        own = eval_batches(source, PlainProcessor(), 8, limit=2, process_index=index, process_count=2)
+        for mine, batch in zip(own, whole, strict=True):
+            np.testing.assert_array_equal(mine.state, batch.state[index::2])
+
+
 def test_eval_of_a_source_smaller_than_a_batch(dataset_info):
     source = LeRobotSource(dataset_info, HORIZON, [], frames=[3, 5])
     (batch,) = eval_batches(source, PlainProcessor(), 4)

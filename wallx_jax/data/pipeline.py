@@ -13,8 +13,9 @@ import numpy as np
 from absl import flags
 
 from wallx_jax.data.batch import Batch
-from wallx_jax.data.lerobot import DatasetInfo, LeRobotSource, RawSample, torch_permutation, use_one_thread
+from wallx_jax.data.lerobot import DatasetInfo, LeRobotSource, RawSample, torch_permutation
 from wallx_jax.data.processor import Processor
+from wallx_jax.data.workers import start_worker
 
 UPSTREAM_SHARES = (0.95, 0.05)
 
@@ -86,7 +87,7 @@ def train_iterator(
         if not flags.FLAGS.is_parsed():  # Grain hands its own absl flags to the workers, also outside of app.run.
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
-        dataset = dataset.mp_prefetch(options, worker_init_fn=use_one_thread)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=start_worker)
     return iter(dataset)
 
 
@@ -96,7 +97,12 @@ def shuffled(source: LeRobotSource, seed: int) -> grain.MapDataset:
 
 
 def eval_batches(
-    source: LeRobotSource, processor: Processor, batch_size: int, limit: int | None = None
+    source: LeRobotSource,
+    processor: Processor,
+    batch_size: int,
+    limit: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Iterator[Batch]:
     """Batches in a fixed order, the same at every call; all have `batch_size` samples, so that one compilation serves.
 
@@ -104,6 +110,7 @@ def eval_batches(
 
     Args:
         limit: at most so many batches, of frames spread evenly over the source.
+        process_index, process_count: which share of each batch this process of a multi-host run takes.
     """
     count = len(source)
     batches = max(count // batch_size, 1 if count else 0)
@@ -113,7 +120,9 @@ def eval_batches(
         places = np.arange(batches * batch_size) % max(count, 1)
     encode = Encode(processor)
     for start in range(0, batches * batch_size, batch_size):
-        yield stack_samples([encode(source[int(i)]) for i in places[start : start + batch_size]])
+        yield stack_samples(
+            [encode(source[int(i)]) for i in places[start : start + batch_size][process_index::process_count]]
+        )
 
 
 def stack_samples(samples: Sequence[Batch]) -> Batch:

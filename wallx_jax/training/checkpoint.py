@@ -266,7 +266,7 @@ def _restore_iterator(step: Path, data_iterator: DataIterator) -> None:
     remedy = "set resume.load_ckpt_only=True to go on from its weights with fresh data"
     if not (step / "data").is_dir():
         raise CheckpointError(f"the checkpoint {step} has no data iterator state; {remedy}")
-    if (processes := checkpoint_dir.read_metadata(step)["processes"]) != jax.process_count():
+    if (processes := json.loads(checkpoint_dir.metadata_file(step).read_text())["processes"]) != jax.process_count():
         raise CheckpointError(
             f"the checkpoint {step} holds data positions of {processes} processes, this run has {jax.process_count()}; "
             f"use as many, or {remedy}"

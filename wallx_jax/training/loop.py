@@ -70,13 +70,15 @@ def run_loop(
     writer: MetricWriter,
     progress: Progress,
     save: Callable[[int, TrainState, float | None], None],
+    stop: Callable[[], bool] = lambda: False,
 ) -> TrainState:
-    """Trains from state.step to `total_steps`; the last step is always saved.
+    """Trains from state.step to `total_steps`, or until `stop`; the last step is always saved.
 
     Args:
         batches: draws host batches [N * B, ...]; its position belongs to the state that has consumed them.
         held_out: the validation batches, anew at every call.
         save: writes a checkpoint of (step, state, last logged loss).
+        stop: asked after each update whether it shall be the last.
 
     Raises:
         NonFiniteError: after `max_nonfinite_steps` skipped updates; the batch that came last is kept in save_path.
@@ -111,7 +113,8 @@ def run_loop(
         while len(pending) > 1:
             check(*pending.popleft())
 
-        if step % loop.log_interval == 0 or step == total_steps:
+        stopping = stop()
+        if step % loop.log_interval == 0 or step == total_steps or stopping:
             scalars = averages(jax.device_get(window))
             scalars["skipped"] = float(state.skipped)
             scalars |= watch.summary(step - logged, samples_per_step * (step - logged))
@@ -125,12 +128,14 @@ def run_loop(
                 scalars = validate(steps.evaluate, state.params, held_out(), mesh, loop.flow_loss_weight)
                 writer.write(step, scalars)
                 progress.note(f"step {step}/{total_steps} | validation loss {scalars['val_loss']:.4g}")
-        if step % loop.save_interval == 0 or step == total_steps:
+        if step % loop.save_interval == 0 or step == total_steps or stopping:
             while pending:
                 check(*pending.popleft())
             with watch.paused():
                 save(step, state, loss)
         profiler.after(step, state)
+        if stopping:
+            break
     return state
 
 

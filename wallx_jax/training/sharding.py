@@ -78,6 +78,28 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ("data", "fsdp")))
 
 
+def data_share(mesh: Mesh) -> tuple[int, int]:
+    """(which, of how many) share of every batch this process loads.
+
+    Processes whose devices hold the same rows, cut along "tensor", load the same.
+
+    Raises ValueError when two processes hold some rows in common but not all.
+    """
+    rows = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    held = {device.process_index: set() for device in mesh.devices.flat}
+    for row, devices in enumerate(rows):
+        for device in devices:
+            held[device.process_index].add(row)
+    shares = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(map(len, shares)) != len(rows) or len(set(map(len, shares))) > 1:
+        named = ", ".join(f"mesh.{axis}={size}" for axis, size in mesh.shape.items())
+        raise ValueError(
+            f"{named} cuts a batch within and across processes of {jax.local_device_count()} devices each: let "
+            "mesh.tensor divide that number, or be a multiple of it"
+        )
+    return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

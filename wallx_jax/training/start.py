@@ -4,12 +4,15 @@
 """
 
 import dataclasses
+import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from wallx_jax import tree
@@ -31,6 +34,8 @@ from wallx_jax.training.optimizer import ACTION_EXPERT
 from wallx_jax.training.sharding import param_spec, shardings
 from wallx_jax.training.state import TrainState, create_state
 from wallx_jax.weights.load import Put, assemble, load_params, open_weights, read_config
+
+logger = logging.getLogger(__name__)
 
 UPSTREAM_CHANNELS = 20  # action and state width of a fresh action side, as upstream's; a wider robot widens it
 
@@ -56,6 +61,15 @@ class Origin:
         return self.processor is not None
 
 
+def resumable(run: RunConfig) -> RunConfig:
+    """resume.ckpt=latest before anything was saved means a new run: a job that restarts itself always says latest."""
+    loop = run.loop
+    if loop.resume_ckpt != "latest" or loop.load_ckpt_only or checkpoint_dir.latest_step(loop.save_path) is not None:
+        return run
+    logger.warning("resume.ckpt=latest: no checkpoint in %s yet; a new run starts", loop.save_path)
+    return dataclasses.replace(run, loop=dataclasses.replace(loop, resume_ckpt=None))
+
+
 def find(run: RunConfig, robot_state_dim: int, robot_action_dim: int, fast: FastTokenizer | None) -> Origin:
     """Looks the model up and works out its final shapes, reading no weights.
 
@@ -70,7 +84,7 @@ def find(run: RunConfig, robot_state_dim: int, robot_action_dim: int, fast: Fast
             return Origin(config, tokenizer, folder)
         checkpoint = folder
     else:
-        checkpoint = checkpoint_dir.find_checkpoints(run.loop.resume_ckpt, run.loop.save_path)[0]
+        checkpoint = checkpoint_dir.first_readable(run.loop.resume_ckpt, run.loop.save_path, _with_small_files)
 
     config = checkpoint_dir.read_model_config(checkpoint)
     assets = checkpoint_dir.assets_dir(checkpoint)
@@ -86,6 +100,16 @@ def find(run: RunConfig, robot_state_dim: int, robot_action_dim: int, fast: Fast
         )
     processor = Processor.from_dir(assets)
     return Origin(config, processor.tokenizer, assets, checkpoint, processor)
+
+
+def _with_small_files(checkpoint: Path) -> Path:
+    """The checkpoint; raises whatever comes up when metadata or assets are damaged."""
+    json.loads(checkpoint_dir.metadata_file(checkpoint).read_text())
+    assets = checkpoint / "assets"
+    Tokenizer.from_dir(assets)
+    if (assets / processors.FILE_NAME).is_file():
+        Processor.from_dir(assets)
+    return checkpoint
 
 
 def _final_config(
@@ -196,10 +220,15 @@ def load_state(origin: Origin, run: RunConfig, decay_steps: int, mesh: Mesh) -> 
         params = load_origin(
             origin,
             run.loop.seed,
-            put=lambda path, x: jax.device_put(x, NamedSharding(mesh, param_spec(path, x.shape, mesh))),
+            put=lambda path, x: _put(x, NamedSharding(mesh, param_spec(path, x.shape, mesh))),
         )
     out = shardings(jax.eval_shape(lambda p: create_state(p, run.optim, decay_steps), params), mesh)
     return jax.jit(lambda p: create_state(p, run.optim, decay_steps), out_shardings=out, donate_argnums=0)(params)
+
+
+def _put(x: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
+    # Every process read the same file; device_put would have them compare it over the network.
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def load_origin(origin: Origin, seed: int, put: Put | None = None) -> tree.Tree:

@@ -1,0 +1,66 @@
+"""Runs of many processes: each learns who the others are before it touches a device."""
+
+import os
+from collections.abc import Mapping
+
+import jax
+
+from wallx_jax.config import ConfigError
+from wallx_jax.run_config import DistributedConfig
+
+# The same three settings as environment variables.
+VARIABLES = {
+    "coordinator": "JAX_COORDINATOR_ADDRESS",
+    "num_processes": "JAX_NUM_PROCESSES",
+    "process_id": "JAX_PROCESS_ID",
+}
+# How many processes a launcher started, and a variable that only those processes have: a batch script itself, and a
+# shell in an allocation, know the count too. jax.distributed reads the rest.
+LAUNCHERS = (("SLURM_NTASKS", "SLURM_STEP_NODELIST"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"))
+
+
+def initialize(config: DistributedConfig, environ: Mapping[str, str] = os.environ) -> None:
+    """Joins the processes of one run. Does nothing in a run of one process, or when that has been done already.
+
+    Settings win over the environment variables in VARIABLES, those over what SLURM or Open MPI say.
+
+    Raises:
+        ConfigError: only some of the three are given, or a variable is no number.
+        RuntimeError: devices are in use already, or the coordinator does not answer.
+    """
+    if jax.distributed.is_initialized():
+        return
+    given = {name: getattr(config, name) for name in VARIABLES}
+    source = {name: f"distributed.{name}" for name in VARIABLES}
+    if all(value is None for value in given.values()):
+        given, source = {name: environ.get(variable) for name, variable in VARIABLES.items()}, VARIABLES
+    missing = [source[name] for name, value in given.items() if value is None]
+    # An address alone may be there to change the one that the launcher would give.
+    launched = any(int(environ.get(count, 1)) > 1 and member in environ for count, member in LAUNCHERS)
+    if not missing:
+        arguments = {
+            "coordinator_address": given["coordinator"],
+            "num_processes": _integer(source["num_processes"], given["num_processes"]),
+            "process_id": _integer(source["process_id"], given["process_id"]),
+            "cluster_detection_method": "deactivate",
+        }
+    elif launched:
+        arguments = {}
+    elif len(missing) < len(given):
+        there = [f"{source[name]} = {value}" for name, value in given.items() if value is not None]
+        raise ConfigError(
+            f"{', '.join(there)}, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: many "
+            "processes need all three of coordinator (HOST:PORT), num_processes and process_id, one needs none"
+        )
+    else:
+        return
+    # JAX's own handling of SIGTERM would keep a process from ending before training starts; see interruption.py.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(**arguments)
+
+
+def _integer(name: str, value: int | str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise ConfigError(f"{name} = {value!r}: expected a number") from None
