@@ -202,6 +202,13 @@ def test_fast_with_frozen_vlm_has_nothing_to_train():
     assert "nothing to train" in error
 
 
+def test_fast_chunks_have_no_padded_actions_to_mask():
+    (error,) = errors_of(
+        resolve, usable(use_fast_tokenizer=True, action_tokenizer_path="fast", mask_padded_actions=True)
+    )
+    assert "mask_padded_actions" in error
+
+
 def test_all_errors_come_at_once():
     errors = errors_of(resolve, usable(repo_id=None, learning_rate=-1.0, min_lr=-2.0, numerics__flow_loss="sum"))
     assert len(errors) == 4

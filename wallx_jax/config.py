@@ -106,6 +106,7 @@ def default_config() -> OrderedConfig:
     c.weight_decay = 0.1  # on every parameter, as upstream
     c.max_grad_norm = 1.0  # global norm that gradients are clipped to
     c.flow_loss_weight = 1.0  # factor of the flow loss beside the cross-entropy
+    c.mask_padded_actions = False  # leave actions past the episode's end out of the flow loss; upstream trains them
     c.action_expert_learning_rate = placeholder(float)  # peak for the action expert; None: learning_rate
     c.freeze_vlm = False  # train the action side only
     c.train_action_expert_only = False  # upstream's second name for the same
@@ -307,6 +308,8 @@ def _relation_errors(v: Mapping[str, Any]) -> list[str]:
         errors.append("num_epoch = 0 needs num_training_steps: without one of them the run has no end")
     if v["use_fast_tokenizer"] and not v["action_tokenizer_path"]:
         errors.append("action_tokenizer_path: required by use_fast_tokenizer = True, e.g. 'physical-intelligence/fast'")
+    if v["use_fast_tokenizer"] and v["mask_padded_actions"]:
+        errors.append("mask_padded_actions = True has no meaning with use_fast_tokenizer: a FAST chunk is whole")
     frozen = [key for key in ("freeze_vlm", "train_action_expert_only") if v[key]]
     if frozen and v["use_fast_tokenizer"]:
         errors.append(f"{frozen[0]} = True leaves nothing to train with use_fast_tokenizer: FAST actions are text")

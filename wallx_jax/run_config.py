@@ -106,6 +106,7 @@ class LoopConfig:
     num_training_steps: int | None
     num_epoch: int
     flow_loss_weight: float
+    mask_padded_actions: bool
     max_nonfinite_steps: int
     save_interval: int
     max_to_keep: int

@@ -119,7 +119,8 @@ def run(config: ConfigDict) -> Path:
     try:
         evaluates = loop.eval_interval and len(val_source)
         sizes = (global_batch, eval_batch if evaluates else None)
-        steps = compile_steps(settings, origin.config, decay_steps, state, sample, sizes, mesh, progress)
+        objective = make_objective(settings, processor)
+        steps = compile_steps(settings, origin.config, decay_steps, state, sample, sizes, objective, mesh, progress)
         state = run_loop(state, batches, steps, total_steps, global_batch, loop, mesh, held_out, writer, progress, save)
         checkpointer.wait()
     finally:
@@ -139,6 +140,14 @@ def write_assets(processor: Processor, model_files: Path, folder: Path) -> Path:
     return folder
 
 
+def make_objective(settings: RunConfig, processor: Processor) -> Objective:
+    """What is trained and measured: the flow loss, or FAST tokens and how many of them are hit."""
+    loop, tokenizer = settings.loop, processor.tokenizer
+    speaks = settings.model.use_fast_tokenizer
+    ids = (tokenizer.fast_start, tokenizer.fast_start + tokenizer.fast_size) if speaks else None
+    return Objective(not speaks, loop.flow_loss_weight, loop.mask_padded_actions, ids)
+
+
 def compile_steps(
     settings: RunConfig,
     model: WallXConfig,
@@ -146,6 +155,7 @@ def compile_steps(
     state: TrainState,
     sample: Batch,
     batch_sizes: tuple[int, int | None],
+    objective: Objective,
     mesh: Mesh,
     progress: Progress,
 ) -> Steps:
@@ -154,7 +164,6 @@ def compile_steps(
     `batch_sizes`: samples of a whole update, and of an evaluation batch (None: no evaluation).
     """
     loop, (train_size, eval_size) = settings.loop, batch_sizes
-    objective = Objective(not settings.model.use_fast_tokenizer, loop.flow_loss_weight)
     train_step = make_train_step(model, settings.optim, decay_steps, objective, loop.seed)
     batch = abstract_batch(sample, train_size, mesh, loop.gradient_accumulation_steps)
     with progress.compiling("the train step"):

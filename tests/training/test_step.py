@@ -10,9 +10,10 @@ import pytest
 from wallx_jax import tree
 from wallx_jax.data.batch import Batch
 from wallx_jax.models.config import PRESETS, TINY, LoraConfig
-from wallx_jax.models.wallx import abstract_params, init_params
+from wallx_jax.models.wallx import abstract_params, bind, init_params
 from wallx_jax.run_config import MeshConfig, OptimConfig
 from wallx_jax.training import sharding
+from wallx_jax.training.loop import averages
 from wallx_jax.training.optimizer import group_of, make_optimizer, schedule
 from wallx_jax.training.state import create_state
 from wallx_jax.training.step import Objective, make_eval_step, make_train_step
@@ -103,6 +104,62 @@ def test_accumulation_weighs_labels_not_micro_batches():
     assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-5)
     assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-4)
     assert float(a["flow_loss"]) == 0
+
+
+def fast_batch(action_labels: bool = True) -> Batch:
+    """[1, 4] samples with 5 labels each, of which tokens 7 to 9 are actions, or none are."""
+    batch = random_batch((1, 4), labels=5)
+    rng = np.random.default_rng(1)
+    batch.labels[...] = rng.integers(7, 10, batch.labels.shape) if action_labels else 11
+    batch.labels[0, 0, 1:] = -100
+    return batch
+
+
+def test_action_accuracy_is_that_of_greedy_prediction():
+    """Sums and counts: micro-batches and devices change nothing; a batch without action tokens has no accuracy."""
+    objective = Objective(use_flow=False, action_ids=(7, 10))
+    step = jax.jit(make_train_step(SMALL, OPTIM, 10, objective, seed=0))
+    state, batch = create_state(init_params(SMALL, 0), OPTIM, 10), fast_batch()
+    for _ in range(12):
+        state, _ = step(state, batch)
+    hits, count = step(state, batch)[1]["action_accuracy"]
+    assert float(count) == 16
+
+    net, rows = bind(SMALL, state.params), jax.tree.map(lambda x: x[0], batch)
+    hidden = net.forward(net.embed_batch(rows)).hidden
+    said = np.asarray(net.logits(hidden[:, -6:-1])).argmax(-1)
+    assert 0 < float(hits) == (said == rows.labels).sum() < 16, "a test of both outcomes"
+
+    split = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[2:]), batch)
+    assert step(state, split)[1]["action_accuracy"] == (hits, count)
+    sums, counts = make_eval_step(SMALL, objective, seed=0)(state.params, rows, jnp.int32(0))
+    assert (sums.action_hits, counts.action_hits) == (hits, count)
+
+    window = [jax.device_get(step(state, b)[1]) for b in (batch, fast_batch(action_labels=False))]
+    assert averages(window)["action_accuracy"] == pytest.approx(float(hits) / 16)
+    assert "action_accuracy" not in averages(window[1:])
+
+
+def test_flow_runs_measure_no_accuracy(step, state):
+    assert "action_accuracy" not in step(state, random_batch((1, 2)))[1]
+
+
+def test_padded_actions_can_be_left_out(state):
+    """What the data has past an episode's end then changes no loss; and the mean is over what is left."""
+    masked = jax.jit(make_eval_step(SMALL, Objective(mask_padded_actions=True), seed=0))
+    plain = jax.jit(make_eval_step(SMALL, Objective(), seed=0))
+    batch = random_batch((2,))
+    batch.action_is_pad[0, 1:] = True
+    sums, counts = masked(state.params, batch, jnp.int32(0))
+    assert (float(counts.flow), float(plain(state.params, batch, jnp.int32(0))[1].flow)) == (4 * 6, 6 * 6)
+    nothing = dataclasses.replace(batch, action_is_pad=np.zeros_like(batch.action_is_pad))
+    parts = [
+        masked(state.params, dataclasses.replace(batch, action_is_pad=batch.action_is_pad ^ flip), jnp.int32(0))[0].flow
+        for flip in (False, True)
+    ]
+    whole = plain(state.params, batch, jnp.int32(0))[0].flow
+    assert float(sum(parts)) == pytest.approx(float(whole), rel=1e-5) and 0 < float(parts[0]) < float(whole)
+    assert float(masked(state.params, nothing, jnp.int32(0))[0].flow) == float(whole)
 
 
 def test_validation_noise_is_fixed(state):

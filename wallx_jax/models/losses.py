@@ -21,11 +21,31 @@ def label_count(labels: jax.Array) -> jax.Array:
     return jnp.sum(labels != IGNORE).astype(jnp.float32)
 
 
-def flow_error_sum(velocity: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Summed squared velocity error over the channels in mask, all [B, A, C] float32."""
-    return jnp.sum(jnp.square(velocity - target) * mask)
+def labels_among(labels: jax.Array, ids: tuple[int, int]) -> jax.Array:
+    """bool [B, W]: which labels are tokens of the range ids[0] .. ids[1] - 1."""
+    return (labels >= ids[0]) & (labels < ids[1])
 
 
-def flow_count(mask: jax.Array, reduction: str) -> jax.Array:
-    """What the sum is divided by: "all" channels of mask [B, A, C], as upstream, or the "valid" ones."""
-    return jnp.float32(mask.size) if reduction == "all" else jnp.sum(mask)
+def hit_count(logits: jax.Array, labels: jax.Array, ids: tuple[int, int]) -> jax.Array:
+    """How many labels [B, W] of a range of tokens the largest logit [B, W, V] names; float32."""
+    return jnp.sum(labels_among(labels, ids) & (jnp.argmax(logits, axis=-1) == labels)).astype(jnp.float32)
+
+
+def flow_error_sum(
+    velocity: jax.Array, target: jax.Array, mask: jax.Array, is_pad: jax.Array | None = None
+) -> jax.Array:
+    """Summed squared velocity error over the channels in mask, all [B, A, C] float32, without the actions that
+    is_pad, bool [B, A], marks."""
+    return jnp.sum(jnp.square(velocity - target) * _without(mask, is_pad))
+
+
+def flow_count(mask: jax.Array, reduction: str, is_pad: jax.Array | None = None) -> jax.Array:
+    """What the sum is divided by: "all" channels of mask [..., A, C], as upstream, or the "valid" ones; without the
+    actions that is_pad, bool [..., A], marks."""
+    if reduction == "valid":
+        return jnp.sum(_without(mask, is_pad))
+    return jnp.float32(mask.size) if is_pad is None else jnp.sum(~is_pad).astype(jnp.float32) * mask.shape[-1]
+
+
+def _without(mask: jax.Array, is_pad: jax.Array | None) -> jax.Array:
+    return mask if is_pad is None else mask * ~is_pad[..., None]

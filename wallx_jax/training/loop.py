@@ -128,25 +128,31 @@ def run_loop(
 
 
 def averages(window: list[Mapping[str, np.ndarray]]) -> dict[str, float]:
-    """Means over the updates of a log window that were not skipped; the last learning rate."""
+    """Means over the updates of a log window that were not skipped; the last learning rate. A pair (sum, count) gives
+    the sums over the counts, or nothing where there was nothing to count."""
     good = [metrics for metrics in window if metrics["finite"]]
-    means = {
-        key: float(np.mean([metrics[key] for metrics in good])) if good else float("nan")
-        for key in window[0]
-        if key not in ("finite", "learning_rate")
-    }
+    means = {}
+    for key, value in window[0].items():
+        if key in ("finite", "learning_rate"):
+            continue
+        if isinstance(value, tuple):
+            total, count = np.sum([metrics[key] for metrics in good], axis=0) if good else (0, 0)
+            means |= {key: float(total / count)} if count else {}
+        else:
+            means[key] = float(np.mean([metrics[key] for metrics in good])) if good else float("nan")
     return means | {"learning_rate": float(window[-1]["learning_rate"])}
 
 
 def validate(evaluate, params, batches: Iterable[Batch], mesh: Mesh, flow_loss_weight: float) -> dict[str, float]:
     """Held-out losses, each the mean over all its labels or channels; batch i meets the same noise every time."""
-    zero = LossSums(0.0, 0.0)
-    sums, counts = zero, zero
+    sums = counts = LossSums(0.0, 0.0, 0.0)
     for index, batch in enumerate(batches):
         part = jax.device_get(evaluate(params, put_batch(batch, mesh), jnp.int32(index)))
-        sums, counts = jax.tree.map(lambda a, b: a + float(b), (sums, counts), part)
+        sums, counts = (LossSums(*(a + float(b or 0) for a, b in zip(*pair, strict=True)))
+                        for pair in zip((sums, counts), part, strict=True))  # fmt: skip
     means = LossSums(*(s / c if c else 0.0 for s, c in zip(sums, counts, strict=True)))
-    return {
+    accuracy = {"val_action_accuracy": means.action_hits} if counts.action_hits else {}
+    return accuracy | {
         "val_loss": means.cross_entropy + flow_loss_weight * means.flow,
         "val_cross_entropy_loss": means.cross_entropy,
         "val_flow_loss": means.flow,

@@ -23,18 +23,29 @@ from wallx_jax.training.state import TrainState
 
 @dataclass(frozen=True)
 class Objective:
-    """use_flow: train the action tokens by flow matching (False in FAST mode, where actions are text)."""
+    """use_flow: train the action tokens by flow matching (False in FAST mode, where actions are text).
+    mask_padded_actions: leave actions past the episode's end out of the flow loss.
+    action_ids: FAST tokens, first id and the one after the last, whose accuracy is measured; None: no accuracy."""
 
     use_flow: bool = True
     flow_loss_weight: float = 1.0
+    mask_padded_actions: bool = False
+    action_ids: tuple[int, int] | None = None
+
+    def left_out(self, batch: Batch) -> jax.Array | None:
+        """Actions of the batch that no flow loss counts, bool [..., A]; None: all count."""
+        return batch.action_is_pad if self.mask_padded_actions else None
 
 
 def loss_counts(batch: Batch, model: WallXConfig, objective: Objective) -> LossSums:
-    """Denominators of the two losses over a whole global batch (any leading axes)."""
-    flow_count = (
-        losses.flow_count(batch.action_mask, model.numerics.flow_loss) if objective.use_flow else jnp.float32(1)
-    )
-    return LossSums(jnp.maximum(losses.label_count(batch.labels), 1), jnp.maximum(flow_count, 1))
+    """Denominators of the two losses over a whole global batch (any leading axes), and its number of action tokens,
+    which may be 0."""
+    flow_count, tokens = jnp.float32(1), None
+    if objective.use_flow:
+        flow_count = losses.flow_count(batch.action_mask, model.numerics.flow_loss, objective.left_out(batch))
+    if objective.action_ids is not None:
+        tokens = jnp.sum(losses.labels_among(batch.labels, objective.action_ids)).astype(jnp.float32)
+    return LossSums(jnp.maximum(losses.label_count(batch.labels), 1), jnp.maximum(flow_count, 1), tokens)
 
 
 def batch_sums(
@@ -42,8 +53,10 @@ def batch_sums(
 ) -> LossSums:
     """Loss numerators of one batch."""
     net = bind(model, params)
-    target = FlowTarget(batch.actions, batch.action_mask, noise, time) if objective.use_flow else None
-    return net.loss_sums(net.embed_batch(batch), batch.labels, target)
+    target = None
+    if objective.use_flow:
+        target = FlowTarget(batch.actions, batch.action_mask, noise, time, objective.left_out(batch))
+    return net.loss_sums(net.embed_batch(batch), batch.labels, target, objective.action_ids)
 
 
 def make_train_step(
@@ -53,7 +66,8 @@ def make_train_step(
 
     The N micro-batches run one after another; sums are divided by the counts of all of them, so the update equals that
     of one batch of N x B. Noise and time come from (seed, step) alone. An update whose loss or gradient norm is not
-    finite leaves parameters and optimizer as they were, and is counted.
+    finite leaves parameters and optimizer as they were, and is counted. A metric that is a pair (sum, count) is to be
+    divided by whoever reports it: its count may be 0.
     """
     optimizer = make_optimizer(optim, decay_steps)
     trainable = is_trainable(optim)
@@ -66,7 +80,7 @@ def make_train_step(
 
         def micro_loss(params, micro: Batch, noise, time) -> tuple[jax.Array, LossSums]:
             sums = batch_sums(tree.merge(params, frozen), micro, noise, time, model, objective)
-            parts = LossSums(sums.cross_entropy / counts.cross_entropy, sums.flow / counts.flow)
+            parts = LossSums(sums.cross_entropy / counts.cross_entropy, sums.flow / counts.flow, sums.action_hits)
             return parts.cross_entropy + objective.flow_loss_weight * parts.flow, parts
 
         loss_and_grads = jax.value_and_grad(micro_loss, has_aux=True)
@@ -91,6 +105,8 @@ def make_train_step(
             "learning_rate": rate(state.step - state.skipped),
             "finite": finite,
         }
+        if objective.action_ids is not None:
+            metrics["action_accuracy"] = (parts.action_hits, counts.action_hits)
         new_state = TrainState(state.step + 1, state.skipped + ~finite, tree.merge(params, frozen), opt_state)
         return new_state, metrics
 
