@@ -17,8 +17,8 @@ from wallx_jax.command_line import launch
 from wallx_jax.config import resolve
 from wallx_jax.data.lerobot import read_info
 from wallx_jax.data.mapping import check_dataset
-from wallx_jax.data.pipeline import Encode, shuffled
-from wallx_jax.data.setup import split_sources
+from wallx_jax.data.pipeline import samples, shuffled
+from wallx_jax.data.setup import build_augment, split_sources
 from wallx_jax.evaluation import inspection, openloop, plots
 from wallx_jax.training import start
 
@@ -34,10 +34,11 @@ def main(config: ConfigDict) -> None:
     source = split_sources(settings, info, processor.config)[0]
     state_names, names = (openloop.dim_names(info, key) for key in (settings.data.state_key, settings.data.action_key))
 
-    inputs, actions, rows, frames = [], [], [], shuffled(source, settings.loop.seed)
+    inputs, actions, rows = [], [], []
+    frames = shuffled(source, settings.loop.seed)
+    fed = samples(source, processor, settings.loop.seed, build_augment(settings))
     for i in range(flags.FLAGS.samples):
-        raw = frames[i]
-        sample = Encode(processor)(raw)
+        raw, sample = frames[i], fed[i]
         inputs.append(inspection.describe_inputs(raw, sample, processor, state_names))
         actions.append(inspection.describe_actions(raw, sample, processor, names))
         titles = [f"{n}: {view}" for n, view in enumerate(processor.config.views, 1)]

@@ -17,6 +17,7 @@ from ml_collections.config_dict import placeholder
 from wallx_jax.models.config import LoraConfig, Numerics
 from wallx_jax.robots import KEY_MAPPINGS
 from wallx_jax.run_config import (
+    AugmentConfig,
     Camera,
     DataConfig,
     LoopConfig,
@@ -92,6 +93,14 @@ def default_config() -> OrderedConfig:
     c.action_horizon = 32  # future actions per sample, in frames; the first is the current frame's
     c.max_length = 768  # tokens of prompt and actions together; what does not fit is an error
     c.max_fast_tokens = 256  # room for FAST tokens within max_length
+    c.augment = OrderedConfig()  # random changes of training images; strengths as openpi's
+    c.augment.enabled = False
+    c.augment.crop = 0.95  # share of the sides that a random window keeps, stretched to the whole; 1: no crop
+    c.augment.rotate_deg = 5.0  # largest angle, either way
+    c.augment.brightness = 0.3  # factor drawn from 1 - x to 1 + x; 0: as it is
+    c.augment.contrast = 0.4  # likewise
+    c.augment.saturation = 0.5  # likewise
+    c.augment.wrist_geometry = False  # crop and rotate wrist views too: their geometry says where the hand is
     c.frame_cache = placeholder(str)  # directory to keep decoded, resized frames in; None: decode every time
     c.num_workers = 4  # data processes; 0 reads in the training process
 
@@ -182,6 +191,7 @@ def resolve(config: ConfigDict) -> RunConfig:
             cameras=tuple(Camera(view, key, v["resolution"][view]) for view, key in views.items()),
             state_key=v["state_key"] or state_key,
             action_key=v["action_key"] or action_key,
+            augment=_build(AugmentConfig, _section(v, "augment")) if v["augment.enabled"] else None,
             batch_size=v["batch_size_per_gpu"],
             eval_batch_size=v["eval_batch_size_per_gpu"] or v["batch_size_per_gpu"],
         ),
@@ -280,6 +290,11 @@ def _value_errors(v: Mapping[str, Any]) -> list[str]:
     ]
     if not 0 < v["train_test_split"] <= 1:
         errors.append(f"train_test_split = {v['train_test_split']}: must be above 0 and at most 1")
+    for name, most in (("rotate_deg", 180), ("brightness", 1), ("contrast", 1), ("saturation", 1)):
+        if not 0 <= v[f"augment.{name}"] <= most:
+            errors.append(f"augment.{name} = {v[f'augment.{name}']}: must be from 0 to {most}")
+    if not 0 < v["augment.crop"] <= 1:
+        errors.append(f"augment.crop = {v['augment.crop']}: must be above 0 and at most 1")
     if v["split_mode"] not in ("episode", "frame"):
         errors.append(f"split_mode = {v['split_mode']!r}: choose 'episode' or 'frame'")
     for name, value in _section(v, "numerics").items():

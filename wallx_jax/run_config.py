@@ -52,8 +52,21 @@ class Camera:
 
 
 @dataclass(frozen=True)
+class AugmentConfig:
+    """Strengths of data.augment; see `default_config`."""
+
+    crop: float
+    rotate_deg: float
+    brightness: float
+    contrast: float
+    saturation: float
+    wrist_geometry: bool
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    """`root` is a local directory, or None. Batch sizes are per device and micro-batch. See `default_config`."""
+    """`root` is a local directory, or None; `augment` None: images as they are. Batch sizes are per device and
+    micro-batch. See `default_config`."""
 
     repo_id: str
     root: str | None
@@ -69,6 +82,7 @@ class DataConfig:
     action_horizon: int
     max_length: int
     max_fast_tokens: int
+    augment: AugmentConfig | None
     frame_cache: str | None
     num_workers: int
     batch_size: int

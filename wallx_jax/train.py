@@ -23,7 +23,7 @@ from wallx_jax.data.lerobot import read_info
 from wallx_jax.data.mapping import check_dataset
 from wallx_jax.data.pipeline import eval_batches, train_iterator
 from wallx_jax.data.processor import Processor
-from wallx_jax.data.setup import blank_sample, split_sources
+from wallx_jax.data.setup import blank_sample, build_augment, split_sources
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.run_config import RunConfig
 from wallx_jax.training import checkpoint_dir, sharding, start
@@ -78,6 +78,7 @@ def run(config: ConfigDict) -> Path:
         settings.data.num_workers,
         jax.process_index(),
         jax.process_count(),
+        augment=build_augment(settings),
     )
 
     save_path.mkdir(parents=True, exist_ok=True)

@@ -210,6 +210,20 @@ def test_padded_actions_left_out(four_steps, model_dir, dataset_dir, tmp_path):
     assert np.isfinite(ours["flow_loss"]) and ours["flow_loss"] != theirs["flow_loss"]
 
 
+def test_augmentation_is_for_training_only(model_dir, dataset_dir, tmp_path):
+    """One update at learning rate 0: validation then sees the same weights in both runs."""
+    lines = []
+    for enabled in (False, True):
+        config = tiny_run.run_config(
+            model_dir, dataset_dir, tmp_path / str(enabled), augment__enabled=enabled, num_training_steps=1
+        )
+        train(config)
+        text = (Path(config.save_path) / "metrics.jsonl").read_text().splitlines()
+        lines.append({k: v for line in map(json.loads, text) for k, v in line.items()})
+    plain, augmented = lines
+    assert augmented["loss"] != plain["loss"] and augmented["val_loss"] == plain["val_loss"]
+
+
 def test_freezing_moves_only_the_action_side(model_dir, dataset_dir, tmp_path):
     config = tiny_run.run_config(
         model_dir,

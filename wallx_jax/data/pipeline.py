@@ -12,6 +12,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from wallx_jax.data.augment import Augment
 from wallx_jax.data.batch import Batch
 from wallx_jax.data.lerobot import DatasetInfo, LeRobotSource, RawSample, torch_permutation, use_one_thread
 from wallx_jax.data.processor import Processor
@@ -58,6 +59,7 @@ def train_iterator(
     num_workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    augment: Augment | None = None,
 ) -> grain.DatasetIterator:
     """Endless shuffled batches, each epoch in another order. `get_state()` and `set_state()` save and restore the
     exact place (with the same num_workers); `close()` ends the workers.
@@ -66,9 +68,10 @@ def train_iterator(
         source: the training frames.
         processor: turns a frame into a sample.
         batch_size: samples per batch of this process.
-        seed: the order depends on it and on the number of frames only.
+        seed: the order depends on it and on the number of frames only, what `augment` draws on it and the place.
         num_workers: worker processes; 0 reads ahead in a thread.
         process_index, process_count: which share of the samples this process of a multi-host run takes.
+        augment: random changes of the images.
 
     Raises:
         ValueError: if the source is empty.
@@ -76,8 +79,7 @@ def train_iterator(
     if not len(source):
         raise ValueError("the training split has no frames; raise train_test_split")
     dataset = (
-        shuffled(source, seed)[process_index::process_count]
-        .map(Encode(processor))
+        samples(source, processor, seed, augment)[process_index::process_count]
         .batch(batch_size, drop_remainder=True, batch_fn=stack_samples)
         # One thread: lerobot's dataset is not made for several. Two batches ahead, since an element here is a batch.
         .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
@@ -93,6 +95,12 @@ def train_iterator(
 def shuffled(source: LeRobotSource, seed: int) -> grain.MapDataset:
     """The frames in the order in which training meets them, without end; each pass in another order."""
     return grain.MapDataset.source(source).shuffle(seed=seed).repeat()
+
+
+def samples(source: LeRobotSource, processor: Processor, seed: int, augment: Augment | None = None) -> grain.MapDataset:
+    """What `shuffled` gives, as the model is fed it."""
+    encoded = shuffled(source, seed).map(Encode(processor))
+    return encoded if augment is None else encoded.random_map(augment, seed=seed)
 
 
 def eval_batches(

@@ -6,6 +6,7 @@ import numpy as np
 
 from wallx_jax import hub
 from wallx_jax.data import images
+from wallx_jax.data.augment import Augment
 from wallx_jax.data.batch import Batch
 from wallx_jax.data.cache import CachedSource
 from wallx_jax.data.fast import FastTokenizer
@@ -40,6 +41,12 @@ def split_sources(run: RunConfig, info: DatasetInfo, config: ProcessorConfig) ->
         sources = [CachedSource(source, config, data.frame_cache) for source in sources]
         sources[0].fill()  # of the whole dataset: both splits read it
     return tuple(sources)
+
+
+def build_augment(run: RunConfig) -> Augment | None:
+    """Random changes of the training images, if they are switched on."""
+    data = run.data
+    return None if data.augment is None else Augment(data.augment, tuple(camera.view for camera in data.cameras))
 
 
 def load_stats(run: RunConfig, info: DatasetInfo) -> NormStats:
