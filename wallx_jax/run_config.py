@@ -95,6 +95,16 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class MixedDataset:
+    """One of several datasets; `weight` is how many of its samples there are for one of the first dataset's."""
+
+    name: str
+    weight: float
+    data: DataConfig
+    robot: RobotConfig
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """See `default_config`."""
 
@@ -165,6 +175,21 @@ class RunConfig:
     optim: OptimConfig
     loop: LoopConfig
     mesh: MeshConfig
+    mixed: tuple[MixedDataset, ...] = ()  # datasets after the first
+
+    def datasets(self) -> tuple[tuple[str, float, "RunConfig"], ...]:
+        """(name, weight, the run as if it had this dataset alone), the first one first."""
+        first = dataclasses.replace(self, mixed=())
+        others = (
+            (part.name, part.weight, dataclasses.replace(first, data=part.data, robot=part.robot))
+            for part in self.mixed
+        )
+        return ((dataset_name(self.data.repo_id), 1.0, first), *others)
+
+
+def dataset_name(repo_id: str) -> str:
+    """The last part of a repo id or path: what the first of several datasets is called."""
+    return repo_id.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _used(table: tuple[tuple[str, int], ...], keys: tuple[str, ...]) -> tuple[bool, ...]:

@@ -125,14 +125,18 @@ def test_action_accuracy_is_that_of_greedy_prediction():
     hits, count = step(state, batch)[1]["action_accuracy"]
     assert float(count) == 16
 
-    net, rows = bind(SMALL, state.params), jax.tree.map(lambda x: x[0], batch)
-    hidden = net.forward(net.embed_batch(rows)).hidden
-    said = np.asarray(net.logits(hidden[:, -6:-1])).argmax(-1)
+    @jax.jit
+    def say(params, rows):
+        net = bind(SMALL, params)
+        return net.logits(net.forward(net.embed_batch(rows)).hidden[:, -6:-1])
+
+    rows = jax.tree.map(lambda x: x[0], batch)
+    said = np.asarray(say(state.params, rows)).argmax(-1)
     assert 0 < float(hits) == (said == rows.labels).sum() < 16, "a test of both outcomes"
 
     split = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[2:]), batch)
     assert step(state, split)[1]["action_accuracy"] == (hits, count)
-    sums, counts = make_eval_step(SMALL, objective, seed=0)(state.params, rows, jnp.int32(0))
+    sums, counts = jax.jit(make_eval_step(SMALL, objective, seed=0))(state.params, rows, jnp.int32(0))
     assert (sums.action_hits, counts.action_hits) == (hits, count)
 
     window = [jax.device_get(step(state, b)[1]) for b in (batch, fast_batch(action_labels=False))]
@@ -160,6 +164,42 @@ def test_padded_actions_can_be_left_out(state):
     whole = plain(state.params, batch, jnp.int32(0))[0].flow
     assert float(sum(parts)) == pytest.approx(float(whole), rel=1e-5) and 0 < float(parts[0]) < float(whole)
     assert float(masked(state.params, nothing, jnp.int32(0))[0].flow) == float(whole)
+
+
+def test_losses_of_each_dataset(step, state):
+    """They are the parts of the one loss; a dataset without samples in a batch has none."""
+    mixed = Objective(datasets=("a", "b", "c"))
+    batch = dataclasses.replace(random_batch((1, 4)), dataset=np.array([[0, 1, 0, 0]], np.int32))
+    mixed_step = jax.jit(make_train_step(SMALL, OPTIM, 10, mixed, seed=0))
+    after, metrics = jax.device_get(mixed_step(state, batch))
+    plain_after, plain = jax.device_get(step(state, dataclasses.replace(batch, dataset=None)))
+    assert metrics["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    for path, x in leaves(after.params).items():
+        np.testing.assert_allclose(x, leaves(plain_after.params)[path], atol=1e-6, err_msg=path)
+    (sum_a, count_a), (sum_b, count_b) = metrics["flow_loss/a"], metrics["flow_loss/b"]
+    assert (count_a, count_b) == (3 * 18, 18) and metrics["flow_loss/c"] == (0, 0)
+    assert (sum_a + sum_b) / 72 == pytest.approx(plain["flow_loss"], rel=1e-5)
+    scalars = averages([metrics])
+    assert scalars["flow_loss/b"] == pytest.approx(sum_b / 18)
+    assert not {"flow_loss/c", "cross_entropy_loss/a"} & set(scalars), "nothing to divide by"
+
+    split = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[2:]), batch)
+    accumulated = mixed_step(state, split)[1]
+    assert float(accumulated["flow_loss/a"][0]) == pytest.approx(float(sum_a), rel=1e-5)
+
+    # The mask takes b's samples out of the numerator of a run with one dataset.
+    rows = jax.tree.map(lambda x: x[0], batch)
+    evaluate = jax.jit(make_eval_step(SMALL, mixed, seed=0))
+    sums, counts = evaluate(state.params, rows, jnp.int32(0))
+    alone = dataclasses.replace(rows, action_mask=rows.action_mask * (rows.dataset == 0)[:, None, None])
+    plain_evaluate = jax.jit(make_eval_step(SMALL, Objective(), seed=0))
+    only_a = plain_evaluate(state.params, dataclasses.replace(alone, dataset=None), jnp.int32(0))[0].flow
+    assert float(sums.flow[0]) == pytest.approx(float(only_a), rel=1e-5)
+    assert counts.flow.tolist() == [54, 18, 0]
+
+    poisoned = dataclasses.replace(rows, actions=np.where((rows.dataset == 1)[:, None, None], np.nan, rows.actions))
+    sums, _ = evaluate(state.params, poisoned, jnp.int32(0))
+    assert np.isnan(sums.flow[1]) and float(sums.flow[0]) == pytest.approx(float(only_a), rel=1e-5)
 
 
 def test_validation_noise_is_fixed(state):

@@ -105,8 +105,9 @@ def build_processor(
     return Processor(config, tokenizer, stats, fast)
 
 
-def blank_sample(config: ProcessorConfig) -> Batch:
-    """Zeros in the shapes and dtypes of a sample (no batch axis), to compile for before any data is read."""
+def blank_sample(config: ProcessorConfig, mixed: bool = False) -> Batch:
+    """Zeros in the shapes and dtypes of a sample (no batch axis), to compile for before any data is read. `mixed`: of a
+    run with several datasets."""
     actions = np.zeros((config.horizon, config.action_dim), np.float32)
     state = np.zeros(config.state_dim, np.float32)
     return Batch(
@@ -119,4 +120,5 @@ def blank_sample(config: ProcessorConfig) -> Batch:
         actions=actions,
         action_mask=actions,
         action_is_pad=np.zeros(config.horizon, bool),
+        dataset=np.int32(0) if mixed else None,
     )

@@ -26,10 +26,12 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True)
 class Steps:
-    """The two compiled functions. Compiled ahead, so that another shape is an error and never a second compilation."""
+    """The two compiled functions. Compiled ahead, so that another shape is an error and never a second compilation.
+    datasets: names of a run with several, which have losses of their own."""
 
     train: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     evaluate: Callable[[Any, Batch, jax.Array], tuple[LossSums, LossSums]] | None
+    datasets: tuple[str, ...] = ()
 
 
 def abstract_batch(sample: Batch, size: int, mesh: Mesh, micro_batches: int | None = None) -> Batch:
@@ -115,7 +117,7 @@ def run_loop(
             progress.report(step, loss, scalars["samples_per_s"], watch.eta_s(total_steps - step))
         if steps.evaluate and loop.eval_interval and (step % loop.eval_interval == 0 or step == total_steps):
             with watch.paused():
-                scalars = validate(steps.evaluate, state.params, held_out(), mesh, loop.flow_loss_weight)
+                scalars = validate(steps, state.params, held_out(), mesh, loop.flow_loss_weight)
                 writer.write(step, scalars)
                 progress.note(f"step {step}/{total_steps} | validation loss {scalars['val_loss']:.4g}")
         if step % loop.save_interval == 0 or step == total_steps:
@@ -143,20 +145,30 @@ def averages(window: list[Mapping[str, np.ndarray]]) -> dict[str, float]:
     return means | {"learning_rate": float(window[-1]["learning_rate"])}
 
 
-def validate(evaluate, params, batches: Iterable[Batch], mesh: Mesh, flow_loss_weight: float) -> dict[str, float]:
-    """Held-out losses, each the mean over all its labels or channels; batch i meets the same noise every time."""
+def validate(steps: Steps, params, batches: Iterable[Batch], mesh: Mesh, flow_loss_weight: float) -> dict[str, float]:
+    """Held-out losses, each the mean over all its labels or channels; batch i meets the same noise every time. Of
+    several datasets also each one's, where it has any."""
     sums = counts = LossSums(0.0, 0.0, 0.0)
     for index, batch in enumerate(batches):
-        part = jax.device_get(evaluate(params, put_batch(batch, mesh), jnp.int32(index)))
-        sums, counts = (LossSums(*(a + float(b or 0) for a, b in zip(*pair, strict=True)))
-                        for pair in zip((sums, counts), part, strict=True))  # fmt: skip
-    means = LossSums(*(s / c if c else 0.0 for s, c in zip(sums, counts, strict=True)))
-    accuracy = {"val_action_accuracy": means.action_hits} if counts.action_hits else {}
-    return accuracy | {
-        "val_loss": means.cross_entropy + flow_loss_weight * means.flow,
-        "val_cross_entropy_loss": means.cross_entropy,
-        "val_flow_loss": means.flow,
+        part = jax.device_get(steps.evaluate(params, put_batch(batch, mesh), jnp.int32(index)))
+        sums, counts = (
+            LossSums(*(a + (0.0 if b is None else np.asarray(b, np.float64)) for a, b in zip(*pair, strict=True)))
+            for pair in zip((sums, counts), part, strict=True)
+        )
+    totals = zip(*(map(np.sum, x) for x in (sums, counts)), strict=True)
+    cross_entropy, flow, accuracy = (float(total / count) if count else None for total, count in totals)
+    scalars = {
+        "val_loss": (cross_entropy or 0.0) + flow_loss_weight * (flow or 0.0),
+        "val_cross_entropy_loss": cross_entropy or 0.0,
+        "val_flow_loss": flow or 0.0,
     }
+    if accuracy is not None:
+        scalars["val_action_accuracy"] = accuracy
+    for i, name in enumerate(steps.datasets):
+        for key in ("cross_entropy", "flow"):
+            if np.ndim(counts_of := getattr(counts, key)) and counts_of[i]:
+                scalars[f"val_{key}_loss/{name}"] = float(getattr(sums, key)[i] / counts_of[i])
+    return scalars
 
 
 def save_bad_batch(batch: Batch, save_path: Path, step: int) -> Path:
