@@ -184,6 +184,28 @@ def test_hits_count_every_token_of_the_range():
     assert float(losses.hit_count(logits, labels, (5, 8))) == 2
 
 
+def test_sums_of_samples_add_up():
+    rng = np.random.default_rng(0)
+    logits, labels = jnp.asarray(rng.normal(size=(3, 5, 9)), jnp.float32), jnp.asarray(rng.integers(0, 9, (3, 5)))
+    labels = labels.at[1].set(losses.IGNORE)
+    velocity, target = jnp.asarray(rng.normal(size=(2, 3, 4, 6)), jnp.float32)
+    mask = jnp.asarray(rng.random((3, 4, 6)) < 0.5, jnp.float32)
+    is_pad = jnp.asarray(rng.random((3, 4)) < 0.5)
+    for name, arguments in (
+        ("cross_entropy_sum", (logits, labels)),
+        ("label_count", (labels,)),
+        ("count_among", (labels, (2, 8))),
+        ("hit_count", (logits, labels, (2, 8))),
+        ("flow_error_sum", (velocity, target, mask, is_pad)),
+        ("flow_count", (mask, "all", is_pad)),
+        ("flow_count", (mask, "valid", is_pad)),
+    ):
+        whole, apart = (getattr(losses, name)(*arguments, per_sample=per_sample) for per_sample in (False, True))
+        assert apart.shape == (3,) and float(apart.sum()) == pytest.approx(float(whole), rel=1e-5), name
+        if any(argument is labels for argument in arguments):
+            assert apart[1] == 0, f"{name}: the second sample has no labels"
+
+
 def euler(velocity, noise, steps, mask, how):
     """`velocity(x, t)` without a state."""
     times = flow.euler_times(steps)
