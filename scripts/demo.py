@@ -76,7 +76,7 @@ def evaluate(model: Path, run: Path, figure: Path) -> dict:
     from wallx_jax.inference.policy import Policy
     from wallx_jax.weights.load import load_params
 
-    subject = open_subject(argparse.Namespace(checkpoint=run, dataset=None, config=None))
+    subject = open_subject(argparse.Namespace(checkpoint=run, dataset=None, robot=None, config=None))
     policy = subject.policy
     untrained = Policy(policy.config, load_params(model, numerics={"param_dtype": "float32"})[1], policy.processor)
     recorded = openloop.read(subject.held_out, stride=1)

@@ -15,35 +15,36 @@ from ml_collections import ConfigDict
 
 from wallx_jax.command_line import launch
 from wallx_jax.config import resolve
-from wallx_jax.data.lerobot import read_info
-from wallx_jax.data.mapping import check_dataset
-from wallx_jax.data.pipeline import Encode, shuffled
-from wallx_jax.data.setup import split_sources
+from wallx_jax.data.mixture import open_parts
+from wallx_jax.data.pipeline import samples, shuffled
+from wallx_jax.data.setup import build_augment, split_sources
 from wallx_jax.evaluation import inspection, openloop, plots
 from wallx_jax.training import start
 
-flags.DEFINE_integer("samples", 4, "training samples to show, in the order in which training meets them", 1)
+flags.DEFINE_integer(
+    "samples", 4, "training samples to show of each dataset, in the order in which training meets them", 1
+)
 
 
 def main(config: ConfigDict) -> None:
     logging.getLogger("absl").setLevel(logging.WARNING)
-    settings = resolve(config)
-    info = read_info(settings.data.location, settings.data.revision, settings.data.download_videos)
-    settings = check_dataset(settings, info)
-    _, processor = start.plan(settings, info)
-    source = split_sources(settings, info, processor.config)[0]
-    state_names, names = (openloop.dim_names(info, key) for key in (settings.data.state_key, settings.data.action_key))
+    parts = open_parts(resolve(config))
+    _, processors = start.plan_parts(parts)
 
-    inputs, actions, rows, frames = [], [], [], shuffled(source, settings.loop.seed)
-    for i in range(flags.FLAGS.samples):
-        raw = frames[i]
-        sample = Encode(processor)(raw)
-        inputs.append(inspection.describe_inputs(raw, sample, processor, state_names))
-        actions.append(inspection.describe_actions(raw, sample, processor, names))
-        titles = [f"{n}: {view}" for n, view in enumerate(processor.config.views, 1)]
-        titles[0] = f"episode {raw.episode}, frame {raw.frame}: {raw.instruction}\n{titles[0]}"
-        rows.append(list(zip(titles, sample.images, strict=True)))
-    out = Path(settings.loop.save_path)
+    inputs, actions, rows = [], [], []
+    for part, processor in zip(parts, processors, strict=True):
+        data, seed = part.settings.data, part.settings.loop.seed
+        source = split_sources(part.settings, part.info, processor.config)[0]
+        state_names, names = (openloop.dim_names(part.info, key) for key in (data.state_key, data.action_key))
+        frames, fed = shuffled(source, seed), samples(source, processor, seed, build_augment(part.settings))
+        for i in range(flags.FLAGS.samples):
+            raw, sample = frames[i], fed[i]
+            inputs.append(inspection.describe_inputs(raw, sample, processor, state_names))
+            actions.append(inspection.describe_actions(raw, sample, processor, names))
+            titles = [f"{n}: {view}" for n, view in enumerate(processor.config.views, 1)]
+            titles[0] = f"episode {raw.episode}, frame {raw.frame}: {raw.instruction}\n{titles[0]}"
+            rows.append(list(zip(titles, sample.images, strict=True)))
+    out = Path(parts[0].settings.loop.save_path)
     out.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(f"{seen}\n{done}" for seen, done in zip(inputs, actions, strict=True))
     (out / "batch.txt").write_text(text + "\n", encoding="utf-8")

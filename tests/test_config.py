@@ -198,6 +198,8 @@ def test_key_masks():
         ({"mesh__fsdp": -1}, ["mesh", "-1"]),
         ({"mesh__fsdp": 0}, ["mesh", "0"]),
         ({"action_horizon": 800}, ["action_horizon", "800", "768"]),
+        ({"augment__crop": 0.0}, ["augment.crop", "0.0"]),
+        ({"augment__contrast": 1.5}, ["augment.contrast", "1.5", "0 to 1"]),
     ],
 )
 def test_one_wrong_setting_is_one_error(changes, words):
@@ -214,6 +216,19 @@ def test_unknown_view_names_the_nearest():
 def test_fast_with_frozen_vlm_has_nothing_to_train():
     (error,) = errors_of(resolve, usable(use_fast_tokenizer=True, action_tokenizer_path="fast", freeze_vlm=True))
     assert "nothing to train" in error
+
+
+def test_fast_chunks_have_no_padded_actions_to_mask():
+    (error,) = errors_of(
+        resolve, usable(use_fast_tokenizer=True, action_tokenizer_path="fast", mask_padded_actions=True)
+    )
+    assert "mask_padded_actions" in error
+
+
+def test_augmentation_is_off_until_enabled():
+    assert resolve(usable(augment__crop=0.9)).data.augment is None
+    augment = resolve(usable(augment__crop=0.9, augment__enabled=True)).data.augment
+    assert (augment.crop, augment.rotate_deg, augment.wrist_geometry) == (0.9, 5.0, False)
 
 
 def test_all_errors_come_at_once():

@@ -17,19 +17,29 @@ from ml_collections.config_dict import placeholder
 from wallx_jax.models.config import LoraConfig, Numerics
 from wallx_jax.robots import KEY_MAPPINGS
 from wallx_jax.run_config import (
+    AugmentConfig,
     Camera,
     DataConfig,
     DistributedConfig,
     LoopConfig,
     MeshConfig,
+    MixedDataset,
     ModelSource,
     OptimConfig,
     RobotConfig,
     RunConfig,
+    dataset_name,
 )
 
 # Keys whose value is a table with names of the user's own.
-TABLES = ("dof_config", "agent_pos_config", "camera_views", "resolution")
+TABLES = ("dof_config", "agent_pos_config", "camera_views", "resolution", "datasets")
+# What an entry of `datasets` may say besides its weight; and what it does not take over from the first dataset.
+PER_DATASET = (
+    "repo_id", "dataset_revision", "camera_views", "resolution", "state_key", "action_key", "norm_stats_path",
+    "dof_config", "agent_pos_config", "predict_action_keys", "obs_action_keys",
+)  # fmt: skip
+FIRST_ONLY = {"dataset_root": None, "dataset_revision": None, "norm_stats_path": None, "robot_name": None,
+              "datasets": {}}  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -45,6 +55,10 @@ class OrderedConfig(ConfigDict):
     """A ConfigDict that keeps the order in which keys were written: the order of joints and cameras has a meaning."""
 
     def __init__(self, initial_dictionary=None, type_safe=True, convert_dict=True, **options):
+        if type(initial_dictionary) is dict:  # tables in tables too
+            initial_dictionary = {
+                key: OrderedConfig(value) if type(value) is dict else value for key, value in initial_dictionary.items()
+            }
         super().__init__(initial_dictionary, type_safe, convert_dict, **{"sort_keys": False, **options})
 
 
@@ -87,12 +101,24 @@ def default_config() -> OrderedConfig:
     views = ("face_view", "left_wrist_view", "right_wrist_view", "move1_view", "move2_view", "top_view", "wall_view")
     c.resolution = OrderedConfig(dict.fromkeys(views, 256))  # {view: pixels of the longer side}; -1 keeps the size
     c.norm_stats_path = placeholder(str)  # norm_stats.json; None: computed from the dataset's tables
+    # More datasets to mix in: {name: {"repo_id": "...", "weight": 1.0, ...}}. The weight is how many of its samples
+    # there are for one of the first dataset's. An entry may also set, for itself, what PER_DATASET lists; what it does
+    # not set is as for the first, except statistics, which are its own.
+    c.datasets = OrderedConfig()
     c.train_test_split = 0.95  # share of the data that is trained on, in (0, 1]
     c.split_mode = "episode"  # hold out whole "episode"s, or "frame"s of trained episodes as upstream does
     c.split_seed = 42  # of the frame split
     c.action_horizon = 32  # future actions per sample, in frames; the first is the current frame's
     c.max_length = 768  # tokens of prompt and actions together; what does not fit is an error
     c.max_fast_tokens = 256  # room for FAST tokens within max_length
+    c.augment = OrderedConfig()  # random changes of training images; strengths as openpi's
+    c.augment.enabled = False  # True: drawn anew each time a sample is trained on
+    c.augment.crop = 0.95  # share of the sides that a random window keeps, stretched to the whole; 1: no crop
+    c.augment.rotate_deg = 5.0  # largest angle, either way
+    c.augment.brightness = 0.3  # factor drawn from 1 - x to 1 + x; 0: as it is
+    c.augment.contrast = 0.4  # likewise
+    c.augment.saturation = 0.5  # likewise
+    c.augment.wrist_geometry = False  # crop and rotate wrist views too: their geometry says where the hand is
     c.frame_cache = placeholder(str)  # directory to keep decoded, resized frames in; None: decode every time
     c.num_workers = 4  # data processes; 0 reads in the training process
 
@@ -104,10 +130,12 @@ def default_config() -> OrderedConfig:
     c.batch_size_per_gpu = 8  # samples per device and micro-batch
     c.gradient_accumulation_steps = 1  # micro-batches per update
     c.num_training_steps = placeholder(int)  # end of run and cosine; None: num_epoch decides
+    # An epoch of several datasets has as many samples as they have frames together.
     c.num_epoch = 100  # passes over the training frames; 0: no limit; with num_training_steps, whichever ends first
     c.weight_decay = 0.1  # on every parameter, as upstream
     c.max_grad_norm = 1.0  # global norm that gradients are clipped to
     c.flow_loss_weight = 1.0  # factor of the flow loss beside the cross-entropy
+    c.mask_padded_actions = False  # leave actions past the episode's end out of the flow loss; upstream trains them
     c.action_expert_learning_rate = placeholder(float)  # peak for the action expert; None: learning_rate
     c.learning_rates = ()  # other peaks, "PATTERN=RATE": a regular expression found in a parameter's path; first match
     c.freeze_vlm = False  # train the action side only
@@ -146,7 +174,7 @@ def default_config() -> OrderedConfig:
     c.resume.ckpt = placeholder(str)  # to continue from; "latest": the newest of save_path, a new run if it has none
     c.resume.load_ckpt_only = False  # take its weights only: step, optimizer and data start anew
     c.eval_interval = 1000  # steps between validations; 0: never
-    c.eval_batches = 8  # batches of held-out data per validation
+    c.eval_batches = 8  # batches of held-out data per validation, of each dataset
     c.eval_batch_size_per_gpu = placeholder(int)  # samples per device; None: batch_size_per_gpu
     c.log_interval = 10  # steps between log lines
     c.use_wandb = False  # also log to Weights & Biases
@@ -166,12 +194,29 @@ def resolve(config: ConfigDict) -> RunConfig:
     Raises:
         ConfigError: listing every setting that is wrong.
     """
-    values, errors = _read(config)
-    errors += _value_errors(values)
-    errors += _relation_errors(values)
+    given = flatten(config)
+    values, errors = _checked(given)
+    others = {}
+    for name, entry in values["datasets"].items():
+        others[name], found = _checked(given | FIRST_ONLY | {k: v for k, v in entry.items() if k in PER_DATASET})
+        errors += [f"datasets.{name}.{error}" for error in found if error not in errors]
     if errors:
         raise ConfigError(*errors)
-    v = values
+    runs = {name: _run_config(other) for name, other in others.items()}
+    mixed = tuple(
+        MixedDataset(name, float(values["datasets"][name].get("weight", 1.0)), run.data, run.robot)
+        for name, run in runs.items()
+    )
+    return dataclasses.replace(_run_config(values), mixed=mixed)
+
+
+def _checked(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Flat values, and everything that is wrong with them."""
+    values, errors = _read(given)
+    return values, errors + _value_errors(values) + _relation_errors(values)
+
+
+def _run_config(v: Mapping[str, Any]) -> RunConfig:
     views, state_key, action_key = KEY_MAPPINGS.get(v["repo_id"], ({}, "observation.state", "action"))
     views = v["camera_views"] or views
     return RunConfig(
@@ -196,6 +241,7 @@ def resolve(config: ConfigDict) -> RunConfig:
             cameras=tuple(Camera(view, key, v["resolution"][view]) for view, key in views.items()),
             state_key=v["state_key"] or state_key,
             action_key=v["action_key"] or action_key,
+            augment=_build(AugmentConfig, _section(v, "augment")) if v["augment.enabled"] else None,
             batch_size=v["batch_size_per_gpu"],
             eval_batch_size=v["eval_batch_size_per_gpu"] or v["batch_size_per_gpu"],
         ),
@@ -228,10 +274,15 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
         if not isinstance(value, ConfigDict):
             flat[key] = value
         elif key in TABLES:
-            flat[key] = dict(value.items())
+            flat[key] = _plain(value)
         else:
             flat |= {f"{key}.{name}": inner for name, inner in flatten(value).items()}
     return flat
+
+
+def _plain(value: Any) -> Any:
+    """Tables in tables as ordinary dicts, in their order."""
+    return {key: _plain(inner) for key, inner in value.items()} if isinstance(value, ConfigDict) else value
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -255,10 +306,10 @@ NOT_NEGATIVE = (
 )  # fmt: skip
 
 
-def _read(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
+def _read(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Flat values and what is wrong with their names and types; a wrong value is replaced by its default, so that the
     checks that follow can go on. ConfigDict itself lets through None, bools for numbers and any table."""
-    defaults, given, errors = default_config(), flatten(config), []
+    defaults, errors = default_config(), []
     known = flatten(defaults)
     for key in given.keys() - known.keys():
         errors.append(f"{key}: no such setting{nearest(key, list(known))}")
@@ -274,9 +325,14 @@ def _read(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
         elif isinstance(value, float) and not math.isfinite(value):
             errors.append(f"{key} = {value!r}: expected a finite number")
             values[key] = default
+    wrong_entries = {name: _entry_errors(name, entry) for name, entry in values["datasets"].items()}
+    errors += [error for found in wrong_entries.values() for error in found]
+    values["datasets"] = {name: entry for name, entry in values["datasets"].items() if not wrong_entries[name]}
     for key in TABLES:
         for name, value in values[key].items():
-            if key == "camera_views":
+            if key == "datasets":
+                continue
+            elif key == "camera_views":
                 ok, expected = isinstance(value, str), "a camera key of the dataset"
             elif key == "resolution":
                 ok, expected = _is_int(value) and (value == -1 or value >= 28), "pixels, at least 28, or -1"
@@ -292,6 +348,23 @@ def _read(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
     return values, sorted(errors)
 
 
+def _entry_errors(name: str, entry: Any) -> list[str]:
+    """The form of an entry of `datasets`; what its settings say is checked like the first dataset's."""
+    if not isinstance(entry, Mapping) or not entry.get("repo_id"):
+        return [f"datasets.{name} = {entry!r}: expected a table with a repo_id, a hub repo id or local directory"]
+    errors = []
+    if not re.fullmatch(r"[\w-]+", name):
+        errors.append(f"datasets.{name}: a name has letters, digits, _ and - only")
+    for key in entry:
+        if key not in (*PER_DATASET, "weight"):
+            close = nearest(key, [*PER_DATASET, "weight"])
+            errors.append(f"datasets.{name}.{key}: not a setting of one dataset{close}; those are {PER_DATASET}")
+    weight = entry.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        errors.append(f"datasets.{name}.weight = {weight!r}: must be a number above 0")
+    return errors
+
+
 def _value_errors(v: Mapping[str, Any]) -> list[str]:
     """Each setting on its own."""
     errors = [f"{key}: required; set it in the file or with --config.{key}=..." for key in REQUIRED if not v[key]]
@@ -305,6 +378,11 @@ def _value_errors(v: Mapping[str, Any]) -> list[str]:
     ]
     if not 0 < v["train_test_split"] <= 1:
         errors.append(f"train_test_split = {v['train_test_split']}: must be above 0 and at most 1")
+    for name, most in (("rotate_deg", 180), ("brightness", 1), ("contrast", 1), ("saturation", 1)):
+        if not 0 <= v[f"augment.{name}"] <= most:
+            errors.append(f"augment.{name} = {v[f'augment.{name}']}: must be from 0 to {most}")
+    if not 0 < v["augment.crop"] <= 1:
+        errors.append(f"augment.crop = {v['augment.crop']}: must be above 0 and at most 1")
     if v["split_mode"] not in ("episode", "frame"):
         errors.append(f"split_mode = {v['split_mode']!r}: choose 'episode' or 'frame'")
     for name, value in _section(v, "numerics").items():
@@ -369,6 +447,8 @@ def _relation_errors(v: Mapping[str, Any]) -> list[str]:
         errors.append("num_epoch = 0 needs num_training_steps: without one of them the run has no end")
     if v["use_fast_tokenizer"] and not v["action_tokenizer_path"]:
         errors.append("action_tokenizer_path: required by use_fast_tokenizer = True, e.g. 'physical-intelligence/fast'")
+    if v["use_fast_tokenizer"] and v["mask_padded_actions"]:
+        errors.append("mask_padded_actions = True has no meaning with use_fast_tokenizer: a FAST chunk is whole")
     frozen = [key for key in ("freeze_vlm", "train_action_expert_only") if v[key]]
     if frozen and v["use_fast_tokenizer"]:
         errors.append(f"{frozen[0]} = True leaves nothing to train with use_fast_tokenizer: FAST actions are text")
@@ -378,6 +458,8 @@ def _relation_errors(v: Mapping[str, Any]) -> list[str]:
         errors.append("resume.load_ckpt_only = True needs resume.ckpt")
     if v["robot_name"] is not None and v["robot_name"] != v["repo_id"]:
         errors.append(f"robot_name = {v['robot_name']!r} is not repo_id = {v['repo_id']!r}: they must be the same")
+    if v["repo_id"] and dataset_name(v["repo_id"]) in v["datasets"]:
+        errors.append(f"datasets.{dataset_name(v['repo_id'])}: the first dataset has this name; choose another")
     actions = "max_fast_tokens" if v["use_fast_tokenizer"] else "action_horizon"
     if v[actions] >= v["max_length"]:
         errors.append(f"{actions} = {v[actions]} leaves no room for a prompt in max_length = {v['max_length']}")

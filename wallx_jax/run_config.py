@@ -52,8 +52,21 @@ class Camera:
 
 
 @dataclass(frozen=True)
+class AugmentConfig:
+    """Strengths of data.augment; see `default_config`."""
+
+    crop: float
+    rotate_deg: float
+    brightness: float
+    contrast: float
+    saturation: float
+    wrist_geometry: bool
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    """`root` is a local directory, or None. Batch sizes are per device and micro-batch. See `default_config`."""
+    """`root` is a local directory, or None; `augment` None: images as they are. Batch sizes are per device and
+    micro-batch. See `default_config`."""
 
     repo_id: str
     root: str | None
@@ -69,6 +82,7 @@ class DataConfig:
     action_horizon: int
     max_length: int
     max_fast_tokens: int
+    augment: AugmentConfig | None
     frame_cache: str | None
     num_workers: int
     batch_size: int
@@ -78,6 +92,16 @@ class DataConfig:
     def location(self) -> str:
         """What to open: the local directory if there is one, else the repo id."""
         return self.root or self.repo_id
+
+
+@dataclass(frozen=True)
+class MixedDataset:
+    """One of several datasets; `weight` is how many of its samples there are for one of the first dataset's."""
+
+    name: str
+    weight: float
+    data: DataConfig
+    robot: RobotConfig
 
 
 @dataclass(frozen=True)
@@ -110,6 +134,7 @@ class LoopConfig:
     num_training_steps: int | None
     num_epoch: int
     flow_loss_weight: float
+    mask_padded_actions: bool
     max_nonfinite_steps: int
     save_interval: int
     max_to_keep: int
@@ -166,6 +191,21 @@ class RunConfig:
     platform: str | None
     compile_cache: str
     distributed: DistributedConfig
+    mixed: tuple[MixedDataset, ...] = ()  # datasets after the first
+
+    def datasets(self) -> tuple[tuple[str, float, "RunConfig"], ...]:
+        """(name, weight, the run as if it had this dataset alone), the first one first."""
+        first = dataclasses.replace(self, mixed=())
+        others = (
+            (part.name, part.weight, dataclasses.replace(first, data=part.data, robot=part.robot))
+            for part in self.mixed
+        )
+        return ((dataset_name(self.data.repo_id), 1.0, first), *others)
+
+
+def dataset_name(repo_id: str) -> str:
+    """The last part of a repo id or path: what the first of several datasets is called."""
+    return repo_id.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _used(table: tuple[tuple[str, int], ...], keys: tuple[str, ...]) -> tuple[bool, ...]:

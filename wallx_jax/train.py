@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -25,11 +25,11 @@ from wallx_jax import compile_cache, devices
 from wallx_jax.command_line import launch, render
 from wallx_jax.config import ConfigError, flatten, resolve
 from wallx_jax.data.batch import Batch, describe
-from wallx_jax.data.lerobot import read_info
-from wallx_jax.data.mapping import check_dataset
-from wallx_jax.data.pipeline import eval_batches, train_iterator
+from wallx_jax.data.mixture import Part, open_parts
+from wallx_jax.data.pipeline import batch_iterator, eval_batches, mixed, samples
 from wallx_jax.data.processor import Processor
-from wallx_jax.data.setup import blank_sample, split_sources
+from wallx_jax.data.setup import blank_sample, build_augment, split_sources
+from wallx_jax.data.tokenizer import Tokenizer
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.run_config import RunConfig
 from wallx_jax.training import checkpoint_dir, distributed, sharding, start
@@ -79,35 +79,38 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
     if dry_run:  # neither fetches nor decodes videos
         data = dataclasses.replace(settings.data, frame_cache=None, download_videos=False)
         settings = dataclasses.replace(settings, data=data)
-    info = read_info(settings.data.location, settings.data.revision, settings.data.download_videos)
-    settings = check_dataset(settings, info)
+    parts = open_parts(settings)
+    settings = parts[0].settings
     mesh = sharding.make_mesh(settings.mesh)
     loop, save_path = settings.loop, Path(settings.loop.save_path)
 
-    origin, processor = start.plan(settings, info)
+    origin, processors = start.plan_parts(parts)
     continues = origin.resumes and origin.checkpoint.parent == (save_path / checkpoint_dir.FOLDER).absolute()
     if not continues:
         checkpoint_dir.refuse_overwrite(save_path)
-    train_source, val_source = split_sources(settings, info, processor.config)
+    sources = [split_sources(part.settings, part.info, p.config) for part, p in zip(parts, processors, strict=True)]
     micro_batch = settings.data.batch_size * mesh.shape["data"] * mesh.shape["fsdp"]
     global_batch = micro_batch * loop.gradient_accumulation_steps
     share, shares = sharding.data_share(mesh)
-    updates_per_epoch = max(len(train_source) // global_batch, 1)
+    updates_per_epoch = max(sum(len(train) for train, _ in sources) // global_batch, 1)
     total_steps, decay_steps = loop.total_steps(updates_per_epoch), loop.decay_steps(updates_per_epoch)
-    batches = train_iterator(
-        train_source,
-        processor,
+    numbers = range(len(parts)) if len(parts) > 1 else [None]
+    streams = [
+        samples(train, processor, loop.seed, build_augment(part.settings), number)
+        for (train, _), processor, part, number in zip(sources, processors, parts, numbers, strict=True)
+    ]
+    batches = batch_iterator(
+        mixed(streams, [part.weight for part in parts]),
         global_batch // shares,
-        loop.seed,
         settings.data.num_workers,
         share,
         shares,
     )
 
     abstract = start.abstract_state(origin.config, settings.optim, decay_steps, mesh)
-    frames = (len(train_source), len(val_source))
+    frames = [(len(train), len(held)) for train, held in sources]
     length = Length(global_batch, updates_per_epoch, total_steps, decay_steps)
-    plan = make_plan(settings, info, origin, processor.config, abstract, mesh, frames, length)
+    plan = make_plan(parts, origin, processors[0].config, abstract, mesh, frames, length)
     if dry_run:
         batches.close()
         start.check_weights(origin, abstract)
@@ -120,8 +123,8 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
     if jax.process_index() == 0:
         save_path.mkdir(parents=True, exist_ok=True)
         (save_path / "config.yaml").write_text(render(config))
-        write_assets(processor, origin.files, assets)
-    sample = blank_sample(processor.config)
+        write_assets(parts, processors, origin.files, assets)
+    sample = blank_sample(processors[0].config, mixed=len(parts) > 1)
     logger.info("%s", origin.config.numerics)
     logger.info("one sample: %s", describe(sample))
 
@@ -143,7 +146,8 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
     eval_batch = settings.data.eval_batch_size * mesh.shape["data"] * mesh.shape["fsdp"]
 
     def held_out() -> Iterator[Batch]:
-        return eval_batches(val_source, processor, eval_batch, loop.eval_batches, share, shares)
+        for (_, val), processor, number in zip(sources, processors, numbers, strict=True):
+            yield from eval_batches(val, processor, eval_batch, loop.eval_batches, share, shares, number)
 
     checkpointer = Checkpointer(save_path, loop.max_to_keep, resumed_step)
     stop = StopRequest(mesh)
@@ -152,9 +156,10 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
         checkpointer.save(step, state, batches, flatten(config), origin.config, assets, loss=loss)
 
     try:
-        evaluates = loop.eval_interval and len(val_source)
+        evaluates = loop.eval_interval and any(len(val) for _, val in sources)
         sizes = (global_batch, eval_batch if evaluates else None)
-        steps = compile_steps(settings, origin.config, decay_steps, state, sample, sizes, mesh, progress)
+        objective = make_objective(settings, processors[0].tokenizer, [part.name for part in parts])
+        steps = compile_steps(settings, origin.config, decay_steps, state, sample, sizes, objective, mesh, progress)
         with stop:
             state = run_loop(
                 state, batches, steps, total_steps, global_batch, loop, mesh, held_out, writer, progress, save,
@@ -174,12 +179,24 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
     return last
 
 
-def write_assets(processor: Processor, model_files: Path, folder: Path) -> None:
+def write_assets(parts: Sequence[Part], processors: Sequence[Processor], model_files: Path, folder: Path) -> None:
     """The files that go into every checkpoint: preprocessing, and the model directory's image-processor files."""
-    processor.save(folder)
+    processors[0].save(folder)
+    if len(parts) > 1:
+        for part, processor in zip(parts, processors, strict=True):
+            processor.save_as(folder, part.name)
     for name in EXTRA_ASSETS:
         if (model_files / name).is_file():
             shutil.copyfile(model_files / name, folder / name)
+
+
+def make_objective(settings: RunConfig, tokenizer: Tokenizer, datasets: Sequence[str]) -> Objective:
+    """What is trained and measured: the flow loss, or FAST tokens and how many of them are hit."""
+    loop = settings.loop
+    speaks = settings.model.use_fast_tokenizer
+    ids = (tokenizer.fast_start, tokenizer.fast_start + tokenizer.fast_size) if speaks else None
+    names = tuple(datasets) if len(datasets) > 1 else ()
+    return Objective(not speaks, loop.flow_loss_weight, loop.mask_padded_actions, ids, names)
 
 
 def compile_steps(
@@ -189,6 +206,7 @@ def compile_steps(
     state: TrainState,
     sample: Batch,
     batch_sizes: tuple[int, int | None],
+    objective: Objective,
     mesh: Mesh,
     progress: Progress,
 ) -> Steps:
@@ -197,7 +215,6 @@ def compile_steps(
     `batch_sizes`: samples of a whole update, and of an evaluation batch (None: no evaluation).
     """
     loop, (train_size, eval_size) = settings.loop, batch_sizes
-    objective = Objective(not settings.model.use_fast_tokenizer, loop.flow_loss_weight)
     train_step = make_train_step(model, settings.optim, decay_steps, objective, loop.seed)
     batch = abstract_batch(sample, train_size, mesh, loop.gradient_accumulation_steps)
     with progress.compiling("the train step"):
@@ -209,7 +226,7 @@ def compile_steps(
     with progress.compiling("the evaluation step"):
         eval_step = jax.jit(make_eval_step(model, objective, EVAL_SEED))
         evaluate = eval_step.lower(state.params, abstract_batch(sample, eval_size, mesh), jnp.int32(0)).compile()
-    return Steps(train, evaluate, flops)
+    return Steps(train, evaluate, flops, objective.datasets)
 
 
 def main(config: ConfigDict, dry_run: bool = False) -> None:

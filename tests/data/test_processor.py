@@ -82,7 +82,7 @@ def assert_equal(a, b):
         x, y = getattr(a, f.name), getattr(b, f.name)
         for left, right in zip(x, y, strict=True) if f.name == "images" else [(x, y)]:
             np.testing.assert_array_equal(left, right)
-            assert left.dtype == right.dtype
+            assert np.asarray(left).dtype == np.asarray(right).dtype
 
 
 def test_shapes_and_dtypes_keep_the_contract(flow, observation, actions):

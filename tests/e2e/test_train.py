@@ -177,6 +177,9 @@ def test_from_qwen_with_fast_tokens(dataset_dir, tmp_path, monkeypatch):
     last = train(config)
     line = curve(config.save_path)[2]
     assert line["flow_loss"] == 0 and line["cross_entropy_loss"] > 1
+    assert 0 <= line["action_accuracy"] < 1
+    lines = map(json.loads, (Path(config.save_path) / "metrics.jsonl").read_text().splitlines())
+    assert all(0 <= line["val_action_accuracy"] < 1 for line in lines if "val_loss" in line)
     saved = checkpoint_dir.read_model_config(last)
     assert saved.action.intermediate_size == 16
     policy = wallx_jax.load_policy(last)
@@ -194,6 +197,31 @@ def test_from_qwen_with_fast_tokens(dataset_dir, tmp_path, monkeypatch):
     np.testing.assert_allclose(
         policy.predict(OBSERVATION).actions, policy.processor.decode_actions(np.zeros((4, 14))), atol=1e-5
     )
+
+
+def test_padded_actions_left_out(four_steps, model_dir, dataset_dir, tmp_path):
+    """The same samples and noise; only what the loss counts differs: episodes have 5 to 8 frames and chunks 4, so that
+    many chunks reach past the end."""
+    config = tiny_run.run_config(
+        model_dir, dataset_dir, tmp_path / "run", mask_padded_actions=True, num_training_steps=1, eval_interval=0
+    )
+    train(config)
+    ours, theirs = curve(config.save_path)[1], curve(four_steps[0].save_path)[1]
+    assert np.isfinite(ours["flow_loss"]) and ours["flow_loss"] != theirs["flow_loss"]
+
+
+def test_augmentation_is_for_training_only(model_dir, dataset_dir, tmp_path):
+    """One update at learning rate 0: validation then sees the same weights in both runs."""
+    lines = []
+    for enabled in (False, True):
+        config = tiny_run.run_config(
+            model_dir, dataset_dir, tmp_path / str(enabled), augment__enabled=enabled, num_training_steps=1
+        )
+        train(config)
+        text = (Path(config.save_path) / "metrics.jsonl").read_text().splitlines()
+        lines.append({k: v for line in map(json.loads, text) for k, v in line.items()})
+    plain, augmented = lines
+    assert augmented["loss"] != plain["loss"] and augmented["val_loss"] == plain["val_loss"]
 
 
 def test_freezing_moves_only_the_action_side(model_dir, dataset_dir, tmp_path):

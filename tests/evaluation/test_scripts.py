@@ -212,6 +212,6 @@ def test_wrong_arguments_end_with_one_line(run, wallx_dir, run_dir, tmp_path, na
 
 
 def test_a_run_is_compared_on_the_episodes_it_has_not_seen(run_dir):
-    subject = open_subject(argparse.Namespace(checkpoint=run_dir, dataset=None, config=None))
+    subject = open_subject(argparse.Namespace(checkpoint=run_dir, dataset=None, robot=None, config=None))
     episodes = {subject.held_out.low_dim(i).episode for i in range(len(subject.held_out))}
     assert sorted(episodes) == HELD_OUT and subject.folder == checkpoint_dir.find_checkpoints(run_dir)[0]

@@ -159,6 +159,52 @@ def test_flow_loss_reductions():
     assert float(error) == 4 * 42
 
 
+def test_actions_past_the_end_can_be_left_out_of_the_loss():
+    """Neither their errors nor their channels count, whichever way the loss is reduced."""
+    rng = np.random.default_rng(0)
+    velocity, target = jnp.asarray(rng.normal(size=(2, 2, 3, 20)), jnp.float32)
+    mask = jnp.asarray(np.broadcast_to(np.arange(20) < 7, (2, 3, 20)), jnp.float32)
+    is_pad = jnp.asarray([[False, True, True], [False, False, False]])
+    assert float(losses.flow_count(mask, "all", is_pad)) == 4 * 20
+    assert float(losses.flow_count(mask, "valid", is_pad)) == 4 * 7
+    error = losses.flow_error_sum(velocity, target, mask, is_pad)
+    elsewhere = velocity.at[0, 1:].set(1e3)
+    assert float(losses.flow_error_sum(elsewhere, target, mask, is_pad)) == float(error)
+    kept = np.square(np.asarray(velocity - target))[~np.asarray(is_pad)][:, :7]
+    assert float(error) == pytest.approx(kept.sum(), rel=1e-5)
+
+
+def test_hits_count_every_token_of_the_range():
+    """The first token of the range counts, the one after the last does not; nor do labels without a target."""
+    labels = jnp.asarray([[5, 6, 7, 8, -100, 4]])
+    said = jnp.asarray([[5, 7, 7, 8, 0, 4]])
+    logits = jnp.eye(10)[said]
+    assert losses.labels_among(labels, (5, 8)).tolist() == [[True, True, True, False, False, False]]
+    assert float(losses.hit_count(logits, labels, (5, 8))) == 2
+
+
+def test_sums_of_samples_add_up():
+    rng = np.random.default_rng(0)
+    logits, labels = jnp.asarray(rng.normal(size=(3, 5, 9)), jnp.float32), jnp.asarray(rng.integers(0, 9, (3, 5)))
+    labels = labels.at[1].set(losses.IGNORE)
+    velocity, target = jnp.asarray(rng.normal(size=(2, 3, 4, 6)), jnp.float32)
+    mask = jnp.asarray(rng.random((3, 4, 6)) < 0.5, jnp.float32)
+    is_pad = jnp.asarray(rng.random((3, 4)) < 0.5)
+    for name, arguments in (
+        ("cross_entropy_sum", (logits, labels)),
+        ("label_count", (labels,)),
+        ("count_among", (labels, (2, 8))),
+        ("hit_count", (logits, labels, (2, 8))),
+        ("flow_error_sum", (velocity, target, mask, is_pad)),
+        ("flow_count", (mask, "all", is_pad)),
+        ("flow_count", (mask, "valid", is_pad)),
+    ):
+        whole, apart = (getattr(losses, name)(*arguments, per_sample=per_sample) for per_sample in (False, True))
+        assert apart.shape == (3,) and float(apart.sum()) == pytest.approx(float(whole), rel=1e-5), name
+        if any(argument is labels for argument in arguments):
+            assert apart[1] == 0, f"{name}: the second sample has no labels"
+
+
 def euler(velocity, noise, steps, mask, how):
     """`velocity(x, t)` without a state."""
     times = flow.euler_times(steps)

@@ -10,9 +10,10 @@ import pytest
 from wallx_jax import tree
 from wallx_jax.data.batch import Batch
 from wallx_jax.models.config import PRESETS, TINY, LoraConfig
-from wallx_jax.models.wallx import abstract_params, init_params
+from wallx_jax.models.wallx import abstract_params, bind, init_params
 from wallx_jax.run_config import MeshConfig, OptimConfig
 from wallx_jax.training import sharding
+from wallx_jax.training.loop import averages
 from wallx_jax.training.optimizer import group_of, make_optimizer, peak_rate, schedule
 from wallx_jax.training.rounding import stochastic
 from wallx_jax.training.state import create_state
@@ -104,6 +105,102 @@ def test_accumulation_weighs_labels_not_micro_batches():
     assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-5)
     assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-4)
     assert float(a["flow_loss"]) == 0
+
+
+def fast_batch(action_labels: bool = True) -> Batch:
+    """[1, 4] samples with 5 labels each, of which tokens 7 to 9 are actions, or none are."""
+    batch = random_batch((1, 4), labels=5)
+    rng = np.random.default_rng(1)
+    batch.labels[...] = rng.integers(7, 10, batch.labels.shape) if action_labels else 11
+    batch.labels[0, 0, 1:] = -100
+    return batch
+
+
+def test_action_accuracy_is_that_of_greedy_prediction():
+    """Sums and counts: micro-batches and devices change nothing; a batch without action tokens has no accuracy."""
+    objective = Objective(use_flow=False, action_ids=(7, 10))
+    step = jax.jit(make_train_step(SMALL, OPTIM, 10, objective, seed=0))
+    state, batch = create_state(init_params(SMALL, 0), OPTIM, 10), fast_batch()
+    for _ in range(12):
+        state, _ = step(state, batch)
+    hits, count = step(state, batch)[1]["action_accuracy"]
+    assert float(count) == 16
+
+    @jax.jit
+    def say(params, rows):
+        net = bind(SMALL, params)
+        return net.logits(net.forward(net.embed_batch(rows)).hidden[:, -6:-1])
+
+    rows = jax.tree.map(lambda x: x[0], batch)
+    said = np.asarray(say(state.params, rows)).argmax(-1)
+    assert 0 < float(hits) == (said == rows.labels).sum() < 16, "a test of both outcomes"
+
+    split = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[2:]), batch)
+    assert step(state, split)[1]["action_accuracy"] == (hits, count)
+    sums, counts = jax.jit(make_eval_step(SMALL, objective, seed=0))(state.params, rows, jnp.int32(0))
+    assert (sums.action_hits, counts.action_hits) == (hits, count)
+
+    window = [jax.device_get(step(state, b)[1]) for b in (batch, fast_batch(action_labels=False))]
+    assert averages(window)["action_accuracy"] == pytest.approx(float(hits) / 16)
+    assert "action_accuracy" not in averages(window[1:])
+
+
+def test_flow_runs_measure_no_accuracy(step, state):
+    assert "action_accuracy" not in step(state, random_batch((1, 2)))[1]
+
+
+def test_padded_actions_can_be_left_out(state):
+    """What the data has past an episode's end then changes no loss; and the mean is over what is left."""
+    masked = jax.jit(make_eval_step(SMALL, Objective(mask_padded_actions=True), seed=0))
+    plain = jax.jit(make_eval_step(SMALL, Objective(), seed=0))
+    batch = random_batch((2,))
+    batch.action_is_pad[0, 1:] = True
+    sums, counts = masked(state.params, batch, jnp.int32(0))
+    assert (float(counts.flow), float(plain(state.params, batch, jnp.int32(0))[1].flow)) == (4 * 6, 6 * 6)
+    nothing = dataclasses.replace(batch, action_is_pad=np.zeros_like(batch.action_is_pad))
+    parts = [
+        masked(state.params, dataclasses.replace(batch, action_is_pad=batch.action_is_pad ^ flip), jnp.int32(0))[0].flow
+        for flip in (False, True)
+    ]
+    whole = plain(state.params, batch, jnp.int32(0))[0].flow
+    assert float(sum(parts)) == pytest.approx(float(whole), rel=1e-5) and 0 < float(parts[0]) < float(whole)
+    assert float(masked(state.params, nothing, jnp.int32(0))[0].flow) == float(whole)
+
+
+def test_losses_of_each_dataset(step, state):
+    """They are the parts of the one loss; a dataset without samples in a batch has none."""
+    mixed = Objective(datasets=("a", "b", "c"))
+    batch = dataclasses.replace(random_batch((1, 4)), dataset=np.array([[0, 1, 0, 0]], np.int32))
+    mixed_step = jax.jit(make_train_step(SMALL, OPTIM, 10, mixed, seed=0))
+    after, metrics = jax.device_get(mixed_step(state, batch))
+    plain_after, plain = jax.device_get(step(state, dataclasses.replace(batch, dataset=None)))
+    assert metrics["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    for path, x in leaves(after.params).items():
+        np.testing.assert_allclose(x, leaves(plain_after.params)[path], atol=1e-6, err_msg=path)
+    (sum_a, count_a), (sum_b, count_b) = metrics["flow_loss/a"], metrics["flow_loss/b"]
+    assert (count_a, count_b) == (3 * 18, 18) and metrics["flow_loss/c"] == (0, 0)
+    assert (sum_a + sum_b) / 72 == pytest.approx(plain["flow_loss"], rel=1e-5)
+    scalars = averages([metrics])
+    assert scalars["flow_loss/b"] == pytest.approx(sum_b / 18)
+    assert not {"flow_loss/c", "cross_entropy_loss/a"} & set(scalars), "nothing to divide by"
+
+    split = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[2:]), batch)
+    accumulated = mixed_step(state, split)[1]
+    assert float(accumulated["flow_loss/a"][0]) == pytest.approx(float(sum_a), rel=1e-5)
+
+    # The mask takes b's samples out of the numerator of a run with one dataset.
+    rows = jax.tree.map(lambda x: x[0], batch)
+    evaluate = jax.jit(make_eval_step(SMALL, mixed, seed=0))
+    sums, counts = evaluate(state.params, rows, jnp.int32(0))
+    alone = dataclasses.replace(rows, action_mask=rows.action_mask * (rows.dataset == 0)[:, None, None])
+    plain_evaluate = jax.jit(make_eval_step(SMALL, Objective(), seed=0))
+    only_a = plain_evaluate(state.params, dataclasses.replace(alone, dataset=None), jnp.int32(0))[0].flow
+    assert float(sums.flow[0]) == pytest.approx(float(only_a), rel=1e-5)
+    assert counts.flow.tolist() == [54, 18, 0]
+
+    poisoned = dataclasses.replace(rows, actions=np.where((rows.dataset == 1)[:, None, None], np.nan, rows.actions))
+    sums, _ = evaluate(state.params, poisoned, jnp.int32(0))
+    assert np.isnan(sums.flow[1]) and float(sums.flow[0]) == pytest.approx(float(only_a), rel=1e-5)
 
 
 def test_validation_noise_is_fixed(state):

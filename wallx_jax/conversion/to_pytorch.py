@@ -24,7 +24,7 @@ from wallx_jax.weights.load import NORMALIZERS
 from wallx_jax.weights.safetensors_io import DTYPES, Tensors, WeightsError, read_header
 
 Layout = Literal["wall_x", "qwen2_5_vl"]
-ROBOT = ("processor.json", "norm_stats.json", "fast")  # what a VLM has no use for
+ROBOT = ("processor.json", "norm_stats.json", "fast", "robots")  # what a VLM has no use for
 # Of Qwen2.5-VL; PyTorch loaders ask for this file, and a checkpoint trained from a bare directory may lack it.
 PREPROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessor",

@@ -24,6 +24,7 @@ class Batch:
     state, state_mask: float32 [B, C_state], normalised and zero padded; mask 1.0 where the robot has the channel.
     actions, action_mask: float32 [B, A, C], likewise. All zero when acting.
     action_is_pad: bool [B, A], True past the end of the episode.
+    dataset: int32 [B], which dataset of a run with several a sample is from; None in a run with one.
     """
 
     images: tuple[Any, ...]
@@ -35,6 +36,7 @@ class Batch:
     actions: Any
     action_mask: Any
     action_is_pad: Any
+    dataset: Any = None
 
 
 def stack(samples: list[Batch]) -> Batch:
@@ -51,4 +53,5 @@ def describe(batch: Batch) -> dict[str, str]:
     return {
         f.name: ", ".join(map(text, value)) if isinstance(value := getattr(batch, f.name), tuple) else text(value)
         for f in fields(batch)
+        if getattr(batch, f.name) is not None
     }

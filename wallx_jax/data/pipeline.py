@@ -5,13 +5,14 @@ seed alone, not on the number of workers.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Literal
 
 import grain
 import numpy as np
 from absl import flags
 
+from wallx_jax.data.augment import Augment
 from wallx_jax.data.batch import Batch
 from wallx_jax.data.lerobot import DatasetInfo, LeRobotSource, RawSample, torch_permutation
 from wallx_jax.data.processor import Processor
@@ -59,6 +60,7 @@ def train_iterator(
     num_workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    augment: Augment | None = None,
 ) -> grain.DatasetIterator:
     """Endless shuffled batches, each epoch in another order. `get_state()` and `set_state()` save and restore the
     exact place (with the same num_workers); `close()` ends the workers.
@@ -67,18 +69,24 @@ def train_iterator(
         source: the training frames.
         processor: turns a frame into a sample.
         batch_size: samples per batch of this process.
-        seed: the order depends on it and on the number of frames only.
+        seed: the order depends on it and on the number of frames only, what `augment` draws on it and the place.
         num_workers: worker processes; 0 reads ahead in a thread.
         process_index, process_count: which share of the samples this process of a multi-host run takes.
+        augment: random changes of the images.
 
     Raises:
         ValueError: if the source is empty.
     """
-    if not len(source):
-        raise ValueError("the training split has no frames; raise train_test_split")
+    stream = samples(source, processor, seed, augment)
+    return batch_iterator(stream, batch_size, num_workers, process_index, process_count)
+
+
+def batch_iterator(
+    stream: grain.MapDataset, batch_size: int, num_workers: int = 0, process_index: int = 0, process_count: int = 1
+) -> grain.DatasetIterator:
+    """Batches of what `samples` or `mixed` gives; arguments and iterator as of `train_iterator`."""
     dataset = (
-        shuffled(source, seed)[process_index::process_count]
-        .map(Encode(processor))
+        stream[process_index::process_count]
         .batch(batch_size, drop_remainder=True, batch_fn=stack_samples)
         # One thread: lerobot's dataset is not made for several. Two batches ahead, since an element here is a batch.
         .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
@@ -96,6 +104,30 @@ def shuffled(source: LeRobotSource, seed: int) -> grain.MapDataset:
     return grain.MapDataset.source(source).shuffle(seed=seed).repeat()
 
 
+def samples(
+    source: LeRobotSource,
+    processor: Processor,
+    seed: int,
+    augment: Augment | None = None,
+    dataset: int | None = None,
+) -> grain.MapDataset:
+    """What `shuffled` gives, as the model is fed it. `dataset`: the number that samples carry in a mixture.
+
+    Raises:
+        ValueError: if the source is empty.
+    """
+    if not len(source):
+        raise ValueError(f"{source.info.repo_id}: the training split has no frames; raise train_test_split")
+    encoded = shuffled(source, seed).map(Encode(processor, dataset))
+    return encoded if augment is None else encoded.random_map(augment, seed=seed)
+
+
+def mixed(streams: Sequence[grain.MapDataset], weights: Sequence[float]) -> grain.MapDataset:
+    """Samples of several endless streams, interleaved as evenly as the weights allow: no chance is involved, so every
+    stretch of the run has its share of each. One stream stays as it is."""
+    return streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, weights)
+
+
 def eval_batches(
     source: LeRobotSource,
     processor: Processor,
@@ -103,6 +135,7 @@ def eval_batches(
     limit: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
+    dataset: int | None = None,
 ) -> Iterator[Batch]:
     """Batches in a fixed order, the same at every call; all have `batch_size` samples, so that one compilation serves.
 
@@ -111,6 +144,7 @@ def eval_batches(
     Args:
         limit: at most so many batches, of frames spread evenly over the source.
         process_index, process_count: which share of each batch this process of a multi-host run takes.
+        dataset: the number that samples carry in a mixture.
     """
     count = len(source)
     batches = max(count // batch_size, 1 if count else 0)
@@ -118,7 +152,7 @@ def eval_batches(
         batches, places = limit, np.linspace(0, count - 1, limit * batch_size).round().astype(int)
     else:
         places = np.arange(batches * batch_size) % max(count, 1)
-    encode = Encode(processor)
+    encode = Encode(processor, dataset)
     for start in range(0, batches * batch_size, batch_size):
         yield stack_samples(
             [encode(source[int(i)]) for i in places[start : start + batch_size][process_index::process_count]]
@@ -129,19 +163,20 @@ def stack_samples(samples: Sequence[Batch]) -> Batch:
     """Samples without a batch axis -> one batch, in NumPy."""
     columns = {f.name: [getattr(sample, f.name) for sample in samples] for f in fields(Batch)}
     images = tuple(np.stack(camera) for camera in zip(*columns.pop("images"), strict=True))
-    return Batch(images=images, **{name: np.stack(rows) for name, rows in columns.items()})
+    return Batch(images, **{name: None if rows[0] is None else np.stack(rows) for name, rows in columns.items()})
 
 
 class Encode:
-    """RawSample -> Batch row, naming the frame when it fails."""
+    """RawSample -> Batch row with the number of its dataset, naming the frame when it fails."""
 
-    def __init__(self, processor: Processor):
-        self.processor = processor
+    def __init__(self, processor: Processor, dataset: int | None = None):
+        self.processor, self.dataset = processor, dataset
 
     def __call__(self, raw: RawSample) -> Batch:
         try:
-            return self.processor.encode(
+            sample = self.processor.encode(
                 raw.images, raw.state, raw.instruction, raw.actions, raw.action_is_pad, resized=raw.resized
             )
+            return sample if self.dataset is None else replace(sample, dataset=np.int32(self.dataset))
         except ValueError as error:
             raise ValueError(f"episode {raw.episode}, frame {raw.frame}: {error}") from error

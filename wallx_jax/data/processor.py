@@ -22,6 +22,7 @@ from wallx_jax.data.normalize import Normalizer, NormStats, load_norm_stats, sav
 from wallx_jax.data.tokenizer import Tokenizer
 
 FILE_NAME = "processor.json"
+ROBOTS = "robots"  # folder with a folder for each robot of a run with several datasets
 PROMPT_STEP = 32  # tokens by which a prompt longer than training's grows, so that few lengths are compiled
 
 
@@ -227,22 +228,30 @@ class Processor:
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer files, norm_stats.json, processor.json and fast/: all that `from_dir` needs."""
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        self._save_robot(directory)
         self.tokenizer.save(directory)
-        save_norm_stats(directory, self.stats)
         if self.fast is not None:
             self.fast.save(directory / "fast")
+
+    def save_as(self, directory: str | Path, robot: str) -> None:
+        """Adds this robot to a directory with the same tokenizers: what differs goes into robots/NAME/."""
+        self._save_robot(Path(directory) / ROBOTS / robot)
+
+    def _save_robot(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        save_norm_stats(directory, self.stats)
         (directory / FILE_NAME).write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
 
     @classmethod
-    def from_dir(cls, directory: str | Path) -> "Processor":
-        """Reads what `save` wrote.
+    def from_dir(cls, directory: str | Path, robot: str | None = None) -> "Processor":
+        """Reads what `save` wrote, or with `robot` what `save_as` did.
 
         Raises:
             FileNotFoundError: naming the missing file.
             ValueError: if processor.json has other fields than this version knows.
         """
-        file = Path(directory) / FILE_NAME
+        own = Path(directory) if robot is None else Path(directory) / ROBOTS / robot
+        file = own / FILE_NAME
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing; expected the processor folder of a checkpoint")
         fields = json.loads(file.read_text())
@@ -252,9 +261,14 @@ class Processor:
             raise ValueError(f"{file}: unknown fields {unknown}, missing fields {missing}")
         fields = {k: tuple(map(_tuples, v)) if isinstance(v, list) else v for k, v in fields.items()}
         config = ProcessorConfig(**fields)
-        stats = load_norm_stats(directory, config.state_key, config.action_key)
+        stats = load_norm_stats(own, config.state_key, config.action_key)
         fast = FastTokenizer.from_dir(Path(directory) / "fast") if (Path(directory) / "fast").is_dir() else None
         return cls(config, Tokenizer.from_dir(directory), stats, fast)
+
+
+def robots(directory: str | Path) -> list[str]:
+    """Whose preprocessing a processor directory holds, by name; empty where there is only one robot, without a name."""
+    return sorted(file.parent.name for file in Path(directory).glob(f"{ROBOTS}/*/{FILE_NAME}"))
 
 
 @functools.lru_cache(maxsize=4096)

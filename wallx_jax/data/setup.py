@@ -6,6 +6,7 @@ import numpy as np
 
 from wallx_jax import hub
 from wallx_jax.data import images
+from wallx_jax.data.augment import Augment
 from wallx_jax.data.batch import Batch
 from wallx_jax.data.cache import CachedSource
 from wallx_jax.data.fast import FastTokenizer
@@ -40,6 +41,12 @@ def split_sources(run: RunConfig, info: DatasetInfo, config: ProcessorConfig) ->
         sources = [CachedSource(source, config, data.frame_cache) for source in sources]
         sources[0].fill()  # of the whole dataset: both splits read it
     return tuple(sources)
+
+
+def build_augment(run: RunConfig) -> Augment | None:
+    """Random changes of the training images, if they are switched on."""
+    data = run.data
+    return None if data.augment is None else Augment(data.augment, tuple(camera.view for camera in data.cameras))
 
 
 def load_stats(run: RunConfig, info: DatasetInfo) -> NormStats:
@@ -98,8 +105,9 @@ def build_processor(
     return Processor(config, tokenizer, stats, fast)
 
 
-def blank_sample(config: ProcessorConfig) -> Batch:
-    """Zeros in the shapes and dtypes of a sample (no batch axis), to compile for before any data is read."""
+def blank_sample(config: ProcessorConfig, mixed: bool = False) -> Batch:
+    """Zeros in the shapes and dtypes of a sample (no batch axis), to compile for before any data is read. `mixed`: of a
+    run with several datasets."""
     actions = np.zeros((config.horizon, config.action_dim), np.float32)
     state = np.zeros(config.state_dim, np.float32)
     return Batch(
@@ -112,4 +120,5 @@ def blank_sample(config: ProcessorConfig) -> Batch:
         actions=actions,
         action_mask=actions,
         action_is_pad=np.zeros(config.horizon, bool),
+        dataset=np.int32(0) if mixed else None,
     )

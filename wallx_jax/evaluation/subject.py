@@ -36,11 +36,12 @@ class Subject:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--checkpoint, --dataset and --config of a script that evaluates something."""
+    """--checkpoint, --dataset, --robot and --config of a script that evaluates something."""
     parser.add_argument(
         "--checkpoint", required=True, help="run or checkpoint directory, Wall-X model directory or hub repo id"
     )
     parser.add_argument("--dataset", help="LeRobot dataset: directory or repo id; default: the one it was trained on")
+    parser.add_argument("--robot", help="of a checkpoint trained on several datasets: which of them")
     parser.add_argument(
         "--config", help="configuration file as for training, e.g. configs/aloha.py; tells a model directory its robot"
     )
@@ -68,11 +69,16 @@ def open_subject(arguments: argparse.Namespace, numerics: Mapping[str, Any] | No
     if not (files / processors.FILE_NAME).is_file():
         return _open_model_directory(folder, arguments, numerics)
     stored = {} if is_pytorch else checkpoint_dir.read_metadata(folder)["config"]
+    if len(known := processors.robots(files)) > 1:
+        if arguments.robot not in known:
+            raise ValueError(f"--robot {arguments.robot}: {folder} was trained on several, choose one of {known}")
+        first_only = {"dataset_root": None, "dataset_revision": None}
+        stored |= first_only | stored["datasets"][arguments.robot] if arguments.robot in stored["datasets"] else {}
     location = arguments.dataset or stored.get("dataset_root") or stored.get("repo_id")
     if location is None:
         raise ValueError(f"{folder} does not say what it was trained on; give --dataset")
     info = read_info(location, None if arguments.dataset else stored.get("dataset_revision"))
-    policy = load_policy(folder, numerics=numerics)
+    policy = load_policy(folder, numerics=numerics, robot=arguments.robot)
     split = {key: stored.get(key, default_config()[key]) for key in ("train_test_split", "split_mode", "split_seed")}
     return Subject(policy, info, _held_out(policy, info, *split.values()), folder)
 

@@ -86,7 +86,8 @@ def load_policy(
 ) -> Policy:
     """A policy that acts with a checkpoint of ours (a run directory: its newest one) or with a Wall-X directory.
 
-    A trained checkpoint knows its robot. A Wall-X directory as published, or converted, does not; for it say
+    A trained checkpoint knows its robot; one trained on several datasets asks for `robot`, the name of one of them. A
+    Wall-X directory as published, or converted, does not know it; for it say
 
     Args:
         norm_stats: the robot's statistics, or the path of its norm_stats.json; or
@@ -106,10 +107,13 @@ def load_policy(
     folder, is_pytorch = find_model(path_or_repo, revision)
     files = folder if is_pytorch else checkpoint_dir.assets_dir(folder)
     if (files / processors.FILE_NAME).is_file():
-        if norm_stats is not None or robot is not None or action_tokenizer is not None:
+        known = processors.robots(files)
+        if known and robot not in known:
+            raise ValueError(f"robot = {robot!r}: {folder} was trained on several; say which one it drives: {known}")
+        if norm_stats is not None or (robot is not None and not known) or action_tokenizer is not None:
             raise ValueError(f"{folder} knows its robot: norm_stats, robot and action_tokenizer are not for it")
         model = load_model(folder, numerics=numerics)
-        processor = Processor.from_dir(model.files)
+        processor = Processor.from_dir(model.files, robot)
         return Policy(_with_ids(model.config, processor.tokenizer), model.params, processor)
 
     config, tokenizer = model_config(folder, is_pytorch, numerics), Tokenizer.from_dir(files)

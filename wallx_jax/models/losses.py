@@ -1,4 +1,5 @@
 """Sums behind the losses; the caller divides by counts, so that accumulation over micro-batches is exact.
+`per_sample` keeps the samples apart: [B] instead of a scalar.
 
 Legend: B batch, W labels, V vocabulary, A horizon, C channels.
 """
@@ -9,23 +10,56 @@ import jax.numpy as jnp
 IGNORE = -100  # label of a position without a target
 
 
-def cross_entropy_sum(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def cross_entropy_sum(logits: jax.Array, labels: jax.Array, per_sample: bool = False) -> jax.Array:
     """Summed negative log-likelihood of labels [B, W] (IGNORE: none) under logits [B, W, V]; computed in float32."""
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
-    return jnp.sum(jnp.where(labels == IGNORE, 0.0, jax.nn.logsumexp(logits, axis=-1) - chosen))
+    return _sum(jnp.where(labels == IGNORE, 0.0, jax.nn.logsumexp(logits, axis=-1) - chosen), per_sample)
 
 
-def label_count(labels: jax.Array) -> jax.Array:
+def label_count(labels: jax.Array, per_sample: bool = False) -> jax.Array:
     """How many positions of labels [B, W] have a target; float32."""
-    return jnp.sum(labels != IGNORE).astype(jnp.float32)
+    return _sum(labels != IGNORE, per_sample).astype(jnp.float32)
 
 
-def flow_error_sum(velocity: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Summed squared velocity error over the channels in mask, all [B, A, C] float32."""
-    return jnp.sum(jnp.square(velocity - target) * mask)
+def labels_among(labels: jax.Array, ids: tuple[int, int]) -> jax.Array:
+    """bool [B, W]: which labels are tokens of the range ids[0] .. ids[1] - 1."""
+    return (labels >= ids[0]) & (labels < ids[1])
 
 
-def flow_count(mask: jax.Array, reduction: str) -> jax.Array:
-    """What the sum is divided by: "all" channels of mask [B, A, C], as upstream, or the "valid" ones."""
-    return jnp.float32(mask.size) if reduction == "all" else jnp.sum(mask)
+def count_among(labels: jax.Array, ids: tuple[int, int], per_sample: bool = False) -> jax.Array:
+    """How many labels [B, W] are tokens of a range; float32."""
+    return _sum(labels_among(labels, ids), per_sample).astype(jnp.float32)
+
+
+def hit_count(logits: jax.Array, labels: jax.Array, ids: tuple[int, int], per_sample: bool = False) -> jax.Array:
+    """How many labels [B, W] of a range of tokens the largest logit [B, W, V] names; float32."""
+    hits = labels_among(labels, ids) & (jnp.argmax(logits, axis=-1) == labels)
+    return _sum(hits, per_sample).astype(jnp.float32)
+
+
+def flow_error_sum(
+    velocity: jax.Array,
+    target: jax.Array,
+    mask: jax.Array,
+    is_pad: jax.Array | None = None,
+    per_sample: bool = False,
+) -> jax.Array:
+    """Summed squared velocity error over the channels in mask, all [B, A, C] float32, without the actions that
+    is_pad, bool [B, A], marks."""
+    return _sum(jnp.square(velocity - target) * _without(mask, is_pad), per_sample)
+
+
+def flow_count(mask: jax.Array, reduction: str, is_pad: jax.Array | None = None, per_sample: bool = False) -> jax.Array:
+    """What the sum is divided by: "all" channels of mask [B, A, C], as upstream, or the "valid" ones; without the
+    actions that is_pad, bool [B, A], marks. Not per sample, any leading axes do."""
+    return _sum(_without(mask if reduction == "valid" else jnp.ones_like(mask), is_pad), per_sample)
+
+
+def _sum(x: jax.Array, per_sample: bool) -> jax.Array:
+    """A scalar, or [B]."""
+    return jnp.sum(x, axis=tuple(range(1, x.ndim)) if per_sample else None)
+
+
+def _without(mask: jax.Array, is_pad: jax.Array | None) -> jax.Array:
+    return mask if is_pad is None else mask * ~is_pad[..., None]

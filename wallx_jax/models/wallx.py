@@ -51,19 +51,23 @@ class PrefixCache(NamedTuple):
 
 
 class FlowTarget(NamedTuple):
-    """Normalised actions and channel mask [B, A, C], noise [B, A, C] and flow time [B]; float32."""
+    """Normalised actions and channel mask [B, A, C], noise [B, A, C] and flow time [B]; float32. is_pad: bool [B, A],
+    actions that the model sees but no loss counts; None: none."""
 
     actions: jax.Array
     mask: jax.Array
     noise: jax.Array
     time: jax.Array
+    is_pad: jax.Array | None = None
 
 
 class LossSums(NamedTuple):
-    """Numerators of the two losses; scalars, float32."""
+    """Numerators of the two losses, and how many action tokens greedy prediction hits (None where actions are no
+    text); float32, scalars or [B] for each sample."""
 
     cross_entropy: jax.Array
     flow: jax.Array
+    action_hits: jax.Array | None = None
 
 
 class WallX(nnx.Module):
@@ -186,25 +190,39 @@ class WallX(nnx.Module):
 
     # What training and acting ask for
 
-    def loss_sums(self, prefix: Prefix, labels: jax.Array, flow_target: FlowTarget | None) -> LossSums:
+    def loss_sums(
+        self,
+        prefix: Prefix,
+        labels: jax.Array,
+        flow_target: FlowTarget | None,
+        action_ids: tuple[int, int] | None = None,
+        per_sample: bool = False,
+    ) -> LossSums:
         """Numerators of cross-entropy over `labels` and of the flow loss; models.losses has the counts to divide by.
 
         labels: int [B, W] of the last W prefix positions (see data.batch.Batch), W = 0 for none.
+        action_ids: first id of the FAST tokens and the one after the last, to count hits among them.
+        per_sample: [B] each, instead of scalars.
         """
         suffix = None
         if flow_target is not None:
-            actions, mask, noise, time = flow_target
+            actions, mask, noise, time, is_pad = flow_target
             suffix = (flow.interpolate(actions, noise, time), mask, time)
         hidden = self.forward(prefix, suffix).hidden
 
-        cross_entropy = flow_error = jnp.float32(0)
+        cross_entropy = flow_error = jnp.zeros(len(labels) if per_sample else (), jnp.float32)
+        hits = None if action_ids is None else cross_entropy
         length, window = prefix.mask.shape[1], labels.shape[1]
         if window:  # the position before a label predicts it
             said = hidden[:, length - window - 1 : length - 1]
-            cross_entropy = losses.cross_entropy_sum(self.logits(said), labels)
+            logits = self.logits(said)
+            cross_entropy = losses.cross_entropy_sum(logits, labels, per_sample)
+            if action_ids is not None:
+                hits = losses.hit_count(logits, labels, action_ids, per_sample)
         if flow_target is not None:
-            flow_error = losses.flow_error_sum(self.action.velocity(hidden[:, length:]), actions - noise, mask)
-        return LossSums(cross_entropy, flow_error)
+            velocity = self.action.velocity(hidden[:, length:])
+            flow_error = losses.flow_error_sum(velocity, actions - noise, mask, is_pad, per_sample)
+        return LossSums(cross_entropy, flow_error, hits)
 
     def sample_actions(self, prefix: Prefix, noise: jax.Array, action_mask: jax.Array, steps: int = 10) -> jax.Array:
         """Normalised action chunk [B, A, C] from noise of that shape; the prefix is encoded once."""

@@ -30,11 +30,13 @@ class Steps:
     """The two compiled functions. Compiled ahead, so that another shape is an error and never a second compilation.
 
     flops_per_sample: model FLOPs of an update, see training.flops.
+    datasets: names of a run with several, which have losses of their own.
     """
 
     train: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     evaluate: Callable[[Any, Batch, jax.Array], tuple[LossSums, LossSums]] | None
     flops_per_sample: int
+    datasets: tuple[str, ...] = ()
 
 
 def abstract_batch(sample: Batch, size: int, mesh: Mesh, micro_batches: int | None = None) -> Batch:
@@ -125,7 +127,7 @@ def run_loop(
             progress.report(step, loss, scalars["samples_per_s"], eta_s, scalars.get("mfu"))
         if steps.evaluate and loop.eval_interval and (step % loop.eval_interval == 0 or step == total_steps):
             with watch.paused():
-                scalars = validate(steps.evaluate, state.params, held_out(), mesh, loop.flow_loss_weight)
+                scalars = validate(steps, state.params, held_out(), mesh, loop.flow_loss_weight)
                 writer.write(step, scalars)
                 progress.note(f"step {step}/{total_steps} | validation loss {scalars['val_loss']:.4g}")
         if step % loop.save_interval == 0 or step == total_steps or stopping:
@@ -140,29 +142,45 @@ def run_loop(
 
 
 def averages(window: list[Mapping[str, np.ndarray]]) -> dict[str, float]:
-    """Means over the updates of a log window that were not skipped; the last learning rate."""
+    """Means over the updates of a log window that were not skipped; the last learning rate. A pair (sum, count) gives
+    the sums over the counts, or nothing where there was nothing to count."""
     good = [metrics for metrics in window if metrics["finite"]]
-    means = {
-        key: float(np.mean([metrics[key] for metrics in good])) if good else float("nan")
-        for key in window[0]
-        if key not in ("finite", "learning_rate")
-    }
+    means = {}
+    for key, value in window[0].items():
+        if key in ("finite", "learning_rate"):
+            continue
+        if isinstance(value, tuple):
+            total, count = np.sum([metrics[key] for metrics in good], axis=0) if good else (0, 0)
+            means |= {key: float(total / count)} if count else {}
+        else:
+            means[key] = float(np.mean([metrics[key] for metrics in good])) if good else float("nan")
     return means | {"learning_rate": float(window[-1]["learning_rate"])}
 
 
-def validate(evaluate, params, batches: Iterable[Batch], mesh: Mesh, flow_loss_weight: float) -> dict[str, float]:
-    """Held-out losses, each the mean over all its labels or channels; batch i meets the same noise every time."""
-    zero = LossSums(0.0, 0.0)
-    sums, counts = zero, zero
+def validate(steps: Steps, params, batches: Iterable[Batch], mesh: Mesh, flow_loss_weight: float) -> dict[str, float]:
+    """Held-out losses, each the mean over all its labels or channels; batch i meets the same noise every time. Of
+    several datasets also each one's, where it has any."""
+    sums = counts = LossSums(0.0, 0.0, 0.0)
     for index, batch in enumerate(batches):
-        part = jax.device_get(evaluate(params, put_batch(batch, mesh), jnp.int32(index)))
-        sums, counts = jax.tree.map(lambda a, b: a + float(b), (sums, counts), part)
-    means = LossSums(*(s / c if c else 0.0 for s, c in zip(sums, counts, strict=True)))
-    return {
-        "val_loss": means.cross_entropy + flow_loss_weight * means.flow,
-        "val_cross_entropy_loss": means.cross_entropy,
-        "val_flow_loss": means.flow,
+        part = jax.device_get(steps.evaluate(params, put_batch(batch, mesh), jnp.int32(index)))
+        sums, counts = (
+            LossSums(*(a + (0.0 if b is None else np.asarray(b, np.float64)) for a, b in zip(*pair, strict=True)))
+            for pair in zip((sums, counts), part, strict=True)
+        )
+    totals = zip(*(map(np.sum, x) for x in (sums, counts)), strict=True)
+    cross_entropy, flow, accuracy = (float(total / count) if count else None for total, count in totals)
+    scalars = {
+        "val_loss": (cross_entropy or 0.0) + flow_loss_weight * (flow or 0.0),
+        "val_cross_entropy_loss": cross_entropy or 0.0,
+        "val_flow_loss": flow or 0.0,
     }
+    if accuracy is not None:
+        scalars["val_action_accuracy"] = accuracy
+    for i, name in enumerate(steps.datasets):
+        for key in ("cross_entropy", "flow"):
+            if np.ndim(counts_of := getattr(counts, key)) and counts_of[i]:
+                scalars[f"val_{key}_loss/{name}"] = float(getattr(sums, key)[i] / counts_of[i])
+    return scalars
 
 
 def save_bad_batch(batch: Batch, save_path: Path, step: int) -> Path:

@@ -1,7 +1,7 @@
 """What a run is going to do, worked out from shapes, headers and tables before a weight is loaded."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from wallx_jax import tree
-from wallx_jax.data.lerobot import DatasetInfo
+from wallx_jax.data.mixture import Part
 from wallx_jax.data.processor import ProcessorConfig
 from wallx_jax.data.setup import blank_sample
 from wallx_jax.models.vision import visual_grid
 from wallx_jax.models.vision_plan import token_count
-from wallx_jax.run_config import OptimConfig, RunConfig
+from wallx_jax.run_config import OptimConfig
 from wallx_jax.training import flops, parts
 from wallx_jax.training.optimizer import group_of, is_trainable, peak_rate, schedule
 from wallx_jax.training.parts import gib
@@ -114,19 +114,19 @@ class Plan:
 
 
 def make_plan(
-    settings: RunConfig,
-    info: DatasetInfo,
+    datasets: Sequence[Part],
     origin: Origin,
     layout: ProcessorConfig,
     state: TrainState,
     mesh: Mesh,
-    frames: tuple[int, int],
+    frames: Sequence[tuple[int, int]],
     length: Length,
 ) -> Plan:
     """Args:
     state: shapes, dtypes and shardings (training.start.abstract_state).
-    frames: how many train, how many are held out.
+    frames: of each dataset, how many train and how many are held out.
     """
+    settings, info = datasets[0].settings, datasets[0].info
     model, optim, data = origin.config, settings.optim, settings.data
     sample, use_flow = blank_sample(layout), layout.objective == "flow"
     specs = tree.flatten(state.params)
@@ -146,10 +146,18 @@ def make_plan(
         f"{view} = {key} {'x'.join(map(str, info.frame_size(key)))} read at {'x'.join(map(str, size))}"
         for view, key, size in zip(layout.views, layout.camera_keys, layout.image_sizes, strict=True)
     )
+
+    def share(part: Part) -> str:
+        total = sum(each.weight for each in datasets)
+        return f", {part.weight / total:.0%} of the samples" if len(datasets) > 1 else ""
+
     return Plan(
         source=f"{origin.checkpoint or origin.files}{', resumed with its optimizer and data order' * origin.resumes}",
-        dataset=f"{data.location}: {info.num_episodes:,} episodes, {info.num_frames:,} frames at {info.fps:g} fps "
-        f"({frames[0]:,} train, {frames[1]:,} held out)",
+        dataset="\n             ".join(
+            f"{part.settings.data.location}: {part.info.num_episodes:,} episodes, {part.info.num_frames:,} frames at "
+            f"{part.info.fps:g} fps ({train:,} train, {held:,} held out){share(part)}"
+            for part, (train, held) in zip(datasets, frames, strict=True)
+        ),
         cameras=cameras,
         sample={
             "prompt": layout.prompt_length,

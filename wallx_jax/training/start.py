@@ -6,7 +6,7 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from wallx_jax.config import ConfigError
 from wallx_jax.data import processor as processors
 from wallx_jax.data.fast import FastTokenizer
 from wallx_jax.data.lerobot import DatasetInfo
+from wallx_jax.data.mixture import Part, in_one_layout
 from wallx_jax.data.processor import Processor, ProcessorConfig
 from wallx_jax.data.setup import build_processor, load_fast_tokenizer, load_stats
 from wallx_jax.data.tokenizer import Tokenizer
@@ -162,16 +163,35 @@ def _check_adapters(config: WallXConfig, fresh: bool) -> None:
 
 
 def plan(settings: RunConfig, info: DatasetInfo) -> tuple[Origin, Processor]:
-    """The model's final shapes and the preprocessing; a resumed run takes both from its checkpoint."""
+    """`plan_parts` for one dataset."""
+    origin, (processor,) = plan_parts([Part("", 1.0, settings, info)])
+    return origin, processor
+
+
+def plan_parts(parts: Sequence[Part]) -> tuple[Origin, tuple[Processor, ...]]:
+    """The model's final shapes and the preprocessing of each dataset; a resumed run takes both from its checkpoint."""
+    settings = parts[0].settings
     fast = load_fast_tokenizer(settings)
-    data = settings.data
-    origin = find(settings, info.dims(data.state_key), info.dims(data.action_key), fast)
+    state_dim = max(part.info.dims(part.settings.data.state_key) for part in parts)
+    action_dim = max(part.info.dims(part.settings.data.action_key) for part in parts)
+    origin = find(settings, state_dim, action_dim, fast)
     if origin.resumes:
-        check_same_layout(settings, origin.processor.config)
-        return origin, origin.processor
-    action = origin.config.action
-    stats = load_stats(settings, info)
-    return origin, build_processor(settings, info, origin.tokenizer, fast, stats, action.state_dim, action.action_dim)
+        names, stored = [part.name for part in parts], processors.robots(origin.files)
+        if sorted(names if len(parts) > 1 else []) != stored:
+            raise ConfigError(
+                f"the datasets are {names}, but the run of resume.ckpt has {stored or 'a single one'}: use those, or "
+                "start anew from its weights with resume.load_ckpt_only=True"
+            )
+        kept = tuple(Processor.from_dir(origin.files, name if stored else None) for name in names)
+        for part, processor in zip(parts, kept, strict=True):
+            check_same_layout(part.settings, processor.config)
+        return origin, kept
+    action, fresh = origin.config.action, []
+    for part in parts:
+        stats = load_stats(part.settings, part.info)
+        channels = (action.state_dim, action.action_dim)
+        fresh.append(build_processor(part.settings, part.info, origin.tokenizer, fast, stats, *channels))
+    return origin, in_one_layout(parts, fresh)
 
 
 def check_same_layout(settings: RunConfig, stored: ProcessorConfig) -> None:

@@ -3,6 +3,7 @@
 Legend: N micro-batches, B batch, A horizon, C channels.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,27 +25,63 @@ from wallx_jax.training.state import TrainState
 
 @dataclass(frozen=True)
 class Objective:
-    """use_flow: train the action tokens by flow matching (False in FAST mode, where actions are text)."""
+    """use_flow: train the action tokens by flow matching (False in FAST mode, where actions are text).
+    mask_padded_actions: leave actions past the episode's end out of the flow loss.
+    action_ids: FAST tokens, first id and the one after the last, whose accuracy is measured; None: no accuracy.
+    datasets: names of a run with several, whose losses are also measured one by one; a batch says which sample is
+        whose."""
 
     use_flow: bool = True
     flow_loss_weight: float = 1.0
+    mask_padded_actions: bool = False
+    action_ids: tuple[int, int] | None = None
+    datasets: tuple[str, ...] = ()
+
+    def left_out(self, batch: Batch) -> jax.Array | None:
+        """Actions of the batch that no flow loss counts, bool [..., A]; None: all count."""
+        return batch.action_is_pad if self.mask_padded_actions else None
 
 
 def loss_counts(batch: Batch, model: WallXConfig, objective: Objective) -> LossSums:
-    """Denominators of the two losses over a whole global batch (any leading axes)."""
-    flow_count = (
-        losses.flow_count(batch.action_mask, model.numerics.flow_loss) if objective.use_flow else jnp.float32(1)
-    )
-    return LossSums(jnp.maximum(losses.label_count(batch.labels), 1), jnp.maximum(flow_count, 1))
+    """Denominators of the two losses over a whole global batch (any leading axes), and its number of action tokens,
+    which may be 0. With several datasets: [datasets] each, of which any may be 0."""
+    apart = bool(objective.datasets)
+    if apart:
+        size, leading = batch.dataset.size, batch.dataset.ndim
+        batch = jax.tree.map(lambda x: x.reshape(size, *x.shape[leading:]), dataclasses.replace(batch, images=()))
+    flow_count = tokens = None
+    if objective.use_flow:
+        flow_count = losses.flow_count(batch.action_mask, model.numerics.flow_loss, objective.left_out(batch), apart)
+    if objective.action_ids is not None:
+        tokens = losses.count_among(batch.labels, objective.action_ids, apart)
+    labels = losses.label_count(batch.labels, apart)
+    counts = LossSums(labels, jnp.zeros_like(labels) if flow_count is None else flow_count, tokens)
+    return by_dataset(counts, batch, objective) if apart else overall(counts)
+
+
+def by_dataset(sums: LossSums, batch: Batch, objective: Objective) -> LossSums:
+    """Values of samples [B] -> sums [datasets]."""
+    own = batch.dataset[:, None] == jnp.arange(len(objective.datasets))
+    # A choice rather than a product: what is not finite in one dataset stays out of the others.
+    return jax.tree.map(lambda x: jnp.sum(jnp.where(own, x[:, None], 0), axis=0), sums)
+
+
+def overall(counts: LossSums) -> LossSums:
+    """Denominators of the losses over all datasets, at least 1."""
+    labels, flow_count, tokens = jax.tree.map(jnp.sum, counts)
+    return LossSums(jnp.maximum(labels, 1), jnp.maximum(flow_count, 1), tokens)
 
 
 def batch_sums(
     params: tree.Tree, batch: Batch, noise: jax.Array, time: jax.Array, model: WallXConfig, objective: Objective
 ) -> LossSums:
-    """Loss numerators of one batch."""
-    net = bind(model, params)
-    target = FlowTarget(batch.actions, batch.action_mask, noise, time) if objective.use_flow else None
-    return net.loss_sums(net.embed_batch(batch), batch.labels, target)
+    """Loss numerators of one batch; with several datasets [datasets] each."""
+    net, apart = bind(model, params), bool(objective.datasets)
+    target = None
+    if objective.use_flow:
+        target = FlowTarget(batch.actions, batch.action_mask, noise, time, objective.left_out(batch))
+    sums = net.loss_sums(net.embed_batch(batch), batch.labels, target, objective.action_ids, apart)
+    return by_dataset(sums, batch, objective) if apart else sums
 
 
 def make_train_step(
@@ -54,8 +91,9 @@ def make_train_step(
 
     The N micro-batches run one after another; sums are divided by the counts of all of them, so the update equals that
     of one batch of N x B. Noise, time and rounding come from (seed, step) alone. The update itself is float32, whatever
-    parameters and moments are kept in. An update whose loss or gradient norm is not
-    finite leaves parameters and optimizer as they were, and is counted.
+    parameters and moments are kept in. An update whose loss or gradient norm is not finite leaves parameters and
+    optimizer as they were, and is counted. A metric that is a pair (sum, count) is to be divided by whoever reports it:
+    its count may be 0.
     """
     optimizer = make_optimizer(optim, decay_steps)
     trainable = is_trainable(optim)
@@ -66,20 +104,22 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         params, frozen = tree.split(state.params, trainable)
-        counts = loss_counts(batch, model, objective)
+        counts_apart = loss_counts(batch, model, objective)
+        counts = overall(counts_apart)
         noise, time = _noise_and_time(jax.random.fold_in(jax.random.key(seed), state.step), batch, model)
 
-        def micro_loss(params, micro: Batch, noise, time) -> tuple[jax.Array, LossSums]:
-            sums = batch_sums(tree.merge(params, frozen), micro, noise, time, model, objective)
-            parts = LossSums(sums.cross_entropy / counts.cross_entropy, sums.flow / counts.flow)
-            return parts.cross_entropy + objective.flow_loss_weight * parts.flow, parts
+        def micro_loss(params, micro: Batch, noise, time) -> tuple[jax.Array, tuple[LossSums, LossSums]]:
+            apart = batch_sums(tree.merge(params, frozen), micro, noise, time, model, objective)
+            sums = jax.tree.map(jnp.sum, apart)
+            parts = LossSums(sums.cross_entropy / counts.cross_entropy, sums.flow / counts.flow, sums.action_hits)
+            return parts.cross_entropy + objective.flow_loss_weight * parts.flow, (parts, apart)
 
         loss_and_grads = jax.value_and_grad(micro_loss, has_aux=True)
         micro_batches = (batch, noise, time)
         if noise.shape[0] == 1:
-            (loss, parts), grads = loss_and_grads(params, *jax.tree.map(lambda x: x[0], micro_batches))
+            (loss, (parts, apart)), grads = loss_and_grads(params, *jax.tree.map(lambda x: x[0], micro_batches))
         else:
-            (loss, parts), grads = _accumulate(loss_and_grads, params, micro_batches)
+            (loss, (parts, apart)), grads = _accumulate(loss_and_grads, params, micro_batches)
 
         norm = global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -99,6 +139,11 @@ def make_train_step(
             "learning_rate": rate(state.step - state.skipped),
             "finite": finite,
         }
+        if objective.action_ids is not None:
+            metrics["action_accuracy"] = (parts.action_hits, counts.action_hits)
+        for i, name in enumerate(objective.datasets):
+            metrics[f"flow_loss/{name}"] = (apart.flow[i], counts_apart.flow[i])
+            metrics[f"cross_entropy_loss/{name}"] = (apart.cross_entropy[i], counts_apart.cross_entropy[i])
         new_state = TrainState(state.step + 1, state.skipped + ~finite, tree.merge(params, frozen), opt_state, ema)
         return new_state, metrics
 

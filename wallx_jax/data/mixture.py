@@ -1,0 +1,67 @@
+"""Several datasets in one run: each with its own cameras, keys and statistics, and all in one layout.
+
+The first is the one that the settings describe by themselves; `datasets` names the others.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from wallx_jax.config import ConfigError
+from wallx_jax.data.lerobot import DatasetInfo, read_info
+from wallx_jax.data.mapping import check_dataset
+from wallx_jax.data.processor import Processor
+from wallx_jax.run_config import RunConfig
+
+
+@dataclass(frozen=True)
+class Part:
+    """One dataset of a run. `settings`: as if it were the only one, completed by check_dataset."""
+
+    name: str
+    weight: float
+    settings: RunConfig
+    info: DatasetInfo
+
+
+def open_parts(run: RunConfig) -> tuple[Part, ...]:
+    """Reads what the datasets say about themselves and checks each against its settings.
+
+    Raises:
+        ConfigError, FileNotFoundError, ValueError: what is missing or does not fit; for the datasets after the first
+            with their names.
+    """
+    parts = []
+    for name, weight, settings in run.datasets():
+        data, with_name = settings.data, f"datasets.{name}: " if parts else ""
+        try:
+            info = read_info(data.location, data.revision, data.download_videos)
+            parts.append(Part(name, weight, check_dataset(settings, info), info))
+        except ConfigError as error:
+            raise ConfigError(*(with_name + text for text in error.errors)) from error
+    return tuple(parts)
+
+
+def in_one_layout(parts: Sequence[Part], processors: Sequence[Processor]) -> tuple[Processor, ...]:
+    """The processors with one prompt length, the longest of them: one compiled step serves all datasets.
+
+    Raises:
+        ConfigError: pictures of another number or size, with the datasets that differ.
+    """
+    sizes = [processor.config.image_sizes for processor in processors]
+    errors = [
+        f"datasets.{part.name}: its pictures come to {_text(size)} (height x width), those of {parts[0].name} to "
+        f"{_text(sizes[0])}; set camera_views and resolution so that both have as many and of the same sizes"
+        for part, size in zip(parts, sizes, strict=True)
+        if size != sizes[0]
+    ]
+    if errors:
+        raise ConfigError(*errors)
+    length = max(processor.config.prompt_length for processor in processors)
+    return tuple(
+        Processor(dataclasses.replace(p.config, prompt_length=length), p.tokenizer, p.stats, p.fast) for p in processors
+    )
+
+
+def _text(sizes: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"{height}x{width}" for height, width in sizes)
