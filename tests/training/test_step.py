@@ -338,6 +338,12 @@ def test_bfloat16_training_follows_float32():
 def test_optimizers_lower_the_loss_on_any_mesh(optimizer):
     config = dataclasses.replace(OPTIM, optimizer=optimizer, ema_decay=0.9)
     step, batch, results = make_train_step(SMALL, config, 30, Objective(), seed=0), random_batch((1, 4)), {}
+    evaluate = jax.jit(make_eval_step(SMALL, Objective(), seed=3))
+
+    def error(params) -> float:
+        fixed = jax.tree.map(lambda x: x[0], batch)
+        return sum(float(evaluate(params, fixed, jnp.int32(i))[0].flow) for i in range(4))
+
     for mesh_config in (MeshConfig(1, 1, 1), MeshConfig(1, 2, 2)):
         devices = mesh_config.fsdp * mesh_config.tensor
         mesh = sharding.make_mesh(mesh_config, jax.devices()[:devices])
@@ -347,15 +353,20 @@ def test_optimizers_lower_the_loss_on_any_mesh(optimizer):
         for _ in range(12):
             state, metrics = jitted(state, batch)
             losses.append(float(metrics["loss"]))
-        assert np.mean(losses[-4:]) < np.mean(losses[:4])
-        results[devices] = (np.array(losses), leaves(state.ema), leaves(state.params))
+        results[devices] = (np.array(losses), leaves(state.ema), leaves(state.params), leaves(state.acting))
     np.testing.assert_allclose(results[1][0], results[4][0], rtol=2e-4)
-    average, last = results[1][1:]
-    assert average.keys() == last.keys()
+    losses, average, last, acting = results[1]
+    before, after, averaged = map(error, (init_params(SMALL, 0), tree.unflatten(last), tree.unflatten(average)))
+    assert max(after, averaged) < 0.97 * before
+    np.testing.assert_array_equal(acting["action/w1/kernel"], average["action/w1/kernel"])
     assert not np.array_equal(average["action/w1/kernel"], last["action/w1/kernel"])
-    moments = create_state(init_params(SMALL, 0), config, 30).opt_state
-    sizes = sum(x.size for x in jax.tree.leaves(moments))
-    assert (sizes < 0.9 * sum(x.size for x in last.values())) == (optimizer == "adafactor")
+
+
+def test_adafactor_keeps_hardly_any_moments():
+    config = dataclasses.replace(OPTIM, optimizer="adafactor")
+    state = jax.eval_shape(lambda p: create_state(p, config, 10), abstract_params(PRESETS["wall_oss_3b"]))
+    moments, params = (sum(x.size for x in jax.tree.leaves(part)) for part in (state.opt_state, state.params))
+    assert moments < 0.01 * params
 
 
 def test_learning_rates_by_pattern():

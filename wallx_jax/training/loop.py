@@ -127,7 +127,7 @@ def run_loop(
             progress.report(step, loss, scalars["samples_per_s"], eta_s, scalars.get("mfu"))
         if steps.evaluate and loop.eval_interval and (step % loop.eval_interval == 0 or step == total_steps):
             with watch.paused():
-                scalars = validate(steps, state.params, held_out(), mesh, loop.flow_loss_weight)
+                scalars = validate(steps, state.acting, held_out(), mesh, loop.flow_loss_weight)
                 writer.write(step, scalars)
                 progress.note(f"step {step}/{total_steps} | validation loss {scalars['val_loss']:.4g}")
         if step % loop.save_interval == 0 or step == total_steps or stopping:

@@ -25,6 +25,13 @@ class TrainState:
     opt_state: Any
     ema: tree.Tree | None = None
 
+    @property
+    def acting(self) -> tree.Tree:
+        """All parameters, those with a moving average replaced by it: what a checkpoint acts with."""
+        if self.ema is None:
+            return self.params
+        return tree.unflatten(tree.flatten(self.params) | tree.flatten(self.ema))
+
 
 def create_state(params: tree.Tree, config: OptimConfig, decay_steps: int) -> TrainState:
     """A fresh state around these parameters (concrete, traced or under jax.eval_shape)."""
