@@ -63,15 +63,9 @@ def results():
     return json.loads(done.stdout)
 
 
-# The one mesh of 8 that uses all three axes: losses before the first change of parameters agree, but the gradient of
-# action/w1/kernel does not, in the rows that meet the noisy actions; those that meet the mask, which is the same in
-# all samples, do. So samples are mixed up in the backward pass: a defect to be found, not a matter of tolerance.
-WRONG = pytest.mark.xfail(strict=True, reason="gradient of action/w1/kernel is wrong on data=2, fsdp=2, tensor=2")
-
-
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("sizes", [pytest.param(m, marks=[WRONG] * (m == (2, 2, 2))) for m in MESHES], ids=str)
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_every_mesh_trains_as_one_device(results, sizes):
     losses, moved = results["one"]
     assert moved > 1e-3, "five updates move parameters far more than the tolerance"

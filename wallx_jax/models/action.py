@@ -43,12 +43,14 @@ class ActionHeads(nnx.Module):
         w2 reads [action | time]; the time's part is the same for all tokens, and known before sampling starts.
         """
         embedded = time_embedding(time, self.width)
-        return embedded @ self.w2.kernel[self.width :].astype(embedded.dtype)
+        return self.w2(jnp.concatenate([jnp.zeros_like(embedded), embedded], axis=-1))
 
     def embed_actions(self, noisy: jax.Array, mask: jax.Array, clock: jax.Array) -> jax.Array:
         """Noisy actions and channel mask [B, A, C], embedded time [B, D] -> action token embeddings [B, A, D]."""
         actions = self.w1(jnp.concatenate([noisy, mask], axis=-1))
-        actions = actions @ self.w2.kernel[: self.width].astype(actions.dtype)
+        # Zeros instead of a slice of the kernel: XLA's partitioner (jax 0.10) mixes samples up in the gradient of a
+        # slice that is cut over fsdp, on a mesh of three axes.
+        actions = self.w2(jnp.concatenate([actions, jnp.zeros_like(actions)], axis=-1))
         return self.w3(jax.nn.silu(actions + clock[:, None]))
 
     def velocity(self, hidden: jax.Array) -> jax.Array:
