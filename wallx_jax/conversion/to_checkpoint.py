@@ -141,9 +141,10 @@ def _small_files(folder: Path) -> dict[str, bytes]:
         _refuse_outside(folder, file)
         if file.suffix != ".safetensors" and file.name != INDEX and file.stat().st_size <= SMALL_FILE:
             found[file.name] = file.read_bytes()
-    for file in sorted((folder / "fast").glob("*.json")):  # the action tokenizer of a directory that we exported
-        _refuse_outside(folder, file)
-        found[f"fast/{file.name}"] = file.read_bytes()
+    for part in ("fast", "robots"):  # of a directory that we exported
+        for file in sorted((folder / part).rglob("*.json")):
+            _refuse_outside(folder, file)
+            found[str(file.relative_to(folder))] = file.read_bytes()
     return found
 
 
