@@ -91,6 +91,7 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
     sources = [split_sources(part.settings, part.info, p.config) for part, p in zip(parts, processors, strict=True)]
     micro_batch = settings.data.batch_size * mesh.shape["data"] * mesh.shape["fsdp"]
     global_batch = micro_batch * loop.gradient_accumulation_steps
+    start.check_same_batch(origin, global_batch)
     share, shares = sharding.data_share(mesh)
     updates_per_epoch = max(sum(len(train) for train, _ in sources) // global_batch, 1)
     total_steps, decay_steps = loop.total_steps(updates_per_epoch), loop.decay_steps(updates_per_epoch)
@@ -153,7 +154,9 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
     stop = StopRequest(mesh)
 
     def save(step: int, state: TrainState, loss: float | None) -> None:
-        checkpointer.save(step, state, batches, flatten(config), origin.config, assets, loss=loss)
+        checkpointer.save(
+            step, state, batches, flatten(config), origin.config, assets, loss=loss, global_batch=global_batch
+        )
 
     try:
         evaluates = loop.eval_interval and any(len(val) for _, val in sources)

@@ -107,6 +107,19 @@ def test_resume_equals_the_uninterrupted_run(four_steps, model_dir, dataset_dir,
     assert {s: line["loss"] for s, line in ours.items()} == {s: line["loss"] for s, line in theirs.items()}
 
 
+def test_updates_of_another_size_cannot_resume(four_steps, model_dir, dataset_dir, tmp_path):
+    """The data position counts batches: with other ones the run would see other samples than without the break."""
+    _, last = four_steps
+    options = {"resume__ckpt": str(last), "num_training_steps": 6}
+    config = tiny_run.run_config(model_dir, dataset_dir, tmp_path, gradient_accumulation_steps=2, **options)
+    with pytest.raises(ConfigError, match="an update has 4 samples .* but the run of resume.ckpt has 2: change one"):
+        train(config)
+    config = tiny_run.run_config(
+        model_dir, dataset_dir, tmp_path, batch_size_per_gpu=1, gradient_accumulation_steps=2, **options
+    )
+    assert train(config).name == "6"
+
+
 def test_weights_only_resume_starts_anew(four_steps, model_dir, dataset_dir, tmp_path):
     _, last = four_steps
     config = tiny_run.run_config(

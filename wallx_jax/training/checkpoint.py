@@ -86,6 +86,7 @@ class Checkpointer:
         assets: str | Path,
         *,
         loss: float | None = None,
+        global_batch: int | None = None,
         wait: bool = False,
     ) -> None:
         """Starts writing a checkpoint; does nothing when this step is already on disk.
@@ -101,6 +102,7 @@ class Checkpointer:
             model_config: shapes and numerics of `params`.
             assets: directory that is copied.
             loss: for the record.
+            global_batch: samples of an update, which the position of `data_iterator` is counted in.
             wait: return only when the checkpoint is complete.
 
         Raises:
@@ -113,7 +115,13 @@ class Checkpointer:
         items = {
             **_items(_flatten(state)),
             "metadata": Files(
-                {checkpoint_dir.METADATA_FILE: metadata_json(step, config, model_config, loss)} if primary else {}
+                {
+                    checkpoint_dir.METADATA_FILE: metadata_json(
+                        step, config, model_config, loss, global_batch=global_batch
+                    )
+                }
+                if primary
+                else {}
             ),
             "assets": Files(_read_tree(Path(assets)) if primary else {}),
         }

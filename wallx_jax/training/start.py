@@ -231,6 +231,17 @@ def check_weights(origin: Origin, state: TrainState) -> None:
         compare_params(origin.checkpoint, abstract_params(checkpoint_dir.read_model_config(origin.checkpoint)))
 
 
+def check_same_batch(origin: Origin, global_batch: int) -> None:
+    """Raises ConfigError when a run to be resumed had updates of another size: its data position counts those."""
+    stored = checkpoint_dir.read_metadata(origin.checkpoint).get("global_batch") if origin.resumes else None
+    if stored not in (None, global_batch):
+        raise ConfigError(
+            f"an update has {global_batch} samples (batch_size_per_gpu x data and fsdp devices x "
+            f"gradient_accumulation_steps), but the run of resume.ckpt has {stored}: change one of them so that it is "
+            "the same, or start anew from its weights with resume.load_ckpt_only=True"
+        )
+
+
 def load_state(origin: Origin, run: RunConfig, decay_steps: int, mesh: Mesh) -> TrainState:
     """A fresh training state around the origin's weights, each parameter placed on the mesh as it is read."""
     wanted = abstract_state(origin.config, run.optim, decay_steps, mesh).params
