@@ -324,6 +324,11 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=1, help="with --aot: devices that parameters are cut over")
     parser.add_argument("--target", choices=aot.TARGETS, default="cpu", help="with --aot: the hardware to compile for")
     parser.add_argument("--optimizer", choices=("adamw", "adafactor"), default="adamw", help="with --aot")
+    parser.add_argument(
+        "--remat",
+        choices=("full", "dots", "none"),
+        help="what the backward pass recomputes; default: the preset's, with --compare-torch none, as PyTorch",
+    )
     parser.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank instead of all weights")
     parser.add_argument("--freeze-vlm", action="store_true", help="with --aot: train the action side only")
     parser.add_argument("--compare-torch", action="store_true", help="compare a chunk with lerobot's PyTorch wall_x")
@@ -340,6 +345,8 @@ def main() -> None:
     from wallx_jax.models.config import PRESETS
 
     model = PRESETS[arguments.preset].replace(lora={"rank": arguments.lora_rank})
+    if remat := arguments.remat or ("none" if arguments.compare_torch else None):
+        model = model.replace(numerics={"remat": remat})
     if arguments.aot:
         optim, step = train_step_of(model, arguments.optimizer, arguments.freeze_vlm)
         sample = jax.tree.map(lambda x: x[0], random_batch(model, 1))
