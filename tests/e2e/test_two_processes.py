@@ -49,7 +49,7 @@ def start(server, dataset_dir, tmp_path_factory):
 def lines(folder: Path) -> list[dict]:
     """What was logged, without what the clock says."""
     logged = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    timed = ("time", "step_time_s", "samples_per_s", "data_wait_share")
+    timed = ("time", "step_time_s", "samples_per_s", "data_wait_share", "tflops_per_device")
     return [{key: value for key, value in line.items() if key not in timed} for line in logged]
 
 
