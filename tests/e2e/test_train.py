@@ -107,6 +107,32 @@ def test_resume_equals_the_uninterrupted_run(four_steps, model_dir, dataset_dir,
     assert {s: line["loss"] for s, line in ours.items()} == {s: line["loss"] for s, line in theirs.items()}
 
 
+def test_checkpoints_act_with_the_moving_average(model_dir, dataset_dir, tmp_path):
+    """It changes nothing of the training itself, and a resumed run goes on from both."""
+    options = {"optimizer": "adafactor", "learning_rates": ("^vision/=1e-4",), "eval_interval": 0}
+    plain, whole, half = (
+        tiny_run.run_config(model_dir, dataset_dir, tmp_path / name, **options, **average)
+        for name, average in (("plain", {}), ("whole", {"ema_decay": 0.5}), ("half", {"ema_decay": 0.5}))
+    )
+    train(plain)
+    train(whole)
+    real = wallx_jax.train.run_loop
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wallx_jax.train, "run_loop", lambda s, b, steps, total, *rest: real(s, b, steps, 2, *rest))
+        train(half)
+    half.resume.ckpt = "latest"
+    train(half)
+    losses = [[line["loss"] for line in curve(config.save_path).values()] for config in (plain, whole, half)]
+    assert losses[0] == losses[1] == losses[2]
+    last, average, resumed = (tree.flatten(restore_params(config.save_path)) for config in (plain, whole, half))
+    for path in last:
+        np.testing.assert_array_equal(average[path], resumed[path], err_msg=path)
+    assert any(not np.array_equal(average[path], last[path]) for path in last)
+    half.resume.ckpt, half.ema_decay, half.save_path = str(half.save_path), None, str(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="is not wanted.*optimizer settings"):
+        train(half)
+
+
 def test_updates_of_another_size_cannot_resume(four_steps, model_dir, dataset_dir, tmp_path):
     """The data position counts batches: with other ones the run would see other samples than without the break."""
     _, last = four_steps
