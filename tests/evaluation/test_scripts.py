@@ -165,15 +165,20 @@ def test_fake_inference(run, run_dir, wallx_dir, tmp_path):
         assert figures["text_tokens"] <= 2 and figures["text_ms"]["first"] >= figures["text_ms"]["best"] > 0
 
 
-def test_fake_inference_finds_what_is_not_finite(run, tmp_path):
+@pytest.mark.parametrize("factor", [np.nan, 1e25], ids=["weights", "actions"])
+def test_fake_inference_finds_what_is_not_finite(run, tmp_path, factor):
     from safetensors.numpy import load_file, save_file
 
     folder = tiny_run.write_model(tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"] = tensors["model.norm.weight"] * np.nan
+    for name in ("model.norm.weight", "action_preprocessor.action_proj_back.weight"):
+        tensors[name] = tensors[name] * np.float32(factor)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    code, text = run("fake_inference", "--model", folder, "--steps", 1, "--max-tokens", 1, "--repeats", 0)
-    assert code == 1 and not json.loads(text)["finite"]
+    code, text = run("fake_inference", "--model", folder, "--steps", 2, "--max-tokens", 1, "--repeats", 0)
+    if np.isnan(factor):
+        assert "action_proj_back.weight holds NaN or infinity" in code
+    else:
+        assert code == 1 and not json.loads(text)["finite"]
 
 
 def test_inspect_batch(robot_config, tmp_path):
