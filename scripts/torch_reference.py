@@ -82,7 +82,7 @@ def main() -> None:
         elif command == "actions":
             answer["actions"] = actions.tolist()
         elif command == "train":
-            loss = model.train()(mode="train", action_chunk=chunk, use_cache=False, **arrays).loss
+            loss = model.train()(mode="train", action_chunk=chunk, **arrays).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

@@ -17,8 +17,7 @@ from orbax.checkpoint import v1 as ocp
 
 from wallx_jax import devices, doctor, train, tree
 from wallx_jax.config import flatten, resolve
-from wallx_jax.data.lerobot import read_info
-from wallx_jax.data.mapping import check_dataset
+from wallx_jax.data.mixture import open_parts
 from wallx_jax.models.wallx import abstract_params
 from wallx_jax.training import start
 from wallx_jax.training.checkpoint import Checkpointer
@@ -44,12 +43,12 @@ def written(model_dir, dataset_dir, tmp_path_factory):
     """A run directory with the steps 2 and 4, as training writes them, of untrained weights."""
     folder = tmp_path_factory.mktemp("doctor") / "run"
     config = tiny_run.run_config(model_dir, dataset_dir, folder)
-    settings = resolve(config)
-    info = read_info(dataset_dir)
-    settings = check_dataset(settings, info)
-    origin, processor = start.plan(settings, info)
+    (part,) = open_parts(resolve(config))
+    settings = part.settings
+    origin, processors = start.plan_parts([part])
     params = jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), abstract_params(origin.config))
-    assets = train.write_assets(processor, origin.files, folder / "assets")
+    assets = folder / "assets"
+    train.write_assets([part], processors, origin.files, assets)
     with Checkpointer(folder) as checkpointer:
         for step in (2, 4):
             state = create_state(params, settings.optim, 4)

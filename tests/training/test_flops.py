@@ -43,17 +43,23 @@ def settings(**changes):
 
 def loss(trained, frozen, batch, model, use_flow):
     noise, time = jnp.zeros(batch.actions.shape), jnp.full(len(batch.actions), 0.5)
-    return sum(batch_sums(tree.merge(trained, frozen), batch, noise, time, model, Objective(use_flow)))
+    sums = batch_sums(tree.merge(trained, frozen), batch, noise, time, model, Objective(use_flow))
+    return jnp.sum(sums.cross_entropy) + jnp.sum(sums.flow)
 
 
 def traced_flops(jaxpr) -> int:
-    """2 x M x N x K of every dot_general of a jaxpr, scans multiplied out."""
+    """2 x M x N x K of every dot_general of a jaxpr, scans multiplied out; of the vision blocks, whose attention is
+    over windows or over whole frames, as many of each as the tower has."""
     total = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             inner = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
             total += 2 * inner * math.prod(eqn.outvars[0].aval.shape)
+        if eqn.primitive.name == "cond":
+            windowed, full = (traced_flops(branch.jaxpr) for branch in eqn.params["branches"])
+            total += windowed + (full - windowed) * len(MODEL.vision.fullatt_block_indexes) / MODEL.vision.depth
+            continue
         for inner in jaxprs_in_params(eqn.params):
             total += traced_flops(inner) * eqn.params.get("length", 1)
     return total

@@ -67,7 +67,7 @@ def products(model: WallXConfig, sample: Batch, use_flow: bool = True) -> Iterat
         if path.startswith("action/propri_proj/"):
             return 1
         if path.startswith("action/w2/"):
-            return (horizon + 1) / 2 if horizon else 0  # one half meets the action tokens, the other the flow time
+            return horizon + 1 if horizon else 0  # the action tokens and the flow time, zeros in the other's half
         return horizon if path.startswith("action/") else window
 
     head = "embed/embedding" if text.tie_word_embeddings else "lm_head/kernel"
