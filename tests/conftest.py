@@ -19,12 +19,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no warning when worker processes fork
 
+import hypothesis
 import jax
 import pytest
 import synthetic
 from absl import flags
 
 jax.config.update("jax_default_matmul_precision", "highest")
+# The same examples at every run; `pytest --hypothesis-profile=default` draws new ones.
+hypothesis.settings.load_profile("ci")
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags
 
 
