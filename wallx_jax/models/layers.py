@@ -10,6 +10,29 @@ from flax import nnx
 INIT = nnx.initializers.normal(0.02)  # Qwen2.5-VL's initializer_range
 
 
+@jax.custom_vjp
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., D] @ kernel [D, O] -> [..., O].
+
+    Its gradients are two plain matrix products. JAX's own rule works the kernel's gradient out transposed and turns it
+    around, for which XLA on a CPU copies `dy`: a tenth of a train step.
+    """
+    return x @ kernel
+
+
+def _product_forward(x, kernel):
+    return x @ kernel, (x, kernel)
+
+
+def _product_backward(saved, dy):
+    x, kernel = saved
+    rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    return dy @ kernel.T, rows.T @ dy_rows
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
 class Linear(nnx.Module):
     """y = x @ kernel + bias; kernel [D, O], bias [O]. `models.lora.attach` may add an adapter."""
 
@@ -20,7 +43,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(d_out)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = _product(x, self.kernel[...].astype(x.dtype))
         if self.lora_a is not None:
             low = x @ self.lora_a[...].astype(x.dtype)
             y = y + (low @ self.lora_b[...].astype(x.dtype)) * self.lora_scale

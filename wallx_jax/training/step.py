@@ -123,14 +123,22 @@ def make_train_step(
 
         norm = global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        before = (params, state.opt_state, state.ema)
-        wide, moments, ema = widen(before)
-        updates, moments = optimizer.update(clip(widen(grads), norm, optim.max_grad_norm), moments, wide)
-        wide = optax.apply_updates(wide, updates)
-        if optim.ema_decay is not None:
-            ema = optax.incremental_update(wide, ema, 1 - optim.ema_decay)
-        after = narrow((wide, moments, ema), before, rounding_key(state.step))
-        params, opt_state, ema = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+
+        def update(before):
+            wide, moments, ema = widen(before)
+            updates, moments = optimizer.update(clip(widen(grads), norm, optim.max_grad_norm), moments, wide)
+            wide = optax.apply_updates(wide, updates)
+            if optim.ema_decay is not None:
+                ema = optax.incremental_update(wide, ema, 1 - optim.ema_decay)
+            return narrow((wide, moments, ema), before, rounding_key(state.step))
+
+        # XLA writes the state in place after a branch on a CPU, and after a choice on a GPU; either way it takes twice
+        # the memory on the other.
+        params, opt_state, ema = jax.lax.platform_dependent(
+            (params, state.opt_state, state.ema),
+            cpu=lambda before: jax.lax.cond(finite, update, lambda kept: kept, before),
+            default=lambda before: jax.tree.map(lambda new, old: jnp.where(finite, new, old), update(before), before),
+        )
         metrics = {
             "loss": loss,
             "cross_entropy_loss": parts.cross_entropy,
