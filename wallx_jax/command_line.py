@@ -113,8 +113,18 @@ def _config_file(argv: Sequence[str]) -> str:
 
 def _yaml(value: object) -> str:
     plain = list(value) if isinstance(value, tuple) else value
-    text = yaml.safe_dump(plain, default_flow_style=True, sort_keys=False, width=10**6)
+    text = yaml.dump(plain, Dumper=_OneLine, default_flow_style=True, sort_keys=False, width=10**6)
     return text.removesuffix("...\n").strip()
+
+
+class _OneLine(yaml.SafeDumper):
+    """Escapes line breaks in texts."""
+
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+
+
+_OneLine.add_representer(str, _OneLine.represent_str)
 
 
 def _nearest_key(key: str, known: list[str]) -> str:
