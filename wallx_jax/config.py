@@ -329,7 +329,8 @@ def _read(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     defaults, errors = default_config(), []
     known = flatten(defaults)
     for key in given.keys() - known.keys():
-        errors.append(f"{key}: no such setting{nearest(key, list(known))}")
+        hint = nearest(key, list(known)) or "; wallx_jax/config.py lists them all"
+        errors.append(f"{key} = {given[key]!r}: no such setting{hint}")
     values = known | {key: value for key, value in given.items() if key in known}
     for key, default in known.items():
         value, kind = values[key], _type(defaults, key)
@@ -361,9 +362,10 @@ def _read(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
                 errors.append(f"{key}.{name} = {value!r}: expected {expected}")
     for key in ("obs_action_keys", "predict_action_keys", "lora.targets", "learning_rates"):
         if wrong := [item for item in values[key] if not isinstance(item, str)]:
-            errors.append(f"{key}: {wrong} are not strings")
+            errors.append(f"{key} = {values[key]}: {wrong} are not strings; write them in quotes")
         elif len(set(values[key])) != len(values[key]):
-            errors.append(f"{key}: {sorted({k for k in values[key] if values[key].count(k) > 1})} are given twice")
+            twice = sorted({item for item in values[key] if values[key].count(item) > 1})
+            errors.append(f"{key} = {values[key]}: {twice} are given twice; name each once")
     return values, sorted(errors)
 
 
@@ -377,7 +379,9 @@ def _entry_errors(name: str, entry: Any) -> list[str]:
     for key in entry:
         if key not in (*PER_DATASET, "weight"):
             close = nearest(key, [*PER_DATASET, "weight"])
-            errors.append(f"datasets.{name}.{key}: not a setting of one dataset{close}; those are {PER_DATASET}")
+            errors.append(
+                f"datasets.{name}.{key} = {entry[key]!r}: not a setting of one dataset{close}; those are {PER_DATASET}"
+            )
     weight = entry.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
         errors.append(f"datasets.{name}.weight = {weight!r}: must be a number above 0")
@@ -465,25 +469,38 @@ def _relation_errors(v: Mapping[str, Any]) -> list[str]:
     if v["min_lr"] > v["learning_rate"]:
         errors.append(f"min_lr = {v['min_lr']:g} exceeds learning_rate = {v['learning_rate']:g}: lower min_lr")
     if v["num_training_steps"] is None and v["num_epoch"] == 0:
-        errors.append("num_epoch = 0 needs num_training_steps: without one of them the run has no end")
+        errors.append("num_epoch = 0 needs num_training_steps, set it: without one of them the run has no end")
     if v["use_fast_tokenizer"] and not v["action_tokenizer_path"]:
         errors.append("action_tokenizer_path: required by use_fast_tokenizer = True, e.g. 'physical-intelligence/fast'")
     if v["use_fast_tokenizer"] and v["mask_padded_actions"]:
-        errors.append("mask_padded_actions = True has no meaning with use_fast_tokenizer: a FAST chunk is whole")
+        errors.append(
+            "mask_padded_actions = True has no meaning with use_fast_tokenizer, a FAST chunk is whole: switch one off"
+        )
     frozen = [key for key in ("freeze_vlm", "train_action_expert_only") if v[key]]
     if frozen and v["use_fast_tokenizer"]:
-        errors.append(f"{frozen[0]} = True leaves nothing to train with use_fast_tokenizer: FAST actions are text")
+        errors.append(
+            f"{frozen[0]} = True leaves nothing to train with use_fast_tokenizer, FAST actions are text: switch one off"
+        )
     if not v["train_action_heads"] and not frozen and not v["lora.rank"]:
-        errors.append("train_action_heads = False has a meaning only with freeze_vlm, train_action_expert_only or lora")
+        errors.append(
+            "train_action_heads = False has a meaning only with freeze_vlm, train_action_expert_only or lora.rank: set "
+            "one of them, or leave it True"
+        )
     if v["resume.load_ckpt_only"] and not v["resume.ckpt"]:
-        errors.append("resume.load_ckpt_only = True needs resume.ckpt")
+        errors.append("resume.load_ckpt_only = True needs resume.ckpt: name the checkpoint there")
     if v["robot_name"] is not None and v["robot_name"] != v["repo_id"]:
-        errors.append(f"robot_name = {v['robot_name']!r} is not repo_id = {v['repo_id']!r}: they must be the same")
+        errors.append(
+            f"robot_name = {v['robot_name']!r} is not repo_id = {v['repo_id']!r}: they must be the same, or robot_name "
+            "unset"
+        )
     if v["repo_id"] and dataset_name(v["repo_id"]) in v["datasets"]:
         errors.append(f"datasets.{dataset_name(v['repo_id'])}: the first dataset has this name; choose another")
     actions = "max_fast_tokens" if v["use_fast_tokenizer"] else "action_horizon"
     if v[actions] >= v["max_length"]:
-        errors.append(f"{actions} = {v[actions]} leaves no room for a prompt in max_length = {v['max_length']}")
+        errors.append(
+            f"{actions} = {v[actions]} leaves no room for a prompt in max_length = {v['max_length']}: raise "
+            f"max_length, or lower {actions}"
+        )
 
     for keys, table in (("predict_action_keys", "dof_config"), ("obs_action_keys", "agent_pos_config")):
         # Without a table of its own the state is named like the action.
@@ -494,14 +511,15 @@ def _relation_errors(v: Mapping[str, Any]) -> list[str]:
 
     cameras = _cameras(v)
     known = list(dict.fromkeys([*default_config().resolution, *cameras]))
-    for view in v["resolution"]:
+    for view, pixels in v["resolution"].items():
         if view not in known:
-            errors.append(f"resolution.{view}: no camera has this view{nearest(view, known)}; known are {known}")
+            hint = nearest(view, known)
+            errors.append(f"resolution.{view} = {pixels!r}: no camera has this view{hint}; known are {known}")
     for view in cameras:
         if view not in v["resolution"]:
-            errors.append(f"resolution.{view}: missing; camera_views has this view")
+            errors.append(f"resolution.{view}: missing; camera_views has this view, set its pixels, e.g. 256")
     if len(set(v["camera_views"].values())) < len(v["camera_views"]):
-        errors.append(f"camera_views = {v['camera_views']}: one camera has two views")
+        errors.append(f"camera_views = {v['camera_views']}: one camera has two views; give each its own")
     return errors
 
 
