@@ -14,6 +14,7 @@ from wallx_jax import robots
 from wallx_jax.command_line import render
 from wallx_jax.config import ConfigError, default_config, flatten, resolve
 from wallx_jax.data.mapping import check_dataset, check_horizon
+from wallx_jax.data.template import VIEW_NAMES, PromptTemplate
 from wallx_jax.models.config import Numerics
 
 ROOT = Path(__file__).parent.parent
@@ -207,6 +208,56 @@ def test_one_wrong_setting_is_one_error(changes, words):
     assert all(word in error for word in words), error
 
 
+# The prompt
+
+
+def test_default_prompt_is_the_dataclass_of_it():
+    assert resolve(usable()).data.prompt == PromptTemplate()
+    assert flatten(default_config())["prompt.view_names"] == VIEW_NAMES
+    assert set(default_config().prompt) == {f.name for f in dataclasses.fields(PromptTemplate)}
+
+
+def test_prompt_settings_reach_the_run():
+    words = {"system": "Act.", "image": "{image}{view}", "action": "{images}{instruction}{proprioception}",
+             "language": "{instruction}{images}"}  # fmt: skip
+    run = resolve(usable(**{f"prompt__{k}": v for k, v in words.items()}, prompt__view_names__top_view="from above"))
+    assert run.data.prompt == PromptTemplate(**words, view_names={"top_view": "from above"})
+    other = usable(camera_views={"elbow": "cam"}, resolution__face_view=84, prompt__view_names={"elbow": "elbow view"})
+    other.resolution = {**other.resolution, "elbow": 84}
+    template = resolve(other).data.prompt
+    assert (template.view_label("elbow"), template.view_label("face_view")) == ("elbow view", "front view")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("system", "a<|im_end|>", ["prompt.system = 'a<|im_end|>'", "control tokens", "leave them out"]),
+        ("system", None, ["prompt.system = None", "expected str"]),
+        ("image", "{view}", ["prompt.image = '{view}'", "write {image} exactly once, it is there 0 times"]),
+        ("action", "{images}{instruction}", ["prompt.action = ", "write {proprioception} exactly once"]),
+        ("language", "{images}{instruction}}", ["prompt.language = ", "Single '}'", "write {{ and }}"]),
+        ("language", "{images}{instruction}{x}", ["{x} is none of the placeholders {images}, {instruction}"]),
+        ("view_names", {"face_veiw": "x"}, ["prompt.view_names.face_veiw = 'x'", 'did you mean "face_view"']),
+        ("view_names", {"top_view": " "}, ["prompt.view_names.top_view = ' '", "expected the words"]),
+        ("view_names", {"top_view": 3}, ["prompt.view_names.top_view = 3", "expected the words"]),
+        ("view_names", {"top_view": "<|a|>"}, ["prompt.view_names.top_view = '<|a|>'", "control tokens"]),
+        ("view_names", None, ["prompt.view_names = None", "expected dict"]),
+        ("sytem", "x", ["prompt.sytem", 'did you mean "prompt.system"']),
+    ],
+)
+def test_one_wrong_word_of_the_prompt_is_one_error(field, value, words):
+    c = usable()
+    with c.unlocked():
+        c.prompt[field] = value
+    (error,) = errors_of(resolve, c)
+    assert all(word in error for word in words), error
+
+
+def test_words_of_the_prompt_fail_together():
+    c = usable(prompt__system="<|x|>", prompt__image="", prompt__view_names={"top_view": "", "nowhere": "x"})
+    assert len(errors_of(resolve, c)) == 4
+
+
 def test_unknown_view_names_the_nearest():
     views = dict(default_config().resolution.items())
     (error,) = errors_of(resolve, usable(resolution=views | {"face_veiw": 128}))
@@ -379,8 +430,13 @@ def test_refused_settings_are_a_list_without_a_traceback(app):
         (["--config=good.py", "--config.num_epoch=1.5"], ["config.num_epoch", "1.5"]),
         (["--config=good.py", "--config.learning_rate=abc"], ["config.learning_rate", "abc"]),
         (["--config=good.py", "--config.freeze_vlm=maybe"], ["config.freeze_vlm", "maybe"]),
-        (["--config=good.py", "--config.dof_config.arm=3"], ["arm"]),
-        (["--config=good.py", "--config.resolution.fase_view=3"], ["face_view"]),
+        (["--config=good.py", "--config.dof_config.arm=3"], ["dof_config.arm=3", "c.dof_config = {...} in the conf"]),
+        (["--config=good.py", '--config.camera_views={"a": "b"}'], ["camera_views=", "c.camera_views = {...}"]),
+        (["--config=good.py", "--config.datasets.a.weight=2"], ["datasets.a.weight=2", "c.datasets = {...}"]),
+        (["--config=good.py", "--config.resolution.fase_view=3"], ["fase_view=3", 'did you mean "face_view"']),
+        (["--config=good.py", "--config.prompt.view_names.arm=x"], ["c.prompt.view_names = {...}"]),
+        (["--config=good.py", "--config.prompt.sytem=x"], ["did you mean --config.prompt.system?"]),
+        (["--config=typo.py", "--config.resolution.face_view=84"], ["'learning_rat'", "did you mean"]),
         (["--config=good.py", "--confg.num_epoch=1"], ["confg.num_epoch"]),
         (["--config=good.py", "--wrokdir=x"], ["wrokdir", "workdir"]),
         (["--config=good.py", "num_epoch=1"], ["'num_epoch=1'", "--config.key=value"]),

@@ -9,7 +9,7 @@ import yaml
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from wallx_jax.config import TABLES, ConfigError, default_config, flatten
+from wallx_jax.config import TABLES, ConfigError, default_config, flatten, nearest
 
 
 class CommandLineError(ValueError):
@@ -74,12 +74,10 @@ def parse_config(argv: Sequence[str], values: flags.FlagValues) -> tuple[ConfigD
 
 def explain(error: Exception, argv: Sequence[str]) -> str:
     """One line for an exception that parsing the command line raised: what is wrong, and the nearest key."""
-    known = flatten(default_config())
-    for argument in argv[1:]:
-        match = re.fullmatch(r"--?(?:no)?config\.([^=]+)(=.*)?", argument, re.DOTALL)
-        if match and match[1] not in known and match[1].split(".")[0] not in TABLES:
-            hint = _nearest_key(match[1], list(known))
-            return f"{argument}: there is no setting {match[1]!r}{hint}"
+    known, settings = flatten(default_config()), _settings(argv)
+    for argument, key in settings:
+        if key not in known and _table(key) is None:
+            return f"{argument}: there is no setting {key!r}{_nearest_key(key, list(known))}"
     if isinstance(error, OSError) and "Failed loading config file" in str(error):
         return f"no such configuration file: {_config_file(argv)}"
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
@@ -91,7 +89,22 @@ def explain(error: Exception, argv: Sequence[str]) -> str:
     unknown = re.search(r'Key "([^"]+)" does not exist', text)
     if unknown:
         return f"the configuration sets {unknown[1]!r}: there is no such setting{_nearest_key(unknown[1], list(known))}"
+    for argument, key in settings:
+        if (table := _table(key)) and any(f"'{name}'" in text.replace("\\", "") for name in key.split(".")):
+            hint = nearest(key.rsplit(".", 1)[-1], list(known[table]))
+            return f"{argument}: no new names in tables here{hint}; write c.{table} = {{...}} in the configuration file"
     return re.sub(r"^\w+(Error|Exception): ", "", last)
+
+
+def _settings(argv: Sequence[str]) -> list[tuple[str, str]]:
+    """(argument, key) of each `--config.key`."""
+    matches = [re.fullmatch(r"--?(?:no)?config\.([^=]+)(=.*)?", argument, re.DOTALL) for argument in argv[1:]]
+    return [(match[0], match[1]) for match in matches if match]
+
+
+def _table(key: str) -> str | None:
+    """The table that a key is, or is in."""
+    return next((table for table in TABLES if f"{key}.".startswith(f"{table}.")), None)
 
 
 def render(config: ConfigDict) -> str:
@@ -113,8 +126,18 @@ def _config_file(argv: Sequence[str]) -> str:
 
 def _yaml(value: object) -> str:
     plain = list(value) if isinstance(value, tuple) else value
-    text = yaml.safe_dump(plain, default_flow_style=True, sort_keys=False, width=10**6)
+    text = yaml.dump(plain, Dumper=_OneLine, default_flow_style=True, sort_keys=False, width=10**6)
     return text.removesuffix("...\n").strip()
+
+
+class _OneLine(yaml.SafeDumper):
+    """Escapes line breaks in texts."""
+
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+
+
+_OneLine.add_representer(str, _OneLine.represent_str)
 
 
 def _nearest_key(key: str, known: list[str]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from wallx_jax.data.template import VIEW_NAMES, PromptTemplate, template_errors
 from wallx_jax.models.config import LoraConfig, Numerics
 from wallx_jax.robots import KEY_MAPPINGS
 from wallx_jax.run_config import (
@@ -32,7 +33,7 @@ from wallx_jax.run_config import (
 )
 
 # Keys whose value is a table with names of the user's own.
-TABLES = ("dof_config", "agent_pos_config", "camera_views", "resolution", "datasets")
+TABLES = ("dof_config", "agent_pos_config", "camera_views", "resolution", "prompt.view_names", "datasets")
 # What an entry of `datasets` may say besides its weight; and what it does not take over from the first dataset.
 PER_DATASET = (
     "repo_id", "dataset_revision", "camera_views", "resolution", "state_key", "action_key", "norm_stats_path",
@@ -100,6 +101,15 @@ def default_config() -> OrderedConfig:
     c.action_key = placeholder(str)  # None: the mapping known for repo_id, else "action"
     views = ("face_view", "left_wrist_view", "right_wrist_view", "move1_view", "move2_view", "top_view", "wall_view")
     c.resolution = OrderedConfig(dict.fromkeys(views, 256))  # {view: pixels of the longer side}; -1 keeps the size
+    # The prompt, of all datasets; the defaults are the words that Wall-X's weights were trained on. Each placeholder
+    # must be there once; {{ and }} are braces.
+    words = PromptTemplate()
+    c.prompt = OrderedConfig()
+    c.prompt.system = words.system  # what the system turn says
+    c.prompt.view_names = OrderedConfig(VIEW_NAMES)  # {view: words}, added to these; others keep their own name
+    c.prompt.image = words.image  # one camera: {view} is its words, {image} its picture
+    c.prompt.action = words.action  # asks for actions: {images} of all cameras, {instruction}, {proprioception}
+    c.prompt.language = words.language  # asks for the next subtask in words: {images}, {instruction}
     c.norm_stats_path = placeholder(str)  # norm_stats.json; None: computed from the dataset's tables
     # More datasets to mix in: {name: {"repo_id": "...", "weight": 1.0, ...}}. The weight is how many of its samples
     # there are for one of the first dataset's. An entry may also set, for itself, what PER_DATASET lists; what it does
@@ -200,6 +210,7 @@ def resolve(config: ConfigDict) -> RunConfig:
     for name, entry in values["datasets"].items():
         others[name], found = _checked(given | FIRST_ONLY | {k: v for k, v in entry.items() if k in PER_DATASET})
         errors += [f"datasets.{name}.{error}" for error in found if error not in errors]
+    errors += _view_name_errors(values, *others.values())
     if errors:
         raise ConfigError(*errors)
     runs = {name: _run_config(other) for name, other in others.items()}
@@ -217,8 +228,7 @@ def _checked(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _run_config(v: Mapping[str, Any]) -> RunConfig:
-    views, state_key, action_key = KEY_MAPPINGS.get(v["repo_id"], ({}, "observation.state", "action"))
-    views = v["camera_views"] or views
+    _, state_key, action_key = KEY_MAPPINGS.get(v["repo_id"], ({}, "observation.state", "action"))
     return RunConfig(
         model=_build(
             ModelSource,
@@ -238,7 +248,8 @@ def _run_config(v: Mapping[str, Any]) -> RunConfig:
             v,
             root=v["dataset_root"],
             revision=v["dataset_revision"],
-            cameras=tuple(Camera(view, key, v["resolution"][view]) for view, key in views.items()),
+            cameras=tuple(Camera(view, key, v["resolution"][view]) for view, key in _cameras(v).items()),
+            prompt=PromptTemplate(**_section(v, "prompt")),
             state_key=v["state_key"] or state_key,
             action_key=v["action_key"] or action_key,
             augment=_build(AugmentConfig, _section(v, "augment")) if v["augment.enabled"] else None,
@@ -267,16 +278,22 @@ def _run_config(v: Mapping[str, Any]) -> RunConfig:
     )
 
 
-def flatten(config: ConfigDict) -> dict[str, Any]:
+def _cameras(v: Mapping[str, Any]) -> Mapping[str, str]:
+    """{view: camera key} in prompt order."""
+    return v["camera_views"] or KEY_MAPPINGS.get(v["repo_id"], ({},))[0]
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     """{"resume.ckpt": value, ...}; the tables of `TABLES` stay together, as ordinary dicts."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
+        name = f"{prefix}{key}"
         if not isinstance(value, ConfigDict):
-            flat[key] = value
-        elif key in TABLES:
-            flat[key] = _plain(value)
+            flat[name] = value
+        elif name in TABLES:
+            flat[name] = _plain(value)
         else:
-            flat |= {f"{key}.{name}": inner for name, inner in flatten(value).items()}
+            flat |= flatten(value, f"{name}.")
     return flat
 
 
@@ -312,7 +329,8 @@ def _read(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     defaults, errors = default_config(), []
     known = flatten(defaults)
     for key in given.keys() - known.keys():
-        errors.append(f"{key}: no such setting{nearest(key, list(known))}")
+        hint = nearest(key, list(known)) or "; wallx_jax/config.py lists them all"
+        errors.append(f"{key} = {given[key]!r}: no such setting{hint}")
     values = known | {key: value for key, value in given.items() if key in known}
     for key, default in known.items():
         value, kind = values[key], _type(defaults, key)
@@ -334,6 +352,8 @@ def _read(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
                 continue
             elif key == "camera_views":
                 ok, expected = isinstance(value, str), "a camera key of the dataset"
+            elif key == "prompt.view_names":
+                ok, expected = isinstance(value, str) and value.strip() != "", "the words for this view"
             elif key == "resolution":
                 ok, expected = _is_int(value) and (value == -1 or value >= 28), "pixels, at least 28, or -1"
             else:
@@ -342,9 +362,10 @@ def _read(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
                 errors.append(f"{key}.{name} = {value!r}: expected {expected}")
     for key in ("obs_action_keys", "predict_action_keys", "lora.targets", "learning_rates"):
         if wrong := [item for item in values[key] if not isinstance(item, str)]:
-            errors.append(f"{key}: {wrong} are not strings")
+            errors.append(f"{key} = {values[key]}: {wrong} are not strings; write them in quotes")
         elif len(set(values[key])) != len(values[key]):
-            errors.append(f"{key}: {sorted({k for k in values[key] if values[key].count(k) > 1})} are given twice")
+            twice = sorted({item for item in values[key] if values[key].count(item) > 1})
+            errors.append(f"{key} = {values[key]}: {twice} are given twice; name each once")
     return values, sorted(errors)
 
 
@@ -358,7 +379,9 @@ def _entry_errors(name: str, entry: Any) -> list[str]:
     for key in entry:
         if key not in (*PER_DATASET, "weight"):
             close = nearest(key, [*PER_DATASET, "weight"])
-            errors.append(f"datasets.{name}.{key}: not a setting of one dataset{close}; those are {PER_DATASET}")
+            errors.append(
+                f"datasets.{name}.{key} = {entry[key]!r}: not a setting of one dataset{close}; those are {PER_DATASET}"
+            )
     weight = entry.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
         errors.append(f"datasets.{name}.weight = {weight!r}: must be a number above 0")
@@ -385,6 +408,8 @@ def _value_errors(v: Mapping[str, Any]) -> list[str]:
         errors.append(f"augment.crop = {v['augment.crop']}: must be above 0 and at most 1")
     if v["split_mode"] not in ("episode", "frame"):
         errors.append(f"split_mode = {v['split_mode']!r}: choose 'episode' or 'frame'")
+    words = {view: words for view, words in v["prompt.view_names"].items() if isinstance(words, str)}
+    errors += template_errors(**_section(v, "prompt") | {"view_names": words})
     for name, value in _section(v, "numerics").items():
         try:
             if value is not None:
@@ -444,25 +469,38 @@ def _relation_errors(v: Mapping[str, Any]) -> list[str]:
     if v["min_lr"] > v["learning_rate"]:
         errors.append(f"min_lr = {v['min_lr']:g} exceeds learning_rate = {v['learning_rate']:g}: lower min_lr")
     if v["num_training_steps"] is None and v["num_epoch"] == 0:
-        errors.append("num_epoch = 0 needs num_training_steps: without one of them the run has no end")
+        errors.append("num_epoch = 0 needs num_training_steps, set it: without one of them the run has no end")
     if v["use_fast_tokenizer"] and not v["action_tokenizer_path"]:
         errors.append("action_tokenizer_path: required by use_fast_tokenizer = True, e.g. 'physical-intelligence/fast'")
     if v["use_fast_tokenizer"] and v["mask_padded_actions"]:
-        errors.append("mask_padded_actions = True has no meaning with use_fast_tokenizer: a FAST chunk is whole")
+        errors.append(
+            "mask_padded_actions = True has no meaning with use_fast_tokenizer, a FAST chunk is whole: switch one off"
+        )
     frozen = [key for key in ("freeze_vlm", "train_action_expert_only") if v[key]]
     if frozen and v["use_fast_tokenizer"]:
-        errors.append(f"{frozen[0]} = True leaves nothing to train with use_fast_tokenizer: FAST actions are text")
+        errors.append(
+            f"{frozen[0]} = True leaves nothing to train with use_fast_tokenizer, FAST actions are text: switch one off"
+        )
     if not v["train_action_heads"] and not frozen and not v["lora.rank"]:
-        errors.append("train_action_heads = False has a meaning only with freeze_vlm, train_action_expert_only or lora")
+        errors.append(
+            "train_action_heads = False has a meaning only with freeze_vlm, train_action_expert_only or lora.rank: set "
+            "one of them, or leave it True"
+        )
     if v["resume.load_ckpt_only"] and not v["resume.ckpt"]:
-        errors.append("resume.load_ckpt_only = True needs resume.ckpt")
+        errors.append("resume.load_ckpt_only = True needs resume.ckpt: name the checkpoint there")
     if v["robot_name"] is not None and v["robot_name"] != v["repo_id"]:
-        errors.append(f"robot_name = {v['robot_name']!r} is not repo_id = {v['repo_id']!r}: they must be the same")
+        errors.append(
+            f"robot_name = {v['robot_name']!r} is not repo_id = {v['repo_id']!r}: they must be the same, or robot_name "
+            "unset"
+        )
     if v["repo_id"] and dataset_name(v["repo_id"]) in v["datasets"]:
         errors.append(f"datasets.{dataset_name(v['repo_id'])}: the first dataset has this name; choose another")
     actions = "max_fast_tokens" if v["use_fast_tokenizer"] else "action_horizon"
     if v[actions] >= v["max_length"]:
-        errors.append(f"{actions} = {v[actions]} leaves no room for a prompt in max_length = {v['max_length']}")
+        errors.append(
+            f"{actions} = {v[actions]} leaves no room for a prompt in max_length = {v['max_length']}: raise "
+            f"max_length, or lower {actions}"
+        )
 
     for keys, table in (("predict_action_keys", "dof_config"), ("obs_action_keys", "agent_pos_config")):
         # Without a table of its own the state is named like the action.
@@ -471,17 +509,28 @@ def _relation_errors(v: Mapping[str, Any]) -> list[str]:
             if isinstance(key, str) and key not in names:
                 errors.append(f"{keys}: {key!r} is not in {table}{nearest(key, names)}; it has {names}")
 
-    cameras = v["camera_views"] or KEY_MAPPINGS.get(v["repo_id"], ({},))[0]
+    cameras = _cameras(v)
     known = list(dict.fromkeys([*default_config().resolution, *cameras]))
-    for view in v["resolution"]:
+    for view, pixels in v["resolution"].items():
         if view not in known:
-            errors.append(f"resolution.{view}: no camera has this view{nearest(view, known)}; known are {known}")
+            hint = nearest(view, known)
+            errors.append(f"resolution.{view} = {pixels!r}: no camera has this view{hint}; known are {known}")
     for view in cameras:
         if view not in v["resolution"]:
-            errors.append(f"resolution.{view}: missing; camera_views has this view")
+            errors.append(f"resolution.{view}: missing; camera_views has this view, set its pixels, e.g. 256")
     if len(set(v["camera_views"].values())) < len(v["camera_views"]):
-        errors.append(f"camera_views = {v['camera_views']}: one camera has two views")
+        errors.append(f"camera_views = {v['camera_views']}: one camera has two views; give each its own")
     return errors
+
+
+def _view_name_errors(*datasets: Mapping[str, Any]) -> list[str]:
+    """Words for views that none of the datasets has."""
+    known = list(dict.fromkeys([*VIEW_NAMES, *(view for v in datasets for view in _cameras(v))]))
+    return [
+        f"prompt.view_names.{view} = {words!r}: no camera has this view{nearest(view, known)}; known are {known}"
+        for view, words in datasets[0]["prompt.view_names"].items()
+        if view not in known
+    ]
 
 
 def _type(defaults: ConfigDict, key: str) -> type:

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from wallx_jax.data.template import PromptTemplate
 from wallx_jax.models.config import LoraConfig, Numerics
 
 
@@ -73,6 +74,7 @@ class DataConfig:
     revision: str | None
     download_videos: bool
     cameras: tuple[Camera, ...]
+    prompt: PromptTemplate
     state_key: str
     action_key: str
     norm_stats_path: str | None

@@ -1,6 +1,9 @@
 """A converted checkpoint serves wherever the model directory does: training, acting, asking; and a run exports."""
 
+import contextlib
 import dataclasses
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -14,6 +17,8 @@ from wallx_jax.config import resolve
 from wallx_jax.conversion.compare import compare
 from wallx_jax.conversion.to_checkpoint import convert_model
 from wallx_jax.conversion.to_pytorch import export_model
+from wallx_jax.data.processor import Processor
+from wallx_jax.data.template import PromptTemplate
 from wallx_jax.training import sharding, start
 from wallx_jax.training.checkpoint_dir import CheckpointError
 from wallx_jax.weights.load import load_params
@@ -75,6 +80,24 @@ def test_a_converted_model_is_no_run(pair, dataset_dir, tmp_path):
     config = tiny_run.run_config(pair[0], dataset_dir, tmp_path / "run", mesh__fsdp=-1, resume__ckpt=str(pair[1]))
     with pytest.raises(CheckpointError, match="is a converted model, no run.*pretrained_wallx_path="):
         wallx_jax.train.run(config)
+
+
+@pytest.mark.parametrize("words", [PromptTemplate(), PromptTemplate("Act.", {"face_view": "head"})])
+def test_the_prompt_travels_beside_the_numerics(wallx_dir, tmp_path, words):
+    """Where it is Wall-X's own nothing is said of it: that is what PyTorch's loaders build."""
+    model = shutil.copytree(wallx_dir, tmp_path / "model")
+    processor = wallx_jax.load_policy(model, **robot()).processor
+    layout = dataclasses.replace(processor.config, prompt=words)
+    Processor(layout, processor.tokenizer, processor.stats).save(model)
+    checkpoint = convert_model(model, tmp_path / "checkpoint", acts=True)
+    own = words != PromptTemplate()
+    with pytest.warns(UserWarning, match="a prompt of its own") if own else contextlib.nullcontext():
+        exported = export_model(checkpoint, tmp_path / "exported")
+    numerics = json.loads((exported / "config.json").read_text())["wallx_jax"]
+    assert PromptTemplate(**numerics.get("prompt", {})) == words and ("prompt" in numerics) == own
+    assert numerics["action_attention"] == load_params(exported)[0].numerics.action_attention
+    assert wallx_jax.load_policy(exported).processor.config.prompt == words
+    export_model(checkpoint, tmp_path / "vlm", layout="qwen2_5_vl")  # which has no use for it
 
 
 @pytest.mark.slow

@@ -48,9 +48,17 @@ def test_cameras_of_an_entry_keep_their_order(dataset_dir):
     assert [camera.view for camera in other.data.cameras] == list(views)
 
 
+def test_the_prompt_is_that_of_all_and_names_the_views_of_all(dataset_dir):
+    c = config(dataset_dir, camera_views={"elbow": "cam_high"}, resolution={"elbow": 84})
+    c.prompt.system, c.prompt.view_names = "Act.", {"elbow": "elbow view"}
+    first, other = (part.data.prompt for _, _, part in resolve(c).datasets())
+    assert first == other and (first.system, first.view_label("elbow")) == ("Act.", "elbow view")
+
+
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
+        ({"prompt": {"system": "x"}}, ["datasets.other.prompt", "not a setting of one dataset"]),
         ({"weight": 0}, ["datasets.other.weight = 0", "above 0"]),
         ({"weight": "much"}, ["datasets.other.weight", "much"]),
         ({"learning_rate": 1.0}, ["datasets.other.learning_rate", "not a setting of one dataset"]),

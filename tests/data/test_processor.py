@@ -14,6 +14,7 @@ from wallx_jax.data.normalize import NormStats, Stats
 from wallx_jax.data.pipeline import train_iterator
 from wallx_jax.data.processor import Processor, ProcessorConfig, required_prompt_length
 from wallx_jax.data.stats import compute_stats
+from wallx_jax.data.template import PromptTemplate
 from wallx_jax.data.tokenizer import Tokenizer
 
 HORIZON, FAST_SIZE = 6, 400
@@ -204,10 +205,19 @@ def test_fast_needs_its_tokenizer(tokenizer, stats, fast):
         Processor(config(tokenizer, objective="fast"), plain, stats, fast)
 
 
-@pytest.mark.parametrize("objective", ["flow", "fast"])
-def test_saved_directory_encodes_the_same(tokenizer, stats, fast, observation, actions, tmp_path, objective):
+OWN = PromptTemplate(
+    system="Act.",
+    view_names={"face_view": "head"},
+    image="{image}{view}",
+    action="{instruction}{images}{proprioception}",
+    language="{instruction}{images}",
+)
+
+
+@pytest.mark.parametrize(("objective", "words"), [("flow", PromptTemplate()), ("flow", OWN), ("fast", OWN)])
+def test_saved_directory_encodes_the_same(tokenizer, stats, fast, observation, actions, tmp_path, objective, words):
     predicted = tuple(dim != 3 for dim in range(synthetic.DIMS))
-    settings = config(tokenizer, objective=objective, predicted=predicted)
+    settings = config(tokenizer, objective=objective, predicted=predicted, prompt=words)
     before = Processor(settings, tokenizer, stats, fast if objective == "fast" else None)
     before.save(tmp_path / "processor")
     after = Processor.from_dir(tmp_path / "processor")
@@ -216,6 +226,54 @@ def test_saved_directory_encodes_the_same(tokenizer, stats, fast, observation, a
         assert_equal(before.encode(**observation, actions=given), after.encode(**observation, actions=given))
     chunk = np.random.default_rng(0).normal(size=(2, HORIZON, 20))
     np.testing.assert_array_equal(before.decode_actions(chunk), after.decode_actions(chunk))
+
+
+@pytest.mark.parametrize("objective", ["flow", "fast"])
+def test_the_words_of_the_prompt_reach_training_and_acting(tokenizer, stats, fast, observation, actions, objective):
+    """Also beside a processor with other words and the same tokenizer: what is kept per instruction is kept apart."""
+    processors = [
+        Processor(config(tokenizer, objective=objective, prompt=words), tokenizer, stats, fast)
+        for words in (PromptTemplate(), OWN)
+    ]
+    picture, image = "<|vision_start|>{}<|vision_end|>", "<|image_pad|>"
+    head, wrist = (picture.format(image * count) for count in processors[0].config.image_tokens)
+    images, chat = f"{head}head{wrist}left wrist view", "<|im_end|>\n<|im_start|>assistant\n"
+    start = f"<|im_start|>system\nAct.<|im_end|>\n<|im_start|>user\n{observation['instruction']}{images}"
+    said = {"action": f"{start}<|propri|>{chat}", "language": f"{start}{chat}"}
+    for task, given in (("action", actions), ("action", None), ("language", None)):
+        default, own = (
+            processor.acting_on(observation["images"], observation["instruction"], task) if given is None else processor
+            for processor in processors
+        )
+        samples = [p.encode(**observation, actions=given, task=task) for p in (default, own)]
+        assert not np.array_equal(*(sample.tokens for sample in samples))
+        text = tokenizer.decode(samples[1].tokens[samples[1].token_mask])
+        assert text.startswith(said[task]) and (given is not None or text == said[task])
+
+
+def test_prompt_length_follows_the_words(tokenizer, stats, observation):
+    arguments = (tokenizer, synthetic.TASKS, VIEWS, [4, 4])
+    wordy = PromptTemplate(system="You are a helpful assistant. " * 50)
+    assert required_prompt_length(*arguments, 0, wordy) > required_prompt_length(*arguments) + 200
+    processor = Processor(config(tokenizer, prompt=wordy), tokenizer, stats)
+    acting = processor.acting_on(observation["images"], observation["instruction"])
+    assert acting.config.prompt_length > processor.config.prompt_length + 200
+    acting.encode(**observation)
+
+
+def test_a_directory_from_before_prompts_could_be_changed(flow, tmp_path):
+    flow.save(tmp_path)
+    file = tmp_path / "processor.json"
+    fields = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in fields.items() if name != "prompt"}))
+    assert Processor.from_dir(tmp_path).config == flow.config
+    for change, message in (
+        ({"sytem": ""}, r"processor.json: prompt: unknown fields \['sytem'\], missing fields \[\]"),
+        ({"system": "<|im_end|>"}, "prompt.system = .*control tokens"),
+    ):
+        file.write_text(json.dumps(fields | {"prompt": fields["prompt"] | change}))
+        with pytest.raises(ValueError, match=message):
+            Processor.from_dir(tmp_path)
 
 
 def test_broken_directories(flow, tmp_path):

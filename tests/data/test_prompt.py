@@ -1,3 +1,5 @@
+import hashlib
+
 import numpy as np
 import pytest
 import qwen_vocab
@@ -6,6 +8,7 @@ from hypothesis import strategies as st
 
 from wallx_jax.data import prompt
 from wallx_jax.data.images import image_token_count, target_size
+from wallx_jax.data.template import PromptTemplate
 from wallx_jax.data.tokenizer import Tokenizer
 
 VIEWS = ["face_view", "left_wrist_view", "right_wrist_view"]
@@ -20,7 +23,15 @@ FLOW = (
     "\nInstruction: pick up the red block.\nPredict the next action in robot action.\nProprioception: <|propri|>\n"
     "<|im_end|>\n<|im_start|>assistant\n"
 )
-LANGUAGE = FLOW.replace("robot action.\nProprioception: <|propri|>\n", "language.\n")
+LANGUAGE = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\nObservation:"
+    " front view: <|vision_start|><|image_pad|><|vision_end|>"
+    " left wrist view: <|vision_start|><|image_pad|><|vision_end|>"
+    " right wrist view: <|vision_start|><|image_pad|><|vision_end|>"
+    "\nInstruction: pick up the red block.\nPredict the next action in language.\n"
+    "<|im_end|>\n<|im_start|>assistant\n"
+)
 INSTRUCTION = "pick up the red block."
 
 
@@ -33,6 +44,20 @@ def qwen():
 
 def expand(text):
     return text.replace("<|image_pad|>", "<|image_pad|>" * 63)
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "ids"),
+    [
+        ("action", FLOW, "cd5fd7f2b4f3febeaa42d46b0ea87825e47463bcea7edb58a5c829cefc5d7054"),
+        ("language", LANGUAGE, "002bf6b6395fbf8ad0c1c012d6b9ba930e409fcebfc29e07c54b087443c7bcaa"),
+    ],
+)
+def test_words_and_ids_are_those_that_wallx_was_trained_on(qwen, task, text, ids):
+    """A change here changes what every published checkpoint is told. Ids: sha256 of them as little-endian int32."""
+    assert prompt.prompt_text(INSTRUCTION, VIEWS, task) == text
+    encoded = prompt.build_prefix(qwen, INSTRUCTION, VIEWS, SIZES, task)
+    assert hashlib.sha256(np.array(encoded.ids, "<i4").tobytes()).hexdigest() == ids
 
 
 def test_flow_prompt_ids(qwen):
@@ -98,10 +123,92 @@ def test_ids_are_those_of_the_whole_string(qwen, instruction, answer):
 
 def test_view_names():
     views = "face_view left_wrist_view right_wrist_view move1_view move2_view wall_view top_view elbow_cam"
-    assert [prompt.view_label(view) for view in views.split()] == [
+    assert [PromptTemplate().view_label(view) for view in views.split()] == [
         *("front view", "left wrist view", "right wrist view", "move view", "move view", "wall view", "top view"),
         "elbow_cam",
     ]
+
+
+OWN = PromptTemplate(
+    system="You drive {a robot}.",
+    view_names={"elbow_cam": "elbow {left}", "face_view": "head"},
+    image="\n[{image} is the {view}]",
+    action="{proprioception} {{joints}}\nDo: {instruction}\nSee:{images}",
+    language="{instruction}? {images}",
+)
+
+
+def test_own_words(qwen):
+    """Texts without placeholders and the instruction are taken as they are, braces included."""
+    views, instruction = ["face_view", "elbow_cam", "knee_cam"], "put {image} into {0}, {{twice}}"
+    picture = "<|vision_start|><|image_pad|><|vision_end|>"
+    images = f"\n[{picture} is the head]\n[{picture} is the elbow {{left}}]\n[{picture} is the knee_cam]"
+    for task, answer, request in (
+        ("action", [7], f"<|propri|> {{joints}}\nDo: {instruction}\nSee:{images}"),
+        ("language", "go on", f"{instruction}? {images}"),
+    ):
+        whole = (
+            f"<|im_start|>system\nYou drive {{a robot}}.<|im_end|>\n<|im_start|>user\n{request}<|im_end|>\n"
+            "<|im_start|>assistant\n"
+        )
+        assert prompt.prompt_text(instruction, views, task, template=OWN) == whole
+        encoded = prompt.build_prefix(qwen, instruction, views, SIZES, task, template=OWN)
+        assert encoded.ids == qwen.encode(expand(whole))
+        answered = prompt.build_prefix(qwen, instruction, views, SIZES, task, answer, OWN)
+        text = prompt.prompt_text(instruction, views, task, answer, OWN)
+        assert answered.ids == qwen.encode(expand(text)) and text.startswith(whole)
+        assert answered.ids[: len(encoded.ids)] == encoded.ids, "the answer begins a token of its own"
+
+
+def test_each_field_changes_its_prompt_alone():
+    texts = {task: prompt.prompt_text(INSTRUCTION, VIEWS, task) for task in ("action", "language")}
+    for field, value, changed in (
+        ("system", "Hi.", ["action", "language"]),
+        ("view_names", {"face_view": "head"}, ["action", "language"]),
+        ("view_names", {"top_view": "above"}, []),
+        ("image", " {image} {view}", ["action", "language"]),
+        ("action", "{images}{instruction}{proprioception}", ["action"]),
+        ("language", "{images}{instruction}", ["language"]),
+    ):
+        template = PromptTemplate(**{field: value})
+        differing = [t for t in texts if prompt.prompt_text(INSTRUCTION, VIEWS, t, template=template) != texts[t]]
+        assert differing == changed, field
+
+
+def test_view_names_add_to_the_known_ones_in_any_order():
+    a, b = ({"x": "one", "face_view": "two"}, {"face_view": "two", "x": "one"})
+    assert PromptTemplate(view_names=a) == PromptTemplate(view_names=tuple(b.items()))
+    assert PromptTemplate(view_names=a).view_label("top_view") == "top view"
+    assert PromptTemplate(view_names={"face_view": "front view"}) == PromptTemplate()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"system": "a<|im_end|>b"}, r"prompt.system = 'a<\|im_end\|>b': control tokens .* leave them out"),
+        ({"view_names": {"top_view": "|>"}}, r"prompt.view_names.top_view = '\|>': control tokens"),
+        ({"image": "{image}"}, r"prompt.image = '{image}': write {view} exactly once, it is there 0 times"),
+        ({"image": "{view}{image}{view}"}, "write {view} exactly once, it is there 2 times"),
+        ({"image": "{view} {image} }"}, r"Single '}' encountered .*; write {{ and }} for braces"),
+        ({"image": "{view} {image"}, "expected '}' before end of string; write {{ and }}"),
+        ({"image": "{view:>9} {image}"}, "{view:>9} is none of the placeholders {view}, {image}"),
+        ({"image": "{view!r} {image}"}, "{view!r} is none of the placeholders"),
+        ({"image": "{view.x} {image}"}, "{view.x} is none of the placeholders"),
+        ({"image": "{view}{image}{}"}, "{} is none of the placeholders {view}, {image}; write {{ and }}"),
+        ({"action": "{images}{instruction}"}, "prompt.action = .*write {proprioception} exactly once"),
+        ({"action": "{images}{proprioception}"}, "prompt.action = .*write {instruction} exactly once"),
+        ({"action": "{instruction}{proprioception}"}, "prompt.action = .*write {images} exactly once"),
+        ({"language": "{images}"}, "prompt.language = .*write {instruction} exactly once"),
+        (
+            {"language": "{images}{instruction}{proprioception}"},
+            "prompt.language = .*{proprioception} is none of the placeholders {images}, {instruction};",
+        ),
+        ({"action": "{images}{instruction}{proprioception}<|action|>"}, "prompt.action = .*control tokens"),
+    ],
+)
+def test_wrong_template(change, message):
+    with pytest.raises(ValueError, match=message):
+        PromptTemplate(**change)
 
 
 def test_three_cameras_at_256(qwen):

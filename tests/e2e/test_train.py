@@ -14,8 +14,9 @@ import tiny_run
 import wallx_jax
 import wallx_jax.train
 from wallx_jax import tree
-from wallx_jax.config import ConfigError
+from wallx_jax.config import ConfigError, default_config, resolve
 from wallx_jax.data.fast import FastDecodeError, FastTokenizer
+from wallx_jax.data.template import PromptTemplate
 from wallx_jax.training import checkpoint_dir, sharding
 from wallx_jax.training.checkpoint import restore_params
 from wallx_jax.training.checkpoint_dir import CheckpointError
@@ -288,6 +289,7 @@ def test_nothing_starts_on_a_wrong_configuration(four_steps, model_dir, dataset_
         ({"save_path": done.save_path}, CheckpointError, "resume.ckpt"),
         ({"resume__ckpt": str(tmp_path / "gone")}, CheckpointError, "no such directory"),
         ({"resume__ckpt": done.save_path, "action_horizon": 5}, ConfigError, "action_horizon = 5.*has 4"),
+        ({"prompt__action": "{images}{instruction}"}, ConfigError, "prompt.action = .*{proprioception} exactly once"),
     ):
         config = tiny_run.run_config(model_dir, dataset_dir, tmp_path / "never")
         for key, value in changes.items():
@@ -295,6 +297,36 @@ def test_nothing_starts_on_a_wrong_configuration(four_steps, model_dir, dataset_
         with pytest.raises(error, match=match):
             train(config)
         assert not (tmp_path / "never").exists()
+
+
+def test_words_of_the_prompt_travel_with_the_run(model_dir, dataset_dir, tmp_path):
+    """Into its checkpoint and from there to the policy; a run that goes on must have the same."""
+    words = {
+        "prompt__system": "Act.",
+        "prompt__image": "{image}{view}",
+        "prompt__action": "{instruction}{images}{proprioception}",
+        "prompt__language": "{images}{instruction}",
+        "prompt__view_names": {"face_view": "head"},
+    }
+    base = {"num_training_steps": 1, "eval_interval": 0}
+    config = tiny_run.run_config(model_dir, dataset_dir, tmp_path / "run", **base, **words)
+    policy = wallx_jax.load_policy(train(config))
+    assert policy.processor.config.prompt == resolve(config).data.prompt != PromptTemplate()
+    for task, end in (("action", "<|propri|>"), ("language", "open the cabinet")):
+        sample = policy.encode(OBSERVATION, task)
+        text = policy.processor.tokenizer.decode(sample.tokens[sample.token_mask])
+        assert text.startswith("<|im_start|>system\nAct.<|im_end|>") and "<|vision_end|>head<|vision_start|>" in text
+        assert text.endswith(f"{end}<|im_end|>\n<|im_start|>assistant\n")
+
+    config.resume.ckpt, config.num_training_steps = "latest", 2
+    config.prompt.view_names.top_view = "seen by no camera of this run"
+    assert train(config).name == "2"
+    for field in PromptTemplate.__dataclass_fields__:
+        other = config.copy_and_resolve_references()
+        other.prompt[field] = default_config().prompt[field]
+        with pytest.raises(ConfigError, match=f"prompt.{field} = .*but the run of resume.ckpt has") as caught:
+            train(other)
+        assert len(caught.value.errors) == 1
 
 
 def test_command_line(model_dir, dataset_dir, tmp_path):

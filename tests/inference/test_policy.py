@@ -16,6 +16,7 @@ from wallx_jax.data.normalize import NormStats, Stats, save_norm_stats
 from wallx_jax.data.pipeline import Encode
 from wallx_jax.data.processor import PROMPT_STEP, Processor
 from wallx_jax.data.stats import compute_stats
+from wallx_jax.data.template import PromptTemplate
 from wallx_jax.inference.load import load_model
 from wallx_jax.inference.policy import ActionDecodeError, Policy
 from wallx_jax.weights.safetensors_io import WeightsError, write_safetensors
@@ -156,18 +157,27 @@ def test_forgotten_programs_are_compiled_again(model_dir):
     assert policy.compilations == 4
 
 
-def test_a_dataset_sample_reaches_the_model_as_in_training(dataset_info, model_dir):
-    """Training and acting share their preprocessing: every input of the model is the same array."""
+@pytest.mark.parametrize(
+    "words",
+    [
+        PromptTemplate(),
+        PromptTemplate("Act.", {"face_view": "head"}, "{image}{view}", "{images}{instruction}{proprioception}"),
+    ],
+)
+def test_a_dataset_sample_reaches_the_model_as_in_training(dataset_info, model_dir, tmp_path, words):
+    """Training and acting share their preprocessing, through a checkpoint too: every input of the model is the same
+    array."""
     stats = compute_stats(dataset_info)
     policy = wallx_jax.load_policy(model_dir, norm_stats=stats, views=VIEWS, resolution=84, horizon=4)
     layout, keys = policy.processor.config, dataset_info.camera_keys
     # As training sets it up: for the dataset's frames and its longest instruction.
     sizes = tuple(wallx_jax.data.images.target_size(*dataset_info.frame_size(key), 84) for key in keys)
-    layout = dataclasses.replace(layout, camera_keys=tuple(keys), image_sizes=sizes, prompt_length=80)
+    layout = dataclasses.replace(layout, camera_keys=tuple(keys), image_sizes=sizes, prompt_length=80, prompt=words)
     processor = Processor(layout, policy.processor.tokenizer, stats)
+    processor.save(tmp_path)
     raw = LeRobotSource(dataset_info, 4, keys)[9]
     trained = Encode(processor)(raw)
-    acted = Policy(policy.config, policy.params, processor).encode(
+    acted = Policy(policy.config, policy.params, Processor.from_dir(tmp_path)).encode(
         {
             "images": dict(zip(keys, raw.images, strict=True)),
             "state": raw.state,

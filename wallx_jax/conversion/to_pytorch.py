@@ -1,7 +1,9 @@
 """Checkpoint -> PyTorch model directory, one parameter in memory at a time."""
 
+import dataclasses
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +14,8 @@ from tqdm import tqdm
 
 from wallx_jax import tree
 from wallx_jax.conversion.compare import compare
+from wallx_jax.data import processor as processors
+from wallx_jax.data.template import PromptTemplate
 from wallx_jax.files import new_directory
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.models.wallx import abstract_params
@@ -120,6 +124,15 @@ def _config_json(config: WallXConfig, assets: Path, specs: Mapping[str, Any]) ->
     widest = "bfloat16" if specs[names.EMBEDDING].dtype == DTYPES["BF16"] else "float32"
     ours = config.replace(numerics={"param_dtype": widest}).to_hf()
     ours["torch_dtype"] = specs[names.EMBEDDING].dtype.name
+    if not names.is_qwen(config) and (assets / processors.FILE_NAME).is_file():
+        prompt = processors.read_config(assets).prompt
+        if prompt != PromptTemplate():
+            ours["wallx_jax"]["prompt"] = dataclasses.asdict(prompt)
+            warnings.warn(
+                "trained with a prompt of its own, which PyTorch's loaders do not build: config.json has it under "
+                "wallx_jax.prompt",
+                stacklevel=3,
+            )
     if not (assets / "config.json").is_file():
         return ours
     theirs = json.loads((assets / "config.json").read_text(encoding="utf-8"))

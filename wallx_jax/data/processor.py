@@ -19,6 +19,7 @@ from wallx_jax.data import prompt
 from wallx_jax.data.batch import Batch
 from wallx_jax.data.fast import FastTokenizer
 from wallx_jax.data.normalize import Normalizer, NormStats, load_norm_stats, save_norm_stats
+from wallx_jax.data.template import PromptTemplate
 from wallx_jax.data.tokenizer import Tokenizer
 
 FILE_NAME = "processor.json"
@@ -40,6 +41,7 @@ class ProcessorConfig:
     state_key, action_key: the dataset's features, also the names in norm_stats.json.
     observed, predicted: one flag per state dim and per action dim; a dim that is off is masked like one the robot
         lacks. Empty: all on.
+    prompt: the words of the prompt.
     """
 
     views: tuple[str, ...]
@@ -56,6 +58,7 @@ class ProcessorConfig:
     action_key: str = "action"
     observed: tuple[bool, ...] = ()
     predicted: tuple[bool, ...] = ()
+    prompt: PromptTemplate = PromptTemplate()
 
     def __post_init__(self):
         lengths = {name: len(getattr(self, name)) for name in ("views", "camera_keys", "resolutions", "image_sizes")}
@@ -174,7 +177,7 @@ class Processor:
         )
         trained = config.prompt_length - config.label_window
         layout = dataclasses.replace(config, image_sizes=sizes, label_window=0)
-        needed = _prompt_tokens(self.tokenizer, instruction, layout.views, layout.image_tokens, task)
+        needed = _prompt_tokens(self.tokenizer, instruction, layout, task)
         length = trained if needed <= trained else -(-needed // PROMPT_STEP) * PROMPT_STEP
         other = copy.copy(self)
         other.config = dataclasses.replace(layout, prompt_length=length)
@@ -200,7 +203,7 @@ class Processor:
         config = self.config
         # Without padding and masked dims, whose zeros would change the tokens.
         answer = self.fast.encode(actions[:, : self.action.dims][:, self.predicted])
-        encoded = prompt.build_prefix(self.tokenizer, instruction, config.views, config.image_tokens, answer=answer)
+        encoded = _encode(self.tokenizer, instruction, config, answer=answer)
         return prompt.fit(encoded, config.prompt_length, config.label_window)
 
     def decode_actions(self, chunk: Any) -> np.ndarray:
@@ -251,19 +254,29 @@ class Processor:
             ValueError: if processor.json has other fields than this version knows.
         """
         own = Path(directory) if robot is None else Path(directory) / ROBOTS / robot
-        file = own / FILE_NAME
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing; expected the processor folder of a checkpoint")
-        fields = json.loads(file.read_text())
-        known = {f.name for f in dataclasses.fields(ProcessorConfig)}
-        if set(fields) != known:
-            unknown, missing = sorted(set(fields) - known), sorted(known - set(fields))
-            raise ValueError(f"{file}: unknown fields {unknown}, missing fields {missing}")
-        fields = {k: tuple(map(_tuples, v)) if isinstance(v, list) else v for k, v in fields.items()}
-        config = ProcessorConfig(**fields)
+        config = read_config(own)
         stats = load_norm_stats(own, config.state_key, config.action_key)
         fast = FastTokenizer.from_dir(Path(directory) / "fast") if (Path(directory) / "fast").is_dir() else None
         return cls(config, Tokenizer.from_dir(directory), stats, fast)
+
+
+def read_config(directory: str | Path) -> ProcessorConfig:
+    """The layout in a directory's processor.json. One without a prompt was written before that could be changed.
+
+    Raises:
+        FileNotFoundError, ValueError: as `Processor.from_dir`.
+    """
+    file = Path(directory) / FILE_NAME
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing; expected the processor folder of a checkpoint")
+    fields = {"prompt": dataclasses.asdict(PromptTemplate()), **json.loads(file.read_text())}
+    for name, kind, given in (("", ProcessorConfig, fields), ("prompt: ", PromptTemplate, fields["prompt"])):
+        known = {f.name for f in dataclasses.fields(kind)}
+        if set(given) != known:
+            unknown, missing = sorted(set(given) - known), sorted(known - set(given))
+            raise ValueError(f"{file}: {name}unknown fields {unknown}, missing fields {missing}")
+    fields = {k: tuple(map(_tuples, v)) if isinstance(v, list) else v for k, v in fields.items()}
+    return ProcessorConfig(**fields | {"prompt": PromptTemplate(**fields["prompt"])})
 
 
 def robots(directory: str | Path) -> list[str]:
@@ -272,21 +285,29 @@ def robots(directory: str | Path) -> list[str]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _prompt_tokens(
-    tokenizer: Tokenizer, instruction: str, views: tuple[str, ...], image_tokens: tuple[int, ...], task: prompt.Task
-) -> int:
-    return len(prompt.build_prefix(tokenizer, instruction, views, image_tokens, task).ids)
+def _prompt_tokens(tokenizer: Tokenizer, instruction: str, config: ProcessorConfig, task: prompt.Task) -> int:
+    return len(_encode(tokenizer, instruction, config, task).ids)
 
 
 @functools.lru_cache(maxsize=4096)  # a dataset repeats a few instructions; tokenising costs more than all the rest
 def _unanswered(
     tokenizer: Tokenizer, instruction: str, config: ProcessorConfig, task: prompt.Task
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    encoded = prompt.build_prefix(tokenizer, instruction, config.views, config.image_tokens, task)
+    encoded = _encode(tokenizer, instruction, config, task)
     arrays = prompt.fit(encoded, config.prompt_length, config.label_window)
     for array in arrays:
         array.flags.writeable = False  # shared by all samples with this instruction
     return arrays
+
+
+def _encode(
+    tokenizer: Tokenizer,
+    instruction: str,
+    config: ProcessorConfig,
+    task: prompt.Task = "action",
+    answer: Sequence[int] | None = None,
+) -> prompt.EncodedPrompt:
+    return prompt.build_prefix(tokenizer, instruction, config.views, config.image_tokens, task, answer, config.prompt)
 
 
 def _check_instruction(instruction: Any) -> None:
@@ -317,13 +338,20 @@ def _tuples(x: Any) -> Any:
 
 
 def required_prompt_length(
-    tokenizer: Tokenizer, tasks: Sequence[str], views: Sequence[str], image_tokens: Sequence[int], fast_budget: int = 0
+    tokenizer: Tokenizer,
+    tasks: Sequence[str],
+    views: Sequence[str],
+    image_tokens: Sequence[int],
+    fast_budget: int = 0,
+    template: PromptTemplate = prompt.WALLX,
 ) -> int:
     """Prefix tokens T that the longest of the dataset's instructions needs.
 
     Args:
         fast_budget: the largest number of action tokens of a chunk, for objective "fast"; the two tokens that close
             the answer are counted here.
+        template: the words of the prompt.
     """
-    longest = max(len(prompt.build_prefix(tokenizer, task, views, image_tokens).ids) for task in tasks)
+    prompts = (prompt.build_prefix(tokenizer, task, views, image_tokens, template=template) for task in tasks)
+    longest = max(len(encoded.ids) for encoded in prompts)
     return longest + (fast_budget + 2 if fast_budget else 0)

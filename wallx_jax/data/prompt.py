@@ -1,40 +1,24 @@
-"""The prompt: what text surrounds the images, the instruction and the proprioception, and which of it is learnt.
+"""The prompt: a chat around the images, the instruction and the proprioception, and which of it is learnt.
 
-The strings are those that the published Wall-X weights were trained on (wall_x/data/utils.py upstream); a changed
-space changes the token ids. Legend: T prefix tokens, W label window.
+Its frame is that of the published Wall-X weights (wall_x/data/utils.py upstream), its words are those of a
+PromptTemplate. Legend: T prefix tokens, W label window.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
+from wallx_jax.data.template import PromptTemplate
 from wallx_jax.data.tokenizer import Tokenizer, fast_token
 
 IGNORE = -100
 """Label of a position that is not a target."""
 
-VIEW_NAMES = {
-    "face_view": "front view",
-    "left_wrist_view": "left wrist view",
-    "right_wrist_view": "right wrist view",
-    "move1_view": "move view",
-    "move2_view": "move view",
-    "wall_view": "wall view",
-    "top_view": "top view",
-}
-
 Task = Literal["action", "language"]
-_REQUEST = {
-    "action": "\nPredict the next action in robot action.\nProprioception: <|propri|>\n",
-    "language": "\nPredict the next action in language.\n",
-}
-
-
-def view_label(view: str) -> str:
-    """The words for a camera view; a view outside the table keeps its own name."""
-    return VIEW_NAMES.get(view, view)
+WALLX = PromptTemplate()
+"""The words that the published weights were trained on."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +31,14 @@ class EncodedPrompt:
 
 
 def prompt_text(
-    instruction: str, views: Sequence[str], task: Task = "action", answer: Sequence[int] | str | None = None
+    instruction: str,
+    views: Sequence[str],
+    task: Task = "action",
+    answer: Sequence[int] | str | None = None,
+    template: PromptTemplate = WALLX,
 ) -> str:
     """The prompt as people read it: one `<|image_pad|>` per camera. Arguments as in `build_prefix`."""
-    return _context(instruction, views, [1] * len(views), task) + _answer(task, answer)
+    return _context(instruction, views, [1] * len(views), task, template) + _answer(task, answer)
 
 
 def build_prefix(
@@ -60,6 +48,7 @@ def build_prefix(
     image_tokens: Sequence[int],
     task: Task = "action",
     answer: Sequence[int] | str | None = None,
+    template: PromptTemplate = WALLX,
 ) -> EncodedPrompt:
     """Tokenises one sample's prompt.
 
@@ -71,6 +60,7 @@ def build_prefix(
         answer: None ends the prompt where the assistant begins: flow matching (the action tokens that follow are
             implied by the model and not part of the ids) and every generation. FAST token numbers (0 is
             `<|action_token_0|>`) for task "action" or a text for task "language" are appended as targets.
+        template: the words around all these.
 
     Returns:
         ids and labels. Targets are the FAST tokens, `<|im_end|>` and the newline after it; for a text, the text, a
@@ -84,7 +74,7 @@ def build_prefix(
         raise ValueError(f"{len(views)} views ({', '.join(views)}) but {len(image_tokens)} image token counts")
     _refuse_control_tokens(tokenizer, "instruction", instruction)
     for view in views:
-        _refuse_control_tokens(tokenizer, "view", view)
+        _refuse_control_tokens(tokenizer, "view", template.view_label(view))
     if isinstance(answer, str):
         _refuse_control_tokens(tokenizer, "answer", answer)
     elif answer is not None and not all(0 <= index < tokenizer.fast_size for index in answer):
@@ -96,7 +86,7 @@ def build_prefix(
     needed = ["pad", "eos", "vision_start", "image"] + ["propri"] * (task == "action")
     if missing := [name for name in needed if getattr(known, name) < 0]:
         raise ValueError(f"the tokenizer has no token for {', '.join(missing)}; call Tokenizer.add_wallx_tokens first")
-    context = tokenizer.encode(_context(instruction, views, image_tokens, task))
+    context = tokenizer.encode(_context(instruction, views, image_tokens, task, template))
     # The context ends in a newline and no answer begins with whitespace. Qwen's pre-tokenizer always cuts there, so
     # encoding the two apart gives the ids of the whole.
     targets = tokenizer.encode(_answer(task, answer))
@@ -133,19 +123,25 @@ def fit(prompt: EncodedPrompt, length: int, window: int) -> tuple[np.ndarray, np
     return tokens, np.arange(length) >= length - used, labels[length - window :]
 
 
-def _context(instruction: str, views: Sequence[str], image_tokens: Sequence[int], task: Task) -> str:
+def _context(
+    instruction: str, views: Sequence[str], image_tokens: Sequence[int], task: Task, template: PromptTemplate
+) -> str:
     """Everything up to and including the assistant's header."""
-    if task not in _REQUEST:
-        raise ValueError(f"task is {task!r}; choose one of {', '.join(_REQUEST)}")
+    if task not in get_args(Task):
+        raise ValueError(f"task is {task!r}; choose one of {', '.join(get_args(Task))}")
     if not instruction.strip():
         raise ValueError("the instruction is empty; every sample needs a task text")
     images = "".join(
-        f" {view_label(view)}: <|vision_start|>{'<|image_pad|>' * count}<|vision_end|>"
+        template.image.format(
+            view=template.view_label(view), image=f"<|vision_start|>{'<|image_pad|>' * count}<|vision_end|>"
+        )
         for view, count in zip(views, image_tokens, strict=True)
     )
+    request = template.action if task == "action" else template.language
+    request = request.format(images=images, instruction=instruction, proprioception="<|propri|>")
     return (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        f"<|im_start|>user\nObservation:{images}\nInstruction: {instruction}{_REQUEST[task]}<|im_end|>\n"
+        f"<|im_start|>system\n{template.system}<|im_end|>\n"
+        f"<|im_start|>user\n{request}<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
 

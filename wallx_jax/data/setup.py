@@ -85,14 +85,15 @@ def build_processor(
     sizes = tuple(images.target_size(*info.frame_size(camera.key), camera.resolution) for camera in cameras)
     image_tokens = [images.image_token_count(*size) for size in sizes]
     budget = run.data.max_fast_tokens if fast is not None else 0
-    check_horizon(run, required_prompt_length(tokenizer, info.tasks, views, image_tokens))
+    template = run.data.prompt
+    check_horizon(run, required_prompt_length(tokenizer, info.tasks, views, image_tokens, template=template))
     config = ProcessorConfig(
         views=views,
         camera_keys=tuple(camera.key for camera in cameras),
         resolutions=tuple(camera.resolution for camera in cameras),
         image_sizes=sizes,
         horizon=run.data.action_horizon,
-        prompt_length=required_prompt_length(tokenizer, info.tasks, views, image_tokens, budget),
+        prompt_length=required_prompt_length(tokenizer, info.tasks, views, image_tokens, budget, template),
         label_window=budget + 2 if budget else 0,
         state_dim=state_dim,
         action_dim=action_dim,
@@ -101,6 +102,7 @@ def build_processor(
         action_key=run.data.action_key,
         observed=run.robot.observed(),
         predicted=run.robot.predicted(),
+        prompt=template,
     )
     return Processor(config, tokenizer, stats, fast)
 

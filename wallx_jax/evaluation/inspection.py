@@ -11,7 +11,7 @@ import numpy as np
 from wallx_jax.data.batch import Batch
 from wallx_jax.data.lerobot import RawSample
 from wallx_jax.data.processor import Processor
-from wallx_jax.data.prompt import IGNORE, view_label
+from wallx_jax.data.prompt import IGNORE
 from wallx_jax.data.tokenizer import Tokenizer
 
 REPEATED = re.compile(r"(<\|[^|<>]+\|>)\1+")
@@ -26,7 +26,7 @@ def describe_inputs(raw: RawSample, sample: Batch, processor: Processor, state_n
     """What the policy sees of a sample (no batch axis), beside the recorded frame it was made of."""
     config, tokenizer = processor.config, processor.tokenizer
     sizes = ", ".join(
-        f"{view_label(view)} <- {key} {image.shape[0]}x{image.shape[1]} px, {tokens} tokens"
+        f"{config.prompt.view_label(view)} <- {key} {image.shape[0]}x{image.shape[1]} px, {tokens} tokens"
         for view, key, image, tokens in zip(
             config.views, config.camera_keys, sample.images, config.image_tokens, strict=True
         )

@@ -204,6 +204,13 @@ def check_same_layout(settings: RunConfig, stored: ProcessorConfig) -> None:
             {camera.view: camera.key for camera in data.cameras},
             dict(zip(stored.views, stored.camera_keys, strict=True)),
         ),
+        **{
+            f"prompt.{name}": (getattr(data.prompt, name), getattr(stored.prompt, name))
+            for name in ("system", "image", "action", "language")
+        },
+        "prompt.view_names": tuple(
+            {view: template.view_label(view) for view in stored.views} for template in (data.prompt, stored.prompt)
+        ),
     }
     differing = [
         f"{name} = {now!r}, but the run of resume.ckpt has {then!r}: use that, or start anew from its weights with "
