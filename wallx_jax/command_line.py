@@ -16,8 +16,9 @@ class CommandLineError(ValueError):
     """A wrong command line, in one line."""
 
 
-def launch(main: Callable[[ConfigDict], None]) -> None:
-    """Runs `main(config)` for this process's command line.
+def launch(main: Callable[[ConfigDict], None], default: Callable[[], ConfigDict | None] = lambda: None) -> None:
+    """Runs `main(config)` for this process's command line. `default` makes the configuration of one without --config,
+    or None where that is needed.
 
     A wrong command line, or settings that `main` refuses with a ConfigError, end the process with exit code 2 and the
     message alone.
@@ -30,7 +31,7 @@ def launch(main: Callable[[ConfigDict], None]) -> None:
 
     def parse(argv: Sequence[str]) -> Sequence[str]:
         try:
-            config, rest = parse_config(argv, values)
+            config, rest = parse_config(argv, values, default)
         except CommandLineError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
@@ -47,15 +48,17 @@ def launch(main: Callable[[ConfigDict], None]) -> None:
     app.run(run, flags_parser=parse)
 
 
-def parse_config(argv: Sequence[str], values: flags.FlagValues) -> tuple[ConfigDict, Sequence[str]]:
-    """The configuration that a command line asks for, and the arguments left over.
+def parse_config(
+    argv: Sequence[str], values: flags.FlagValues, default: Callable[[], ConfigDict | None] = lambda: None
+) -> tuple[ConfigDict, Sequence[str]]:
+    """The configuration that a command line asks for, and the arguments left over. `default` as of `launch`.
 
     Raises:
         CommandLineError: for an unknown key, a wrong type, a file that fails or arguments that nobody reads.
     """
     try:
         rest = values(argv)
-        config = values.config
+        config = default() if values.config is None else values.config
         if config is None:
             raise CommandLineError("which configuration? Add --config=FILE, e.g. --config=configs/aloha.py")
         if not isinstance(config, ConfigDict):

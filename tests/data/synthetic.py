@@ -29,20 +29,22 @@ def frame_image(episode: int, frame: int, camera: str) -> np.ndarray:
     return image
 
 
-def write_dataset(root: Path) -> Path:
-    """Creates the dataset at `root` with lerobot's own writer, whichever release is installed."""
+def write_dataset(root: Path, camera_type: str = "video") -> Path:
+    """Creates the dataset at `root` with lerobot's own writer, whichever release is installed. `camera_type`: "video",
+    or "image" for pictures in the tables."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     features = {
         key: {"dtype": "float32", "shape": (DIMS,), "names": [f"joint_{d}" for d in range(DIMS)]}
         for key in (STATE, ACTION)
     } | {
-        camera: {"dtype": "video", "shape": (*size, 3), "names": ["height", "width", "channels"]}
+        camera: {"dtype": camera_type, "shape": (*size, 3), "names": ["height", "width", "channels"]}
         for camera, size in CAMERAS.items()
     }
     dataset = LeRobotDataset.create(
-        "tests/synthetic", FPS, features, root=root, robot_type="aloha", video_backend="pyav"
-    )
+        "tests/synthetic", FPS, features, root=root, robot_type="aloha", video_backend="pyav",
+        use_videos=camera_type == "video",
+    )  # fmt: skip
     for episode, length in enumerate(LENGTHS):
         states, actions = episode_table(episode)
         for frame in range(length):

@@ -322,6 +322,10 @@ class LeRobotSource:
             return self._dataset
 
 
+class DatasetOpenError(RuntimeError):
+    """lerobot does not open the dataset: no frame of it can be read."""
+
+
 def _open_dataset(source: LeRobotSource) -> Any:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -340,7 +344,7 @@ def _open_dataset(source: LeRobotSource) -> Any:
             **raw,
         )
     except Exception as error:
-        raise RuntimeError(
+        raise DatasetOpenError(
             f"lerobot cannot open {info.repo_id} at {info.root} (are all files of data/ and videos/ there?): "
             f"{type(error).__name__}: {error}"
         ) from error

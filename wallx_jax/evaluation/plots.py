@@ -10,10 +10,12 @@ import matplotlib
 import numpy as np
 
 from wallx_jax.evaluation.ablation import Effect
+from wallx_jax.evaluation.findings import Vector
 from wallx_jax.evaluation.openloop import Recorded
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
+from matplotlib.ticker import NullFormatter  # noqa: E402
 
 COLUMNS = 4
 DPI = 110
@@ -78,6 +80,63 @@ def pictures(file: Path, rows: Sequence[Sequence[tuple[str, np.ndarray]]]) -> No
             axis.imshow(image, interpolation="nearest")
             axis.set_title(title, fontsize=8)
     _save(figure, file)
+
+
+def dimensions(file: Path, vectors: Sequence[Vector]) -> None:
+    """A histogram of every dim of the vectors, and where normalisation clamps it."""
+    rows = [-(-len(vector.names) // COLUMNS) for vector in vectors]
+    size = (4 * COLUMNS, 2.2 * sum(rows))
+    figure, axes = plt.subplots(sum(rows), COLUMNS, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for n, vector in enumerate(vectors):
+        for dim, axis in zip(range(len(vector.names)), axes[sum(rows[:n]) :].flat, strict=False):
+            axis.set_visible(True)
+            values = vector.values[:, dim]
+            finite = values[np.isfinite(values)]
+            axis.hist(finite, bins=60, color=f"C{n}", log=len(finite) > 0)
+            axis.set_ylim(bottom=0.5)  # shows bars of one frame
+            for bound in (vector.spread.low[dim], vector.spread.high[dim]):
+                axis.axvline(bound, color="black", linestyle="--", linewidth=1)
+            title = f"{vector.what}: {vector.names[dim]}"
+            axis.set_title(f"{_shorten(title)} ({vector.spread.outside[dim]:.1%} clamped)", fontsize=9)
+            axis.tick_params(labelsize=7)
+            axis.locator_params(axis="x", nbins=6)
+            axis.yaxis.set_minor_formatter(NullFormatter())
+    kind = "given statistics" if vectors[0].given else "these values"
+    figure.suptitle(f"frames by value (logarithmic); dashed: q01 and q99 of {kind}, what lies outside is clamped")
+    _save(figure, file)
+
+
+def trace(
+    file: Path, state: Vector, action: Vector, pairs: Sequence[tuple[int, int]], frames: np.ndarray, title: str
+) -> None:
+    """State and action over the given frames of an episode. Dims that belong together, `pairs` of (state dim, action
+    dim), share a plot."""
+    lone = [(dim, None) for dim in range(len(state.names)) if dim not in [s for s, _ in pairs]]
+    lone += [(None, dim) for dim in range(len(action.names)) if dim not in [a for _, a in pairs]]
+    panels = [*pairs, *lone]
+    rows = -(-len(panels) // COLUMNS)
+    figure, axes = plt.subplots(rows, COLUMNS, figsize=(4 * COLUMNS, 2.2 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        for vector, dim, color in zip((state, action), panel, ("C0", "C1"), strict=True):
+            if dim is not None:
+                axis.plot(vector.values[frames, dim], color, linewidth=1.2)
+                axis.set_title(_shorten(vector.names[dim]), fontsize=9)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.tick_params(labelsize=7)
+    lines = [plt.Line2D([], [], color=color) for color in ("C0", "C1")]
+    figure.legend(lines, ["state", "action"], loc="outside upper right", ncols=2, fontsize=9)
+    figure.suptitle(title)
+    figure.supxlabel("frame", fontsize=9)
+    _save(figure, file)
+
+
+def _shorten(text: str, most: int = 32) -> str:
+    """Keeps the end of a long name, where names of joints differ."""
+    return text if len(text) <= most else f"…{text[1 - most :]}"
 
 
 def _save(figure: plt.Figure, file: Path) -> None:

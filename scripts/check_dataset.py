@@ -1,0 +1,105 @@
+"""Looks a LeRobot dataset over before a long run: what is in it, and what training would stumble over.
+
+    python scripts/check_dataset.py --config=configs/aloha.py [--output=runs/check_dataset] [--config.key=value]
+    python scripts/check_dataset.py --dataset=DIR_OR_REPO [--decode=200]
+
+Takes the same settings as `python -m wallx_jax.train`; --dataset replaces the dataset of the configuration, or stands
+alone: the keys then are those known for it, or observation.state and action with all cameras. --decode is about how
+many frames are decoded, spread over all episodes, or "all".
+
+Prints tables and findings, each with a remedy; writes report.json, contact_sheet.png (frames of a few episodes),
+dimensions.png (histograms) and trace.png (state and action of an episode, one with a jump if there is one). Exit code 1
+when there is an error among the findings. No weights are read.
+"""
+
+import json
+import logging
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from wallx_jax.command_line import launch
+from wallx_jax.config import ConfigError, default_config, resolve
+from wallx_jax.data.lerobot import read_info
+from wallx_jax.data.mapping import IMAGE_PREFIX
+from wallx_jax.data.mixture import open_parts
+from wallx_jax.evaluation import dataset_check, dataset_report, plots, subject
+from wallx_jax.robots import KEY_MAPPINGS
+
+flags.DEFINE_string("dataset", None, "LeRobot dataset: directory or repo id; replaces that of --config")
+flags.DEFINE_string("output", "runs/check_dataset", "directory for report.json and the pictures")
+flags.DEFINE_string("decode", "200", 'about how many frames to decode, or "all"')
+
+
+def main(config: ConfigDict) -> None:
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    output, decode = Path(flags.FLAGS.output), _count(flags.FLAGS.decode)
+    if flags.FLAGS.dataset:
+        config.repo_id, config.dataset_root, config.dataset_revision = flags.FLAGS.dataset, None, None
+        config.robot_name, config.datasets = None, {}
+    config.save_path = str(output)
+    parts = open_parts(resolve(config))
+    failed = False
+    for part in parts:
+        report = dataset_check.check(part, decode)
+        folder = output / part.name if len(parts) > 1 else output
+        _write(report, folder)
+        print(f"{dataset_report.as_text(report)}\n\npictures and report.json in {folder}\n")
+        failed |= report.failed
+    sys.exit(int(failed))
+
+
+def dataset_config() -> ConfigDict | None:
+    """Settings for --dataset without a configuration."""
+    dataset = flags.FLAGS.dataset
+    if dataset is None:
+        return None
+    config = default_config()
+    config.repo_id, config.pretrained_wallx_path = dataset, "not read"
+    if dataset not in KEY_MAPPINGS:
+        cameras = read_info(dataset).camera_keys
+        views = {key.removeprefix(IMAGE_PREFIX).replace(".", "_"): key for key in cameras}
+        config.camera_views, config.resolution = views, dict.fromkeys(views, -1)
+    return config
+
+
+def _count(decode: str) -> int | None:
+    if decode == "all":
+        return None
+    if not decode.isdecimal():
+        raise ConfigError(f'--decode={decode}: expected a number of frames, or "all"')
+    return int(decode)
+
+
+def _write(report: dataset_check.Report, folder: Path) -> None:
+    info, look = report.info, report.look
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(dataset_report.as_json(report), indent=2) + "\n")
+    plots.dimensions(folder / "dimensions.png", [report.state, report.action])
+    jumps = report.state.jumps + report.action.jumps
+    episode = jumps[0].episode if jumps else int(np.argsort(info.episode_lengths)[info.num_episodes // 2])
+    frames = info.episode_starts[episode] + np.arange(info.episode_lengths[episode])
+    title = textwrap.shorten(f"episode {episode}: {report.instruction(episode)}", 100)
+    plots.trace(folder / "trace.png", report.state, report.action, report.pairs, frames, title)
+    if look.shown:
+        plots.pictures(folder / "contact_sheet.png", _contact_rows(report))
+
+
+def _contact_rows(report: dataset_check.Report) -> list[list[tuple[str, np.ndarray]]]:
+    """A row for each episode and camera, with titles."""
+    rows: dict[tuple[int, str], list[tuple[str, np.ndarray]]] = {}
+    for (episode, frame, camera), image in sorted(report.look.shown.items(), key=lambda entry: entry[0]):
+        row = rows.setdefault((episode, camera), [])
+        row.append((f"episode {episode}, frame {frame}: {camera.removeprefix(IMAGE_PREFIX)}", image))
+    for episode in {episode for episode, _ in rows}:
+        row = rows[min(key for key in rows if key[0] == episode)]
+        row[0] = (textwrap.fill(report.instruction(episode), 50) + "\n" + row[0][0], row[0][1])
+    return list(rows.values())
+
+
+if __name__ == "__main__":
+    subject.run(lambda: launch(main, dataset_config))

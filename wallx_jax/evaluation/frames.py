@@ -1,0 +1,158 @@
+"""A look at the frames of a dataset: do they decode, and is there something to see?
+
+Frames are read as in training, one after the other; what is kept of each is a few numbers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from tqdm import tqdm
+
+from wallx_jax.data.lerobot import DatasetInfo, DatasetOpenError, LeRobotSource
+from wallx_jax.data.video import read_frame
+
+PER_EPISODE = 5  # frames of an episode in a sample, the first and the last among them
+BLACK = 5.0  # mean brightness, of 255
+STILL = 0.05  # mean difference, of 255, up to which two frames are the same picture
+
+
+@dataclass(frozen=True)
+class Undecodable:
+    """A frame that cannot be read. `camera` is None where each camera by itself can be read."""
+
+    episode: int
+    frame: int
+    camera: str | None
+    reason: str
+
+
+@dataclass
+class Seen:
+    """What was seen of a camera. brightness: mean over frames and pixels, of 255. sizes: the (height, width) that
+    decoded frames had. dark: how many were black. frozen: the episodes whose frames were all the same."""
+
+    frames: int = 0
+    brightness: float = 0.0
+    sizes: set[tuple[int, int]] = field(default_factory=set)
+    dark: int = 0
+    frozen: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Look:
+    """frames: how many were looked at. cameras: by key. unopened: why lerobot does not open the dataset, if it does
+    not. shown: the frames that were to be kept, {(episode, frame, camera): image}."""
+
+    frames: int
+    cameras: dict[str, Seen]
+    undecodable: list[Undecodable]
+    unopened: str | None
+    shown: dict[tuple[int, int, str], np.ndarray]
+
+
+def sample(info: DatasetInfo, count: int | None) -> list[np.ndarray]:
+    """About `count` frames, spread over episodes and over each episode from its first to its last frame; None: all.
+
+    Returns:
+        for each episode that is looked at the indices of its frames in the dataset, ascending.
+    """
+    if count is None:
+        return np.split(np.arange(info.num_frames), info.episode_starts[1:])
+    episodes = _spread(info.num_episodes, max(count // PER_EPISODE, min(count, 1)))
+    each = -(-count // max(len(episodes), 1))
+    return [info.episode_starts[e] + _spread(info.episode_lengths[e], each) for e in episodes]
+
+
+def first_middle_last(chosen: Sequence[np.ndarray], episodes: int) -> list[np.ndarray]:
+    """Three frames each of a few of the episodes that `sample` gave."""
+    return [chosen[e][_spread(len(chosen[e]), 3)] for e in _spread(len(chosen), episodes)]
+
+
+def look(source: LeRobotSource, chosen: Sequence[np.ndarray], show: Sequence[np.ndarray] = ()) -> Look:
+    """Decodes the frames that `sample` chose, of all cameras of the source (which has the whole dataset), with a
+    progress bar. One that cannot be read is noted, and the others are read all the same.
+
+    Args:
+        show: the frames to keep, see `first_middle_last`.
+    """
+    cameras = {camera: Seen() for camera in source.cameras}
+    result = Look(sum(map(len, chosen)), cameras, [], _why_unopened(source) if chosen else None, {})
+    read = _read_together if result.unopened is None else _read_one_by_one
+    keep = set(np.concatenate([*show, []]).astype(int).tolist())
+    with tqdm(total=result.frames, desc=f"decoding {source.info.repo_id}", unit="frame", disable=None) as bar:
+        for indices in chosen:
+            before: dict[str, np.ndarray] = {}
+            alike = dict.fromkeys(cameras, 0)
+            for index in indices.tolist():
+                _, episode, frame = map(int, source.locate(index))
+                images, failed = read(source, index)
+                result.undecodable.extend(Undecodable(episode, frame, *failure) for failure in failed)
+                for camera, image in images.items():
+                    _note(cameras[camera], image)
+                    alike[camera] += _same(before.get(camera), image)
+                    if index in keep:
+                        result.shown[episode, frame, camera] = image
+                before |= images
+                bar.update()
+            for camera, seen in cameras.items():
+                if len(indices) > 1 and alike[camera] == len(indices) - 1:
+                    seen.frozen.append(episode)
+    return result
+
+
+def _why_unopened(source: LeRobotSource) -> str | None:
+    """Trying again for every frame would ask the hub for the missing files every time."""
+    try:
+        source[0]
+    except DatasetOpenError as error:
+        return _one_line(error)
+    except RuntimeError:
+        pass  # of the frame
+    return None
+
+
+def _read_together(source: LeRobotSource, index: int) -> tuple[dict[str, np.ndarray], list[tuple[str | None, str]]]:
+    """Images by camera, and (camera, reason) of what cannot be read. Training reads all cameras of a frame at once;
+    only when that fails is each read by itself, to tell which it is."""
+    try:
+        return dict(zip(source.cameras, source[index].images, strict=True)), []
+    except RuntimeError as error:
+        images, failed = _read_one_by_one(source, index)
+        return images, failed or [(None, _one_line(error.__cause__ or error))]
+
+
+def _read_one_by_one(source: LeRobotSource, index: int) -> tuple[dict[str, np.ndarray], list[tuple[str, str]]]:
+    images, failed = {}, []
+    for camera in source.info.camera_keys:  # lerobot decodes those that are not trained on as well
+        try:
+            image = read_frame(source.info, camera, index)
+        except Exception as error:  # whatever decoders raise is the reason
+            failed.append((camera, _one_line(error)))
+        else:
+            images |= {camera: image} if camera in source.cameras else {}
+    return images, failed
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+def _note(seen: Seen, image: np.ndarray) -> None:
+    brightness = float(image.mean())
+    seen.brightness += (brightness - seen.brightness) / (seen.frames + 1)
+    seen.frames += 1
+    seen.dark += brightness < BLACK
+    seen.sizes.add(image.shape[:2])
+
+
+def _same(before: np.ndarray | None, image: np.ndarray) -> bool:
+    if before is None or before.shape != image.shape:
+        return False
+    return bool(np.abs(image.astype(np.int16) - before).mean() <= STILL)
+
+
+def _spread(length: int, count: int) -> np.ndarray:
+    """At most `count` of range(length), evenly from the first to the last."""
+    return np.unique(np.linspace(0, length - 1, min(length, count)).round().astype(int))
