@@ -327,7 +327,7 @@ def main() -> None:
     parser.add_argument(
         "--remat",
         choices=("full", "dots", "none"),
-        help="what the backward pass recomputes; default: the preset's, with --compare-torch dots, the fastest on a CPU",
+        help="what the backward pass recomputes; default: the preset's; with --compare-torch dots, fastest on a CPU",
     )
     parser.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank instead of all weights")
     parser.add_argument("--freeze-vlm", action="store_true", help="with --aot: train the action side only")

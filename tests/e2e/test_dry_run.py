@@ -150,6 +150,7 @@ def test_command_line_and_kept_compilations(model_dir, dataset_dir, tmp_path):
     assert not (tmp_path / "dry").exists()
     events = [command(name, "--config.log_interval=1").count("compilation_cache/cache_hits") for name in ("a", "b")]
     assert events[1] > events[0] and list((tmp_path / ".cache/wallx_jax/xla").iterdir())
-    a, b = ([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("a", "b"))
+    texts = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("a", "b"))
+    a, b = ([json.loads(line) for line in text.splitlines()] for text in texts)
     assert [line["loss"] for line in a] == [line["loss"] for line in b] and len(a) == 3
     assert b[-1]["tflops_per_device"] > 0 and "mfu" not in b[-1], "a CPU has no published peak"
