@@ -40,6 +40,8 @@ class ProcessorConfig:
     state_key, action_key: the dataset's features, also the names in norm_stats.json.
     observed, predicted: one flag per state dim and per action dim; a dim that is off is masked like one the robot
         lacks. Empty: all on.
+    relative_to: per action dim the state dim that it is relative to, or -1: the model is given, and gives, the
+        difference of the whole chunk from the state at its start. Empty: no dim is relative.
     """
 
     views: tuple[str, ...]
@@ -56,6 +58,7 @@ class ProcessorConfig:
     action_key: str = "action"
     observed: tuple[bool, ...] = ()
     predicted: tuple[bool, ...] = ()
+    relative_to: tuple[int, ...] = ()
 
     def __post_init__(self):
         lengths = {name: len(getattr(self, name)) for name in ("views", "camera_keys", "resolutions", "image_sizes")}
@@ -75,6 +78,7 @@ class Processor:
 
     Attributes:
         observed, predicted: bool [D], which dims of the state the policy sees and which of the action it predicts.
+        relative: bool [D], which dims of the action are relative to the state.
 
     Args:
         config: the layout.
@@ -83,8 +87,8 @@ class Processor:
         fast: the action tokenizer; needed for objective "fast" only.
 
     Raises:
-        ValueError: if the robot is wider than the model, or the action tokenizer is missing or does not match the
-            vocabulary.
+        ValueError: if the robot is wider than the model, the statistics are of other differences of actions and state,
+            or the action tokenizer is missing or does not match the vocabulary.
     """
 
     def __init__(
@@ -106,6 +110,17 @@ class Processor:
         self.predicted = _flags("predicted", config.predicted, self.action.dims)
         self._state_mask = self.state.pad(self.observed)
         self._action_mask = self.action.pad(self.predicted)
+        stats.check_relative(config.relative_to, config.horizon)
+        relative_to = np.array(config.relative_to or (-1,) * self.action.dims)
+        if len(relative_to) != self.action.dims or relative_to.max() >= self.state.dims:
+            raise ValueError(
+                f"relative_to is {config.relative_to}; expected for each of {self.action.dims} action dims -1 or one "
+                f"of {self.state.dims} state dims"
+            )
+        self.relative = relative_to >= 0
+        self._reference = relative_to[self.relative]
+        self._needed = self.observed.copy()  # dims of the state that must have a value
+        self._needed[self._reference] = True
 
     def encode(
         self,
@@ -137,7 +152,7 @@ class Processor:
         state = np.asarray(state, np.float64)
         if state.shape != (self.state.dims,):
             raise ValueError(f"state has shape {state.shape}; this robot's has {(self.state.dims,)}")
-        if (missing := ~np.isfinite(state) & self.observed).any():
+        if (missing := ~np.isfinite(state) & self._needed).any():
             raise ValueError(f"state is not finite at dims {np.flatnonzero(missing).tolist()}")
 
         mask = np.tile(self._action_mask, (config.horizon, 1))
@@ -147,7 +162,7 @@ class Processor:
             if actions.shape != expected:
                 raise ValueError(f"actions have shape {actions.shape}; expected {expected} (horizon, dims)")
             mask *= self.action.pad(~np.isnan(actions))
-            values = self.action.normalize(actions) * mask
+            values = self.action.normalize(actions - self.reference(state)) * mask
             if action_is_pad is not None:
                 is_pad = np.asarray(action_is_pad, bool)
         tokens, token_mask, labels = self._text(instruction, None if actions is None else values, task)
@@ -203,13 +218,30 @@ class Processor:
         encoded = prompt.build_prefix(self.tokenizer, instruction, config.views, config.image_tokens, answer=answer)
         return prompt.fit(encoded, config.prompt_length, config.label_window)
 
-    def decode_actions(self, chunk: Any) -> np.ndarray:
-        """Model units [..., A, C] -> float32 robot units [..., A, D]."""
-        return self.action.unnormalize(chunk)
+    def reference(self, state: Any) -> np.ndarray:
+        """What is taken off actions before they are normalised, and added afterwards: the state where an action is
+        relative to it, else 0. [..., D of the state] -> float64 [..., D of the action], robot units."""
+        state = np.asarray(state, np.float64)
+        taken_off = np.zeros((*state.shape[:-1], self.action.dims))
+        taken_off[..., self.relative] = state[..., self._reference]
+        return taken_off
 
-    def decode_action_tokens(self, ids: Iterable[int]) -> np.ndarray:
+    def decode_actions(self, chunk: Any, state: Any | None = None) -> np.ndarray:
+        """Model units [..., A, C] -> float32 robot units [..., A, D].
+
+        Args:
+            state: [..., D] robot units, what `encode` was given; needed where actions are relative to it.
+        """
+        actions = self.action.unnormalize(chunk)
+        if not self.relative.any():
+            return actions
+        if state is None:
+            raise ValueError("actions of this robot are relative to the state: decoding needs the state, too")
+        return (actions + self.reference(state)[..., None, :]).astype(np.float32)
+
+    def decode_action_tokens(self, ids: Iterable[int], state: Any | None = None) -> np.ndarray:
         """Vocabulary ids of `<|action_token_i|>` -> float32 robot units [A, D]; dims that are not predicted are at
-        the middle of their range.
+        the middle of their range. `state`: as of `decode_actions`.
 
         Raises:
             ValueError: for an id that is no action token.
@@ -223,7 +255,7 @@ class Processor:
             raise ValueError(f"ids {strangers} are not action tokens; those are {start}..{start + size - 1}")
         chunk = np.zeros((self.config.horizon, self.action.dims), np.float32)
         chunk[:, self.predicted] = self.fast.decode(tokens, self.config.horizon, int(self.predicted.sum()))
-        return self.action.unnormalize(chunk)
+        return self.decode_actions(chunk, state)
 
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer files, norm_stats.json, processor.json and fast/: all that `from_dir` needs."""
@@ -255,15 +287,22 @@ class Processor:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing; expected the processor folder of a checkpoint")
         fields = json.loads(file.read_text())
-        known = {f.name for f in dataclasses.fields(ProcessorConfig)}
-        if set(fields) != known:
-            unknown, missing = sorted(set(fields) - known), sorted(known - set(fields))
+        known = {f.name: f.default is dataclasses.MISSING for f in dataclasses.fields(ProcessorConfig)}
+        unknown = sorted(fields.keys() - known.keys())
+        missing = sorted(name for name, required in known.items() if required and name not in fields)
+        if unknown or missing:
             raise ValueError(f"{file}: unknown fields {unknown}, missing fields {missing}")
         fields = {k: tuple(map(_tuples, v)) if isinstance(v, list) else v for k, v in fields.items()}
         config = ProcessorConfig(**fields)
         stats = load_norm_stats(own, config.state_key, config.action_key)
         fast = FastTokenizer.from_dir(Path(directory) / "fast") if (Path(directory) / "fast").is_dir() else None
         return cls(config, Tokenizer.from_dir(directory), stats, fast)
+
+
+def acts_relatively(directory: str | Path) -> bool:
+    """Does a processor directory hold a robot whose actions are relative to the state?"""
+    files = [Path(directory) / FILE_NAME, *Path(directory).glob(f"{ROBOTS}/*/{FILE_NAME}")]
+    return any(json.loads(file.read_text()).get("relative_to") for file in files if file.is_file())
 
 
 def robots(directory: str | Path) -> list[str]:
