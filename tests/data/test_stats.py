@@ -120,9 +120,9 @@ def test_bars_go_to_stderr(robot, capsys):
 def test_a_million_frames_take_seconds(tmp_path):
     values = np.random.default_rng(0).normal(size=(1_000_000, 14)).astype(np.float32)
     info = table_only(tmp_path, values)
-    start = time.monotonic()
+    start = time.process_time()  # of this process: the machine may be busy with others
     got = compute_stats(info, "s", "a")
-    assert time.monotonic() - start < 30
+    assert time.process_time() - start < 30
     np.testing.assert_array_equal(got.state.q01[3], np.quantile(values[:, 3].astype(np.float64), 0.01))
 
 

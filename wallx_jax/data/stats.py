@@ -69,6 +69,27 @@ def compute_stats(
         raise ValueError(f"{info.repo_id}: {error}") from error
 
 
+def table(stats: NormStats, info: DatasetInfo) -> str:
+    """The statistics of a dataset as people read them, a line for each dim."""
+    fields = ("mean", "std", "min", "q01", "q99", "max")
+    states, actions = info.dim_names(stats.state_key), info.dim_names(stats.action_key)
+    relative = [
+        "" if state < 0 else f"minus the state's {states[state]}" for state in stats.relative_to or (-1,) * len(actions)
+    ]
+    width = max(map(len, (*states, *actions)))
+    lines = []
+    for title, part, names, notes in (
+        (f"state: {stats.state_key}", stats.state, states, [""] * len(states)),
+        (f"action: {stats.action_key}", stats.action, actions, relative),
+    ):
+        lines += [title, f"  {'':{width}}" + "".join(f"{field:>12}" for field in fields)]
+        for dim, name in enumerate(names):
+            values = "".join(f"{getattr(part, field)[dim]:12.5g}" for field in fields)
+            still = "never moves" if part.min[dim] == part.max[dim] else ""
+            lines.append(f"  {name:{width}}{values}  {'; '.join(filter(None, (notes[dim], still)))}".rstrip())
+    return "\n".join(lines)
+
+
 def _differences(actions: np.ndarray, states: np.ndarray, left: np.ndarray, horizon: int) -> np.ndarray:
     """actions[t + k] - states[t] of one dim, [N] each, in one array for all t and k < horizon within the episode; left
     int [N]: frames until its end, this one included."""
@@ -86,13 +107,14 @@ def _differences(actions: np.ndarray, states: np.ndarray, left: np.ndarray, hori
 def _stats(columns: Iterable[np.ndarray], bar: tqdm) -> Stats:
     """[N] of each dim -> statistics. NaN marks a missing value and is left out; a dim with nothing else gets zeros."""
     rows = []
-    for dim, column in enumerate(columns):
+    for column in columns:
         x = column[~np.isnan(column)].astype(np.float64, copy=False)
-        del column
+        del column  # the differences of a dim are large: two such arrays are held at a time, no more
         if np.isinf(x).any():
-            raise ValueError(f"dim {dim} has infinite values")
+            raise ValueError(f"dim {len(rows)} has infinite values")
         x = x if len(x) else np.zeros(1)
         row = [x.mean(), x.std(), x.min(), x.max()]
         rows.append([*row[:2], *np.quantile(x, [0.01, 0.99], overwrite_input=True), *row[2:]])
+        del x
         bar.update()
     return Stats(*np.array(rows).T)
