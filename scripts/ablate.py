@@ -23,13 +23,14 @@ def main() -> None:
     arguments = parser.parse_args()
 
     tested = subject.open_subject(arguments)
-    policy, names = tested.policy, openloop.dim_names(tested.info, tested.held_out.action_key)
+    policy, names = tested.policy, tested.info.dim_names(tested.held_out.action_key)
     predicted = policy.processor.predicted
     recorded = openloop.read(tested.held_out, stride=1, limit=arguments.frames)
-    chunks = {
-        name: openloop.predict(policy, change(recorded.observations), steps=arguments.steps, seed=arguments.seed)
-        for name, change in ablation.changes(recorded, policy.processor, tested.info.tasks, arguments.seed).items()
-    }
+    chunks = {}
+    for name, change in ablation.changes(recorded, policy.processor, tested.info.tasks, arguments.seed).items():
+        seen = change(recorded.observations)
+        chunk = openloop.predict(policy, seen, steps=arguments.steps, seed=arguments.seed)
+        chunks[name] = ablation.from_true_states(chunk, seen, recorded, policy.processor)
     found = ablation.effects(recorded, chunks, predicted)
 
     arguments.out.mkdir(parents=True, exist_ok=True)

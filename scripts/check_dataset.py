@@ -12,6 +12,7 @@ dimensions.png (histograms) and trace.png (state and action of an episode, one w
 when there is an error among the findings. No weights are read.
 """
 
+import functools
 import json
 import logging
 import sys
@@ -22,7 +23,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from wallx_jax.command_line import launch
+from wallx_jax.command_line import CommandLineError, launch
 from wallx_jax.config import ConfigError, default_config, resolve
 from wallx_jax.data.lerobot import read_info
 from wallx_jax.data.mapping import IMAGE_PREFIX
@@ -30,12 +31,15 @@ from wallx_jax.data.mixture import open_parts
 from wallx_jax.evaluation import dataset_check, dataset_report, plots, subject
 from wallx_jax.robots import KEY_MAPPINGS
 
-flags.DEFINE_string("dataset", None, "LeRobot dataset: directory or repo id; replaces that of --config")
-flags.DEFINE_string("output", "runs/check_dataset", "directory for report.json and the pictures")
-flags.DEFINE_string("decode", "200", 'about how many frames to decode, or "all"')
+# Two scripts may name a flag alike, and be imported into one program.
+define = functools.partial(flags.DEFINE_string, allow_override=True)
+define("dataset", None, "LeRobot dataset: directory or repo id; replaces that of --config")
+define("output", "runs/check_dataset", "directory for report.json and the pictures")
+define("decode", "200", 'about how many frames to decode, or "all"')
 
 
-def main(config: ConfigDict) -> None:
+def main(config: ConfigDict | None) -> None:
+    config = dataset_config() if config is None else config
     logging.getLogger("absl").setLevel(logging.WARNING)
     output, decode = Path(flags.FLAGS.output), _count(flags.FLAGS.decode)
     if flags.FLAGS.dataset:
@@ -53,15 +57,18 @@ def main(config: ConfigDict) -> None:
     sys.exit(int(failed))
 
 
-def dataset_config() -> ConfigDict | None:
+def dataset_config() -> ConfigDict:
     """Settings for --dataset without a configuration."""
     dataset = flags.FLAGS.dataset
     if dataset is None:
-        return None
+        raise CommandLineError("of what? Give --dataset=DIR_OR_REPO or --config=configs/NAME.py")
     config = default_config()
     config.repo_id, config.pretrained_wallx_path = dataset, "not read"
     if dataset not in KEY_MAPPINGS:
-        cameras = read_info(dataset).camera_keys
+        try:
+            cameras = read_info(dataset).camera_keys
+        except (OSError, ValueError) as error:
+            raise CommandLineError(f"--dataset={dataset}: {error}") from error
         views = {key.removeprefix(IMAGE_PREFIX).replace(".", "_"): key for key in cameras}
         config.camera_views, config.resolution = views, dict.fromkeys(views, -1)
     return config
@@ -102,4 +109,4 @@ def _contact_rows(report: dataset_check.Report) -> list[list[tuple[str, np.ndarr
 
 
 if __name__ == "__main__":
-    subject.run(lambda: launch(main, dataset_config))
+    subject.run(lambda: launch(main, needs_config=False))

@@ -18,7 +18,7 @@ from wallx_jax.config import resolve
 from wallx_jax.data.mixture import open_parts
 from wallx_jax.data.pipeline import samples, shuffled
 from wallx_jax.data.setup import build_augment, split_sources
-from wallx_jax.evaluation import inspection, openloop, plots
+from wallx_jax.evaluation import inspection, plots
 from wallx_jax.training import start
 
 flags.DEFINE_integer(
@@ -35,7 +35,7 @@ def main(config: ConfigDict) -> None:
     for part, processor in zip(parts, processors, strict=True):
         data, seed = part.settings.data, part.settings.loop.seed
         source = split_sources(part.settings, part.info, processor.config)[0]
-        state_names, names = (openloop.dim_names(part.info, key) for key in (data.state_key, data.action_key))
+        state_names, names = map(part.info.dim_names, (data.state_key, data.action_key))
         frames, fed = shuffled(source, seed), samples(source, processor, seed, build_augment(part.settings))
         for i in range(flags.FLAGS.samples):
             raw, sample = frames[i], fed[i]

@@ -26,7 +26,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     tested = subject.open_subject(arguments)
-    policy, names = tested.policy, openloop.dim_names(tested.info, tested.held_out.action_key)
+    policy, names = tested.policy, tested.info.dim_names(tested.held_out.action_key)
     stride = arguments.stride or policy.processor.config.horizon
     recorded = openloop.read(tested.held_out, stride, arguments.episodes)
     chunks = openloop.predict(policy, recorded.observations, steps=arguments.steps, seed=arguments.seed)

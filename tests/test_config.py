@@ -4,8 +4,8 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 from ml_collections import ConfigDict
@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from wallx_jax import robots
 from wallx_jax.command_line import render
 from wallx_jax.config import ConfigError, default_config, flatten, resolve
+from wallx_jax.data.lerobot import DatasetInfo
 from wallx_jax.data.mapping import check_dataset, check_horizon
 from wallx_jax.data.template import VIEW_NAMES, PromptTemplate
 from wallx_jax.models.config import Numerics
@@ -40,17 +41,24 @@ def usable(**changes) -> ConfigDict:
     return c
 
 
-def dataset(**changes) -> SimpleNamespace:
+def dataset(**changes) -> DatasetInfo:
     cameras = [f"observation.images.cam_{name}" for name in ("high", "left_wrist", "right_wrist")]
-    joints = {"dtype": "float32", "shape": [14], "names": ["left_waist", "..."]}
-    return SimpleNamespace(**{
-        "repo_id": "lerobot/aloha_mobile_cabinet",
-        "features": {"observation.state": joints, "action": joints, "timestamp": {"dtype": "float32", "shape": [1]}}
-        | {camera: {"dtype": "video", "shape": [480, 640, 3]} for camera in cameras},
-        "camera_keys": tuple(cameras),
-        "tasks": ["Open the cabinet."],
-        **changes,
-    })  # fmt: skip
+    joints = {"dtype": "float32", "shape": [14], "names": {"motors": list(robots.ALOHA_DOF)}}
+    vectors = {"observation.state": joints, "action": joints, "timestamp": {"dtype": "float32", "shape": [1]}}
+    vectors |= {"observation.base": {"dtype": "float32", "shape": [2], "names": None}}
+    info = DatasetInfo(
+        repo_id="lerobot/aloha_mobile_cabinet",
+        root=Path("nowhere"),
+        fps=50,
+        num_episodes=1,
+        num_frames=10,
+        robot_type="aloha",
+        features=vectors | {camera: {"dtype": "video", "shape": [480, 640, 3]} for camera in cameras},
+        camera_keys=tuple(cameras),
+        tasks=["Open the cabinet."],
+        episode_lengths=np.array([10]),
+    )
+    return dataclasses.replace(info, **changes)
 
 
 def errors_of(function, *args) -> list[str]:
@@ -182,7 +190,18 @@ def test_key_masks():
             ["physical-intelligence/libero", "lerobot/aloha_mobile_cabinet"],
         ),
         ({"dof_config": {"arm": 0}}, ["dof_config.arm", "at least 1"]),
-        ({"dof_config": {"arm": "x"}}, ["dof_config.arm", "'x'"]),
+        ({"dof_config": {"arm": "x[3]"}}, ["dof_config.arm", "'x[3]'", "FEATURE[START:STOP]"]),
+        ({"dof_config": {"arm": "x[3:3]"}}, ["dof_config.arm", "'x[3:3]'"]),
+        ({"dof_config": {"arm": "x[0:3]", "hand": 1}}, ["dof_config", "['arm'] say places", "['hand'] numbers"]),
+        ({"relative_action_keys": ("arm",)}, ["relative_action_keys", "'arm' is not in dof_config"]),
+        (
+            {"dof_config": {"arm": 7}, "agent_pos_config": {"am": 7}, "relative_action_keys": ("arm",)},
+            ["relative_action_keys", "'arm' is not in agent_pos_config", '"am"'],
+        ),
+        (
+            {"dof_config": {"arm": "action[0:7]"}, "relative_action_keys": ("arm",)},
+            ["relative_action_keys", "'arm' is not in agent_pos_config"],
+        ),
         ({"dof_config": None}, ["dof_config", "dict", "None"]),
         (
             {"dof_config": {"arm": 7}, "predict_action_keys": ("amr",)},
@@ -294,6 +313,38 @@ def test_unused_placeholders_do_no_harm():
 # The dataset
 
 
+@pytest.mark.parametrize(
+    ("repo_id", "cameras", "state", "action"),
+    [
+        (
+            "lerobot/aloha_mobile_cabinet",
+            {
+                "face_view": "observation.images.cam_high",
+                "left_wrist_view": "observation.images.cam_left_wrist",
+                "right_wrist_view": "observation.images.cam_right_wrist",
+            },
+            "observation.state",
+            "action",
+        ),
+        ("physical-intelligence/libero", {"face_view": "image", "left_wrist_view": "wrist_image"}, "state", "actions"),
+        (
+            "x2",
+            {
+                "face_view": "observation.images.faceImg",
+                "left_wrist_view": "observation.images.leftImg",
+                "right_wrist_view": "observation.images.rightImg",
+            },
+            "observation.state",
+            "action",
+        ),
+    ],
+)
+def test_upstreams_mappings_are_known(repo_id, cameras, state, action):
+    data = resolve(usable(repo_id=repo_id)).data
+    assert [(camera.view, camera.key) for camera in data.cameras] == list(cameras.items())
+    assert (data.state_key, data.action_key) == (state, action)
+
+
 def test_dataset_completes_the_configuration():
     run = check_dataset(resolve(usable()), dataset())
     assert run.robot.dof == (("action", 14),) and run.robot.agent_pos == (("state", 14),)
@@ -308,17 +359,57 @@ def test_cameras_may_be_written_without_their_prefix():
 
 def test_upstreams_thirteen_keys_for_fourteen_dimensions():
     thirteen = {name: 1 for name in robots.ALOHA_DOF if name != "left_waist"}
-    action, state = errors_of(check_dataset, resolve(usable(dof_config=thirteen, agent_pos_config=thirteen)), dataset())
-    assert "dof_config sums to 13" in action and "has 14" in action and "left_waist" in action
+    with pytest.raises(ConfigError) as caught:
+        check_dataset(resolve(usable(dof_config=thirteen, agent_pos_config=thirteen)), dataset())
+    action, state = caught.value.errors
+    assert "dof_config sums to 13" in action and "has 14" in action
     assert "agent_pos_config sums to 13" in state
+    assert "  vector action: 14 dims: left_waist, left_shoulder" in str(caught.value)
 
 
-def test_all_mismatches_with_the_dataset_come_at_once():
+def test_all_mismatches_with_the_dataset_come_at_once_beside_what_it_offers():
     run = resolve(usable(camera_views={"face_view": "cam_hihg"}, state_key="state", action_key="actoin"))
-    camera, action, state = errors_of(check_dataset, run, dataset())
+    with pytest.raises(ConfigError) as caught:
+        check_dataset(run, dataset())
+    camera, action, state = caught.value.errors
     assert 'did you mean "observation.images.cam_high"' in camera
     assert "actoin" in action and 'did you mean "action"' in action
-    assert "'state'" in state and "observation.state" in state
+    assert "state_key = 'state'" in state
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "3 wrong settings:" and lines[4] == "lerobot/aloha_mobile_cabinet offers"
+    assert lines[5] == "  camera observation.images.cam_high: 480 x 640 (height x width)"
+    assert lines[8].startswith("  vector observation.state: 14 dims: left_waist, left_shoulder, ")
+    assert lines[-1] == "  vector observation.base: 2 dims" and "timestamp" not in str(caught.value)
+
+
+def test_places_in_the_dataset_become_one_vector():
+    dof = {"grip": "action[6:7]", "base": "observation.base", "right": "action[7:14]"}
+    state = {"left": "observation.state[0:7]", "right": "observation.state[7:14]"}
+    run = check_dataset(
+        resolve(usable(dof_config=dof, agent_pos_config=state, relative_action_keys=("right",))), dataset()
+    )
+    assert run.robot.dof == (("grip", 1), ("base", 2), ("right", 7))
+    assert run.data.action_key == "action[6:7],observation.base,action[7:14]"
+    assert run.data.state_key == "observation.state", "all of it, in its order"
+    assert run.robot.relative_to() == (-1, -1, -1, *range(7, 14))
+    assert check_dataset(run, dataset()) == run
+
+
+def test_places_that_do_not_fit_come_at_once():
+    dof = {"a": "acton[0:3]", "b": "action[10:15]", "c": "action[0:4]", "d": "action[3:6]"}
+    state = {"c": "observation.base"}
+    run = resolve(usable(dof_config=dof, agent_pos_config=state, relative_action_keys=("c",)))
+    unknown, beyond, twice, relative = errors_of(check_dataset, run, dataset())
+    assert "dof_config.a = 'acton[0:3]'" in unknown and 'did you mean "action"' in unknown
+    assert "dof_config.b" in beyond and "action[10:15] goes beyond the 14 dims of 'action'" in beyond
+    assert "'c' and 'd' both have 1 dims of 'action', from dim 3 on" in twice
+    assert "relative_action_keys: 'c' has 4 dims in dof_config and 2 in agent_pos_config" in relative
+
+
+def test_a_state_that_is_not_named_like_the_action_has_nothing_to_be_relative_to():
+    run = resolve(usable(dof_config={"arm": 14}, state_key="observation.base", relative_action_keys=("arm",)))
+    (error,) = errors_of(check_dataset, run, dataset())
+    assert "relative_action_keys: ['arm'] are not among the names of agent_pos_config, ['state']" in error
 
 
 def test_unknown_dataset_needs_camera_views():

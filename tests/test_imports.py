@@ -13,7 +13,7 @@ import wallx_jax
 PACKAGE = Path(wallx_jax.__path__[0])
 
 # Part of the package, by prefix (the longest counts) -> the prefixes that it may import, besides itself.
-SETTINGS = {"tree", "files", "robots", "config", "run_config", "command_line", "upstream_yaml", "hub"}
+SETTINGS = {"tree", "files", "robots", "vectors", "config", "run_config", "command_line", "upstream_yaml", "hub"}
 ALLOWED = {
     "": set(),
     "tree": set(),
@@ -23,14 +23,15 @@ ALLOWED = {
     "devices": set(),
     "compile_cache": set(),
     "run_config": {"models.config", "data.template"},
-    "config": {"run_config", "robots", "models.config", "data.template"},
+    "vectors": set(),
+    "config": {"run_config", "robots", "vectors", "models.config", "data.template"},
     "command_line": {"config"},
     "upstream_yaml": {"config"},
     "models": {"tree", "data.batch"},
     "weights": {"tree", "hub", "files", "models"},
     "data.batch": set(),
     "data.template": set(),
-    "data": {"tree", "hub", "config", "run_config", "robots", "models.config"},
+    "data": {"tree", "hub", "files", "config", "run_config", "robots", "vectors", "models.config"},
     "training": SETTINGS | {"models", "weights", "data"},
     # Serving a checkpoint needs to read it, but nothing else of training.
     "inference": SETTINGS | {"models", "weights", "data", "training.checkpoint", "training.checkpoint_dir"},

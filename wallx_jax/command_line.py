@@ -16,22 +16,21 @@ class CommandLineError(ValueError):
     """A wrong command line, in one line."""
 
 
-def launch(main: Callable[[ConfigDict], None], default: Callable[[], ConfigDict | None] = lambda: None) -> None:
-    """Runs `main(config)` for this process's command line. `default` makes the configuration of one without --config,
-    or None where that is needed.
+def launch(main: Callable[[ConfigDict], None], needs_config: bool = True) -> None:
+    """Runs `main(config)` for this process's command line; without `needs_config` the config may be None.
 
-    A wrong command line, or settings that `main` refuses with a ConfigError, end the process with exit code 2 and the
-    message alone.
+    A wrong command line, or settings that `main` refuses with a CommandLineError or ConfigError, end the process with
+    exit code 2 and the message alone.
     """
     values = flags.FLAGS
     if "config" not in values:
         config_flags.DEFINE_config_file("config", lock_config=True, help_string="File, e.g. configs/aloha.py.")
         flags.DEFINE_string("workdir", None, "Output directory; replaces config.save_path.")
-    configs: list[ConfigDict] = []
+    configs: list[ConfigDict | None] = []
 
     def parse(argv: Sequence[str]) -> Sequence[str]:
         try:
-            config, rest = parse_config(argv, values, default)
+            config, rest = parse_config(argv, values, needs_config)
         except CommandLineError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
@@ -41,7 +40,7 @@ def launch(main: Callable[[ConfigDict], None], default: Callable[[], ConfigDict 
     def run(argv: Sequence[str]) -> None:
         try:
             main(configs[0])
-        except ConfigError as error:
+        except (CommandLineError, ConfigError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
 
@@ -49,19 +48,20 @@ def launch(main: Callable[[ConfigDict], None], default: Callable[[], ConfigDict 
 
 
 def parse_config(
-    argv: Sequence[str], values: flags.FlagValues, default: Callable[[], ConfigDict | None] = lambda: None
-) -> tuple[ConfigDict, Sequence[str]]:
-    """The configuration that a command line asks for, and the arguments left over. `default` as of `launch`.
+    argv: Sequence[str], values: flags.FlagValues, needs_config: bool = True
+) -> tuple[ConfigDict | None, Sequence[str]]:
+    """The configuration that a command line asks for, and the arguments left over. `needs_config` False: None if it
+    asks for none.
 
     Raises:
         CommandLineError: for an unknown key, a wrong type, a file that fails or arguments that nobody reads.
     """
     try:
         rest = values(argv)
-        config = default() if values.config is None else values.config
-        if config is None:
+        config = values.config
+        if config is None and needs_config:
             raise CommandLineError("which configuration? Add --config=FILE, e.g. --config=configs/aloha.py")
-        if not isinstance(config, ConfigDict):
+        if config is not None and not isinstance(config, ConfigDict):
             getattr(config, "lock", None)  # stands for a file that could not be read: any access raises why
             raise CommandLineError(f"get_config() returned {type(config).__name__}; return a changed default_config()")
     except CommandLineError:
@@ -70,7 +70,7 @@ def parse_config(
         raise CommandLineError(explain(error, argv)) from error
     if rest[1:]:
         raise CommandLineError(f"do not know what {rest[1]!r} is; settings are written --config.key=value")
-    if values.workdir is not None:
+    if config is not None and values.workdir is not None:
         config.save_path = values.workdir
     return config, rest
 

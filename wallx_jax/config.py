@@ -31,25 +31,27 @@ from wallx_jax.run_config import (
     RunConfig,
     dataset_name,
 )
+from wallx_jax.vectors import parse_slice
 
 # Keys whose value is a table with names of the user's own.
 TABLES = ("dof_config", "agent_pos_config", "camera_views", "resolution", "prompt.view_names", "datasets")
 # What an entry of `datasets` may say besides its weight; and what it does not take over from the first dataset.
 PER_DATASET = (
     "repo_id", "dataset_revision", "camera_views", "resolution", "state_key", "action_key", "norm_stats_path",
-    "dof_config", "agent_pos_config", "predict_action_keys", "obs_action_keys",
+    "dof_config", "agent_pos_config", "predict_action_keys", "obs_action_keys", "relative_action_keys",
 )  # fmt: skip
 FIRST_ONLY = {"dataset_root": None, "dataset_revision": None, "norm_stats_path": None, "robot_name": None,
               "datasets": {}}  # fmt: skip
 
 
 class ConfigError(ValueError):
-    """One or more wrong settings; the message lists all of them, each with its value and the remedy."""
+    """One or more wrong settings; the message lists all of them, each with its value and the remedy, and then what
+    there is to choose from, if that is given as `offer`."""
 
-    def __init__(self, *errors: str):
-        self.errors = errors
+    def __init__(self, *errors: str, offer: str = ""):
+        self.errors, self.offer = errors, offer
         count = "1 wrong setting" if len(errors) == 1 else f"{len(errors)} wrong settings"
-        super().__init__("\n".join((f"{count}:", *(f"  - {error}" for error in errors))))
+        super().__init__("\n".join((f"{count}:", *(f"  - {error}" for error in errors), *([offer] if offer else []))))
 
 
 class OrderedConfig(ConfigDict):
@@ -86,10 +88,16 @@ def default_config() -> OrderedConfig:
 
     # Robot
     c.robot_name = placeholder(str)  # upstream's customized_robot_config.name; must equal repo_id when given
-    c.dof_config = OrderedConfig()  # {name: dims} of the action, in the dataset's order; empty: all under one name
-    c.agent_pos_config = OrderedConfig()  # {name: dims} of the state, likewise
+    # {name: what} of the action; empty: all dims of action_key under one name. What: a number of dims, in the order of
+    # action_key; or where they are in the dataset, "FEATURE[START:STOP]" or "FEATURE" (all of it), which may reorder,
+    # drop and join: {"arm": "action[0:6]", "gripper": "action.gripper"}. One or the other throughout a table.
+    c.dof_config = OrderedConfig()
+    c.agent_pos_config = OrderedConfig()  # the same of the state, with state_key
     c.predict_action_keys = ()  # names in dof_config that are predicted, the others are masked; empty: all
     c.obs_action_keys = ()  # names in agent_pos_config that the policy sees; empty: all
+    # Names whose actions are trained as the difference from the state at the chunk's start (openpi's delta actions),
+    # which acting adds again.
+    c.relative_action_keys = ()  # in dof_config and, with as many dims, in agent_pos_config; empty: none
 
     # Dataset: LeRobot v3.0
     c.repo_id = placeholder(str)  # required; a hub repo id or a local directory
@@ -97,6 +105,8 @@ def default_config() -> OrderedConfig:
     c.dataset_revision = placeholder(str)  # hub branch, tag or commit; None: the default branch
     c.download_videos = True  # fetch video files when downloading
     c.camera_views = OrderedConfig()  # {view: camera key} in prompt order; empty: the mapping known for repo_id
+    # Features with the state and the action, and their names in norm_stats.json; not used where agent_pos_config or
+    # dof_config say places themselves.
     c.state_key = placeholder(str)  # None: the mapping known for repo_id, else "observation.state"
     c.action_key = placeholder(str)  # None: the mapping known for repo_id, else "action"
     views = ("face_view", "left_wrist_view", "right_wrist_view", "move1_view", "move2_view", "top_view", "wall_view")
@@ -242,6 +252,7 @@ def _run_config(v: Mapping[str, Any]) -> RunConfig:
             agent_pos=tuple(v["agent_pos_config"].items()),
             predict_keys=v["predict_action_keys"],
             obs_keys=v["obs_action_keys"],
+            relative_keys=v["relative_action_keys"],
         ),
         data=_build(
             DataConfig,
@@ -357,10 +368,17 @@ def _read(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             elif key == "resolution":
                 ok, expected = _is_int(value) and (value == -1 or value >= 28), "pixels, at least 28, or -1"
             else:
-                ok, expected = _is_int(value) and value >= 1, "a number of dims, at least 1"
+                ok = _is_place(value) if isinstance(value, str) else _is_int(value) and value >= 1
+                expected = "a number of dims, at least 1, or a place in the dataset, 'FEATURE[START:STOP]' or 'FEATURE'"
             if not ok:
                 errors.append(f"{key}.{name} = {value!r}: expected {expected}")
-    for key in ("obs_action_keys", "predict_action_keys", "lora.targets", "learning_rates"):
+    for key in ("dof_config", "agent_pos_config"):
+        places = [name for name, value in values[key].items() if isinstance(value, str)]
+        if counts := [name for name in values[key] if places and name not in places]:
+            errors.append(f"{key}: {places} say places in the dataset, {counts} numbers of dims; use one for all names")
+    for key in (
+        "obs_action_keys", "predict_action_keys", "relative_action_keys", "lora.targets", "learning_rates",
+    ):  # fmt: skip
         if wrong := [item for item in values[key] if not isinstance(item, str)]:
             errors.append(f"{key} = {values[key]}: {wrong} are not strings; write them in quotes")
         elif len(set(values[key])) != len(values[key]):
@@ -502,11 +520,18 @@ def _relation_errors(v: Mapping[str, Any]) -> list[str]:
             f"max_length, or lower {actions}"
         )
 
-    for keys, table in (("predict_action_keys", "dof_config"), ("obs_action_keys", "agent_pos_config")):
-        # Without a table of its own the state is named like the action.
-        names = list(v[table] or v["dof_config"])
-        for key in dict.fromkeys(v[keys]):
-            if isinstance(key, str) and key not in names:
+    # Without a table of its own the state is named like the action, unless that says places of its own.
+    places = any(isinstance(value, str) for value in v["dof_config"].values())
+    names_in = {"dof_config": list(v["dof_config"])}
+    names_in["agent_pos_config"] = list(v["agent_pos_config"] or ({} if places else v["dof_config"]))
+    for keys, tables in (
+        ("predict_action_keys", ["dof_config"]),
+        ("obs_action_keys", ["agent_pos_config"]),
+        ("relative_action_keys", ["dof_config", "agent_pos_config"]),
+    ):
+        for key in (key for key in dict.fromkeys(v[keys]) if isinstance(key, str)):
+            if table := next((table for table in tables if key not in names_in[table]), None):
+                names = names_in[table]
                 errors.append(f"{keys}: {key!r} is not in {table}{nearest(key, names)}; it has {names}")
 
     cameras = _cameras(v)
@@ -550,6 +575,13 @@ def _pattern_and_rate(entry: str) -> tuple[str, float]:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_place(text: str) -> bool:
+    try:
+        return bool(parse_slice(text))
+    except ValueError:
+        return False
 
 
 def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:

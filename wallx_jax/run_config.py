@@ -26,13 +26,14 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class RobotConfig:
-    """Named groups of dimensions, (name, dims) in the dataset's order. Empty tables mean one group of all dims, which
-    `wallx_jax.data.mapping.check_dataset` fills in."""
+    """Named groups of dimensions, (name, dims) in the vector's order. `wallx_jax.data.mapping.check_dataset` makes one
+    group of all dims of an empty table, and counts the dims where a table says places in the dataset, "action[0:6]"."""
 
-    dof: tuple[tuple[str, int], ...]
-    agent_pos: tuple[tuple[str, int], ...]
+    dof: tuple[tuple[str, int | str], ...]
+    agent_pos: tuple[tuple[str, int | str], ...]
     predict_keys: tuple[str, ...]
     obs_keys: tuple[str, ...]
+    relative_keys: tuple[str, ...] = ()
 
     def predicted(self) -> tuple[bool, ...]:
         """One flag per action dim: is it predicted (True) or masked?"""
@@ -41,6 +42,17 @@ class RobotConfig:
     def observed(self) -> tuple[bool, ...]:
         """One flag per state dim: does the policy see it?"""
         return _used(self.agent_pos, self.obs_keys)
+
+    def relative_to(self) -> tuple[int, ...]:
+        """Per action dim the state dim that it is relative to, or -1; empty where no action is relative."""
+        if not self.relative_keys:
+            return ()
+        first_of, first = {}, 0
+        for name, dims in self.agent_pos:
+            first_of[name], first = first, first + dims
+        return tuple(
+            first_of[name] + dim if name in self.relative_keys else -1 for name, dims in self.dof for dim in range(dims)
+        )
 
 
 @dataclass(frozen=True)
@@ -66,8 +78,8 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """`root` is a local directory, or None; `augment` None: images as they are. Batch sizes are per device and
-    micro-batch. See `default_config`."""
+    """`root` is a local directory, or None; `state_key` and `action_key` are vectors (wallx_jax.vectors); `augment`
+    None: images as they are. Batch sizes are per device and micro-batch. See `default_config`."""
 
     repo_id: str
     root: str | None

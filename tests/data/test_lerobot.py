@@ -87,7 +87,7 @@ def test_keys_are_checked_at_once(dataset_info):
         LeRobotSource(dataset_info, 4, ["face"])
     with pytest.raises(ValueError, match="no camera 'action'"):
         LeRobotSource(dataset_info, 4, ["action"])
-    with pytest.raises(ValueError, match="no feature 'state'; it has .*'observation.state'"):
+    with pytest.raises(ValueError, match="no feature 'state' that is a vector; it has .*'observation.state'"):
         LeRobotSource(dataset_info, 4, CAMERAS, state_key="state")
     with pytest.raises(ValueError, match="no feature 'observation.images.cam_high'"):
         LeRobotSource(dataset_info, 4, CAMERAS, action_key=CAMERAS[0])

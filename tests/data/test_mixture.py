@@ -42,6 +42,26 @@ def test_an_entry_takes_over_what_it_does_not_set(dataset_dir):
     assert other.robot == first.robot and other.data.action_horizon == first.data.action_horizon
 
 
+def test_an_entry_may_put_its_robot_together_differently(dataset_dir):
+    state, action = {"arm": "observation.state[7:14]"}, {"grip": "action[6:7]", "arm": "action[7:14]"}
+    entry = {"dof_config": action, "agent_pos_config": state, "relative_action_keys": ("arm",)}
+    first, other = (part.settings for part in open_parts(resolve(config(dataset_dir, **entry))))
+    assert (first.data.action_key, first.robot.relative_to()) == ("action", ())
+    assert other.data.action_key == "action[6:14]" and other.data.state_key == "observation.state[7:14]"
+    assert other.robot.relative_to() == (-1, *range(7))
+
+
+def test_what_does_not_fit_several_datasets_is_one_error(dataset_dir):
+    c = config(dataset_dir, dof_config={"arm": "action[0:20]"})
+    c.camera_views = {"face_view": "nowhere"}
+    with pytest.raises(ConfigError) as caught:
+        open_parts(resolve(c))
+    assert [error.split(" = ")[0] for error in caught.value.errors] == [
+        "camera_views.face_view", "datasets.other: camera_views.face_view", "datasets.other: dof_config.arm",
+    ]  # fmt: skip
+    assert str(caught.value).count("synthetic offers") == 1, "the same dataset"
+
+
 def test_cameras_of_an_entry_keep_their_order(dataset_dir):
     views = {"left_wrist_view": "cam_left_wrist", "face_view": "cam_high"}
     (_, _, other) = resolve(config(dataset_dir, camera_views=views)).datasets()[1]

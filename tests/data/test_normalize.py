@@ -90,6 +90,35 @@ def test_file_round_trip(tmp_path):
     assert (after.state_key, after.action_key) == ("s", "a")
 
 
+def test_absolute_actions_leave_the_file_as_it_was(tmp_path):
+    part = stats([0.1], [0.3])
+    save_norm_stats(tmp_path / "norm_stats.json", NormStats(part, part, "s", "a"))
+    rows = {
+        key: {name: getattr(part, name).tolist() for name in ("mean", "std", "q01", "q99", "min", "max")}
+        for key in "sa"
+    }
+    assert (tmp_path / "norm_stats.json").read_text() == json.dumps({"norm_stats": rows}, indent=2) + "\n"
+
+
+def test_relative_actions_are_on_record(tmp_path):
+    part = stats([0.1, 0.2], [0.3, 0.4])
+    save_norm_stats(tmp_path, NormStats(part, part, "s", "a", (1, -1), 8))
+    read = load_norm_stats(tmp_path, "s", "a")
+    assert (read.relative_to, read.horizon) == ((1, -1), 8)
+    read.check_relative((1, -1), 8)
+    for relative_to, horizon in (((1, -1), 9), ((0, -1), 8), ((), 8)):
+        with pytest.raises(ValueError, match=r"are of actions relative .*\{0: 1\} over 8 steps, but wanted"):
+            read.check_relative(relative_to, horizon)
+    absolute = NormStats(part, part, "s", "a")
+    absolute.check_relative((), 8)
+    with pytest.raises(ValueError, match="are of absolute actions, but wanted .* over 8 steps"):
+        absolute.check_relative((1, -1), 8)
+    content = json.loads((tmp_path / "norm_stats.json").read_text()) | {"relative_actions": {"horizon": 8}}
+    (tmp_path / "norm_stats.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="'relative_actions' needs relative_to and horizon"):
+        load_norm_stats(tmp_path, "s", "a")
+
+
 def test_upstream_file_without_min_and_max(tmp_path):
     row = {"mean": [0], "std": [1], "q01": [-1], "q99": [1]}
     (tmp_path / "norm_stats.json").write_text(json.dumps({"norm_stats": {"observation.state": row, "actions": row}}))

@@ -12,7 +12,7 @@ from wallx_jax.data.fast import FastTokenizer
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.normalize import NormStats, Stats
 from wallx_jax.data.pipeline import train_iterator
-from wallx_jax.data.processor import Processor, ProcessorConfig, required_prompt_length
+from wallx_jax.data.processor import Processor, ProcessorConfig, acts_relatively, required_prompt_length
 from wallx_jax.data.stats import compute_stats
 from wallx_jax.data.template import PromptTemplate
 from wallx_jax.data.tokenizer import Tokenizer
@@ -121,6 +121,77 @@ def test_actions_come_back(flow, observation, actions):
     assert not sample.actions[:, synthetic.DIMS :].any()
     low, high = flow.stats.action.q01, flow.stats.action.q99
     np.testing.assert_allclose(flow.decode_actions(sample.actions), np.clip(actions, low, high), atol=1e-6)
+
+
+RELATIVE_TO = (*range(6), -1, *range(7, 13), 2)  # the last action is relative to another joint's state
+
+
+def relative(tokenizer, stats, fast=None, **changes):
+    """A processor of relative actions, with ranges that nothing exceeds."""
+    wide = np.full(synthetic.DIMS, 9.0)
+    part = Stats(0 * wide, wide, -wide, wide, -wide, wide)
+    stats = dataclasses.replace(stats, action=part, relative_to=RELATIVE_TO, horizon=HORIZON)
+    return Processor(config(tokenizer, relative_to=RELATIVE_TO, **changes), tokenizer, stats, fast)
+
+
+def test_relative_actions_are_differences_from_the_first_state_and_come_back(tokenizer, stats, observation, actions):
+    processor = relative(tokenizer, stats)
+    sample, state = processor.encode(**observation, actions=actions), observation["state"]
+    for dim, joint in enumerate(RELATIVE_TO):
+        given = actions[:, dim] - (state[joint] if joint >= 0 else 0)
+        np.testing.assert_allclose(sample.actions[:, dim], given / 9, atol=1e-6)
+    back = processor.decode_actions(sample.actions, state)
+    assert back.dtype == np.float32
+    np.testing.assert_allclose(back, actions, atol=2e-6)
+    both = processor.decode_actions(np.stack([sample.actions] * 2), np.stack([state, state + 1]))
+    np.testing.assert_allclose(both[1] - both[0], np.tile(processor.relative, (HORIZON, 1)), atol=2e-6)
+    with pytest.raises(ValueError, match="needs the state"):
+        processor.decode_actions(sample.actions)
+
+
+def test_relative_actions_as_text_come_back(tokenizer, stats, fast, observation, actions):
+    processor = relative(tokenizer, stats, fast, objective="fast")
+    labels = processor.encode(**observation, actions=actions).labels
+    decoded = processor.decode_action_tokens(labels[labels != -100][:-2], observation["state"])
+    np.testing.assert_allclose(decoded, actions, atol=9 * np.sqrt(HORIZON) / 20)
+
+
+def test_relative_actions_need_the_state_also_where_it_is_not_seen(tokenizer, stats, observation, actions):
+    processor = relative(tokenizer, stats, observed=tuple(dim != 2 for dim in range(synthetic.DIMS)))
+    actions[1, 2] = np.nan
+    assert processor.encode(**observation, actions=actions).action_mask[1, 2] == 0, "no value, no difference"
+    observation["state"][2] = np.nan
+    with pytest.raises(ValueError, match="state is not finite at dims \\[2\\]"):
+        processor.encode(**observation)
+
+
+def test_statistics_must_be_of_the_same_differences(tokenizer, stats):
+    with pytest.raises(ValueError, match="are of absolute actions, but wanted are those of actions relative"):
+        Processor(config(tokenizer, relative_to=RELATIVE_TO), tokenizer, stats)
+    of_differences = dataclasses.replace(stats, relative_to=RELATIVE_TO, horizon=HORIZON)
+    with pytest.raises(ValueError, match="but wanted are those of absolute actions"):
+        Processor(config(tokenizer), tokenizer, of_differences)
+    short = dataclasses.replace(stats, relative_to=(1, 2), horizon=HORIZON)
+    with pytest.raises(ValueError, match="for each of 14 action dims"):
+        Processor(config(tokenizer, relative_to=(1, 2)), tokenizer, short)
+
+
+def test_relative_actions_are_saved(tokenizer, stats, observation, actions, tmp_path):
+    before = relative(tokenizer, stats)
+    before.save(tmp_path)
+    after = Processor.from_dir(tmp_path)
+    assert after.config == before.config and acts_relatively(tmp_path)
+    sample = after.encode(**observation, actions=actions)
+    assert_equal(before.encode(**observation, actions=actions), sample)
+    np.testing.assert_array_equal(*(p.decode_actions(sample.actions, observation["state"]) for p in (before, after)))
+
+
+def test_a_directory_from_before_relative_actions(flow, tmp_path):
+    flow.save(tmp_path)
+    fields = json.loads((tmp_path / "processor.json").read_text())
+    del fields["relative_to"]
+    (tmp_path / "processor.json").write_text(json.dumps(fields))
+    assert Processor.from_dir(tmp_path).config == flow.config and not acts_relatively(tmp_path)
 
 
 def test_missing_action_values_are_masked(flow, observation, actions):

@@ -363,7 +363,7 @@ def script(monkeypatch, capsys):
     def command(*arguments):
         monkeypatch.setattr(sys, "argv", ["check_dataset.py", *arguments])
         with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
-            launch(check_dataset.main, check_dataset.dataset_config)
+            launch(check_dataset.main, needs_config=False)
         captured = capsys.readouterr()
         return ended.value.code, captured.out + captured.err
 
@@ -402,7 +402,7 @@ def test_script(script, root, tmp_path):
 
 def test_wrong_arguments_end_with_one_line(script, root, tmp_path):
     code, text = script()
-    assert code == 2 and "which configuration? Add --config=FILE" in text
+    assert code == 2 and "--dataset=DIR_OR_REPO or --config" in text
     code, text = script(f"--dataset={tmp_path / 'none'}")
     assert code == 2 and "none" in text and "Traceback" not in text
     code, text = script(f"--dataset={root}", "--decode=some")

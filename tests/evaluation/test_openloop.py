@@ -101,6 +101,12 @@ class Fake:
         class action:
             mean = np.array([1.0, 2.0])
 
+    relative = np.array([False, False])
+
+    @staticmethod
+    def reference(states):
+        return np.zeros((len(states), 2))
+
     def __init__(self):
         self.sizes = []
 
@@ -130,10 +136,18 @@ def test_all_batches_have_one_size():
     assert policy.sizes == [2]
 
 
-def test_dims_have_the_names_of_the_dataset(dataset_info):
-    assert openloop.dim_names(dataset_info, "action")[:2] == ["joint_0", "joint_1"]
-    features = dataset_info.features
-    for names, expected in (({"motors": list("abcdefghijklmn")}, "a"), (None, "0"), (["too", "few"], "0")):
-        renamed = features | {"action": {**features["action"], "names": names}}
-        info = dataclasses.replace(dataset_info, features=renamed)
-        assert openloop.dim_names(info, "action")[0] == expected
+def test_baselines_of_relative_actions_are_in_robot_units():
+    """Holding still is the state that an action is relative to, the mean the state plus the mean change."""
+
+    class Relative(Fake):
+        relative = np.array([False, True])
+
+        @staticmethod
+        def reference(states):
+            return np.stack([np.zeros(len(states)), states[:, 0]], axis=1)
+
+    part = recorded(5)
+    part = dataclasses.replace(part, observations=[o | {"state": np.arange(3) + 7.0} for o in part.observations])
+    found = openloop.baselines(part, Relative)
+    np.testing.assert_array_equal(found["hold_still"][3, 2], [part.previous[3, 0], 7])
+    np.testing.assert_array_equal(found["mean_action"][3, 2], [1, 7 + 2])

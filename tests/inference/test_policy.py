@@ -337,6 +337,20 @@ def test_a_directory_that_knows_its_robot_needs_no_more(policy, model_dir, tmp_p
         wallx_jax.load_policy(folder, norm_stats=robot_stats())
 
 
+def test_relative_actions_are_added_to_the_state(policy, model_dir, tmp_path):
+    """With the same statistics the model says the same; statistics on file say what it is relative to."""
+    relative_to = (3, -1, *range(5))
+    save_norm_stats(tmp_path, dataclasses.replace(robot_stats(), relative_to=relative_to, horizon=HORIZON))
+    options = {"norm_stats": tmp_path, "views": VIEWS, "resolution": 84, "numerics": FLOAT32}
+    relative = wallx_jax.load_policy(model_dir, horizon=HORIZON, **options)
+    observations = [observation(), observation(120, 60, seed=1)]
+    ours, absolute = (each.predict(observations, seed=3).actions for each in (relative, policy))
+    states = np.stack([o["state"] for o in observations])[:, list(relative_to)] * (np.array(relative_to) >= 0)
+    np.testing.assert_allclose(ours, absolute + states[:, None], atol=1e-6)
+    with pytest.raises(ValueError, match="over 5 steps, but wanted .* over 6 steps"):
+        wallx_jax.load_policy(model_dir, horizon=6, **options)
+
+
 def test_numerics_can_be_overridden(policy, model_dir):
     causal = load_model(model_dir, numerics=FLOAT32 | {"action_attention": "causal"})
     assert causal.config.numerics.action_attention == "causal"

@@ -41,6 +41,10 @@ PREPROCESSOR = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
+RELATIVE_ACTIONS = (
+    "{}: some actions of this model are differences from the state at the chunk's start (relative_to in "
+    "processor.json). wallx_jax.load_policy adds the state; upstream's loader and lerobot's do not: add it yourself"
+)
 
 
 def export_model(
@@ -52,6 +56,8 @@ def export_model(
     shard_bytes: int | None = None,
 ) -> Path:
     """Writes a model directory that PyTorch loaders read, and compares it with the checkpoint.
+
+    Warns where actions are relative to the state, which PyTorch loaders do not know; config.json then says so, too.
 
     Args:
         checkpoint: a checkpoint or run of ours (its newest). Adapters are merged.
@@ -97,7 +103,11 @@ def export_model(
         shutil.copytree(assets, folder, ignore=shutil.ignore_patterns(*left_out))
         with tqdm(total=size, unit="B", unit_scale=True, unit_divisor=1024, desc=f"to {output.name}") as progress:
             write_weights(folder, config, model.read, specs, extra, shard_bytes, progress.update)
-        write_json(folder / "config.json", _config_json(config, assets, specs))
+        config_json = _config_json(config, assets, specs)
+        if whole and processors.acts_relatively(assets):
+            config_json.setdefault("wallx_jax", {})["relative_actions"] = True
+            warnings.warn(RELATIVE_ACTIONS.format(output), stacklevel=2)
+        write_json(folder / "config.json", config_json)
         if not (folder / "preprocessor_config.json").is_file():
             write_json(folder / "preprocessor_config.json", PREPROCESSOR)
         found = compare(step, folder, specs.keys() - extra.keys() - _tied_head(config), round_a=dtype != "keep")

@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import constants
+from tqdm import tqdm
 
-from wallx_jax import hub
+from wallx_jax import hub, vectors
+from wallx_jax.vectors import Slice
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,26 +49,35 @@ class DatasetInfo:
         """int64 [num_episodes]: index of each episode's first frame."""
         return np.cumsum(self.episode_lengths) - self.episode_lengths
 
-    def dims(self, key: str) -> int:
-        """Width of a state or action feature."""
-        self._check(key, [k for k in self.features if k not in self.camera_keys], "feature")
-        shape = self.features[key]["shape"]
-        if len(shape) != 1:
-            raise ValueError(f"{self.repo_id}: {key!r} has shape {tuple(shape)}; states and actions are vectors")
-        return int(shape[0])
+    def parts(self, vector: str) -> tuple[Slice, ...]:
+        """Where the dims of a state or action are found; `vector` as in wallx_jax.vectors.
+
+        Raises:
+            ValueError: the dataset has no such dims; lists the vectors that it has.
+        """
+        try:
+            return vectors.locate(vector, self.features)
+        except ValueError as error:
+            raise ValueError(f"{self.repo_id}: {error}; it has {list(vectors.widths(self.features))}") from None
+
+    def dims(self, vector: str) -> int:
+        """Width of a state or action."""
+        return sum(part.stop - part.start for part in self.parts(vector))
+
+    def dim_names(self, vector: str) -> list[str]:
+        """What the dataset calls the dims of a state or action; else numbers."""
+        self.parts(vector)
+        return vectors.dim_names(vector, self.features)
 
     def frame_size(self, camera: str) -> tuple[int, int]:
         """(height, width) in pixels of a camera's frames."""
-        self._check(camera, list(self.camera_keys), "camera")
+        if camera not in self.camera_keys:
+            raise ValueError(f"{self.repo_id} has no camera {camera!r}; it has {list(self.camera_keys)}")
         feature = self.features[camera]
         shape, names = tuple(feature["shape"]), list(feature.get("names") or ())
         if names and "height" in names and "width" in names:
             return shape[names.index("height")], shape[names.index("width")]
         return shape[1:] if shape[0] == 3 else shape[:2]
-
-    def _check(self, key: str, offered: list[str], what: str) -> None:
-        if key not in offered:
-            raise ValueError(f"{self.repo_id} has no {what} {key!r}; it has {offered}")
 
 
 def read_info(repo_id_or_path: str | Path, revision: str | None = None, download_videos: bool = True) -> DatasetInfo:
@@ -138,29 +149,58 @@ def _conversion_command(repo_id: str, root: Path | None) -> str:
     return f"python -m {module}.convert_dataset_v21_to_v30 --repo-id={repo_id}{folder} --push-to-hub=false"
 
 
-def read_columns(info: DatasetInfo, keys: Sequence[str]) -> list[np.ndarray]:
-    """Whole columns of data/chunk-*/file-*.parquet in frame order: [N] for scalar features, [N, D] for vectors.
+def read_columns(info: DatasetInfo, keys: Sequence[str], progress: bool = False) -> list[np.ndarray]:
+    """Whole columns of data/chunk-*/file-*.parquet in frame order: [N, D] for vectors (wallx_jax.vectors), [N] for
+    lerobot's own, "episode_index" and the like. One file is in memory at a time, beside what it gave.
+
+    Args:
+        progress: show a bar over the files.
 
     Raises:
         FileNotFoundError, ValueError: if files are missing or hold other than `info.num_frames` frames.
     """
-    table = _read_tables(sorted((info.root / "data").glob("*/*.parquet")) or [info.root / "data"], ["index", *keys])
-    index = table["index"].to_numpy()
-    if not np.array_equal(np.sort(index), np.arange(info.num_frames)):
+    parts = {key: (Slice(key),) if key in vectors.BOOKKEEPING else info.parts(key) for key in keys}
+    features = list(dict.fromkeys(part.feature for found in parts.values() for part in found))
+    files = sorted((info.root / "data").glob("*/*.parquet")) or [info.root / "data"]
+    columns: dict[str, np.ndarray] = {}
+    seen, count = np.zeros(info.num_frames, bool), 0
+    for file in tqdm(files, desc=f"reading {info.repo_id}", unit="file", disable=not progress):
+        table = _read_table(file, ["index", *features])
+        index = table["index"].to_numpy()
+        count += len(index)
+        if index.max(initial=0) >= info.num_frames:
+            continue
+        seen[index] = True
+        read = {feature: _to_numpy(table[feature]) for feature in features}
+        for key, found in parts.items():
+            values = _concatenate(found, read.__getitem__)
+            if key in vectors.BOOKKEEPING:
+                values = values[:, 0]
+            if key not in columns:
+                columns[key] = np.empty((info.num_frames, *values.shape[1:]), values.dtype)
+            columns[key][index] = values
+    if count != info.num_frames or not seen.all():
         raise ValueError(
-            f"{info.repo_id}: data/ holds {len(index)} frames, meta/ counts {info.num_frames}; "
+            f"{info.repo_id}: data/ holds {count} frames, meta/ counts {info.num_frames}; "
             "the dataset is not complete, copy it again"
         )
-    order = np.argsort(index, kind="stable")
-    columns = []
-    for key in keys:
-        column = table[key].combine_chunks()
-        if pa.types.is_nested(column.type):
-            values = column.flatten().to_numpy(zero_copy_only=False).reshape(len(index), -1)
-        else:
-            values = column.to_numpy(zero_copy_only=False)
-        columns.append(values[order])
-    return columns
+    return [columns[key] for key in keys]
+
+
+def _to_numpy(column: pa.ChunkedArray) -> np.ndarray:
+    """[n] or, for a feature of several dims, [n, D]."""
+    values = column.combine_chunks()
+    if pa.types.is_nested(values.type):
+        return values.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+    return values.to_numpy(zero_copy_only=False)
+
+
+def _concatenate(parts: Sequence[Slice], read: Callable[[str], np.ndarray]) -> np.ndarray:
+    """[n, D]: the parts of a vector side by side; `read` gives a feature's values [n, dims], or [n] where it has one
+    dim, as lerobot stores it."""
+    values = [read(part.feature) for part in parts]
+    columns = [x.reshape(len(x), -1)[:, part.start : part.stop] for x, part in zip(values, parts, strict=True)]
+    return columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
 
 
 def read_episodes(info: DatasetInfo, keys: Sequence[str]) -> list[np.ndarray]:
@@ -171,18 +211,21 @@ def read_episodes(info: DatasetInfo, keys: Sequence[str]) -> list[np.ndarray]:
 
 
 def _read_tables(files: Sequence[Path], columns: list[str] | None = None) -> pa.Table:
-    """Reads and joins parquet files; names the file that is missing or broken."""
-    tables = []
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing; the dataset is not complete, copy it again")
-        try:
-            tables.append(pq.ParquetFile(file).read(columns))
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{file} cannot be read ({error}); copy the dataset again") from error
-        if columns and (missing := set(columns) - set(tables[-1].column_names)):
-            raise ValueError(f"{file} lacks columns {sorted(missing)}; it has {tables[-1].column_names}")
-    return pa.concat_tables(tables, promote_options="permissive")
+    """Reads and joins parquet files."""
+    return pa.concat_tables([_read_table(file, columns) for file in files], promote_options="permissive")
+
+
+def _read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
+    """Reads a parquet file; names it if it is missing or broken."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing; the dataset is not complete, copy it again")
+    try:
+        table = pq.ParquetFile(file).read(columns)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); copy the dataset again") from error
+    if columns and (missing := set(columns) - set(table.column_names)):
+        raise ValueError(f"{file} lacks columns {sorted(missing)}; it has {table.column_names}")
+    return table
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +253,7 @@ class LeRobotSource:
         info: the dataset.
         horizon: A, actions per sample, one per frame.
         cameras: camera keys, in the order the prompt names them.
-        state_key, action_key: vector features.
+        state_key, action_key: vectors, see wallx_jax.vectors.
         frames: indices of the split's frames; None for all.
         video_backend: lerobot's name of the decoder. torchcodec is faster but needs the system's FFmpeg libraries.
 
@@ -230,7 +273,7 @@ class LeRobotSource:
     ):
         for camera in cameras:
             info.frame_size(camera)
-        info.dims(state_key), info.dims(action_key)
+        self.state_parts, self.action_parts = info.parts(state_key), info.parts(action_key)
         self.info, self.horizon, self.cameras = info, horizon, tuple(cameras)
         self.state_key, self.action_key, self.video_backend = state_key, action_key, video_backend
         self.frames = np.arange(info.num_frames) if frames is None else np.asarray(frames, np.int64)
@@ -262,7 +305,7 @@ class LeRobotSource:
             RuntimeError: naming dataset, episode and frame, if it cannot be read or decoded.
         """
         index, episode, frame = map(int, self.locate(i))
-        dataset = self._open()
+        dataset, ahead = self._open(), self.action_features
         try:
             item = dataset[index]
             images = tuple(to_uint8(item[camera]) for camera in self.cameras)
@@ -271,15 +314,25 @@ class LeRobotSource:
                 f"{self.info.repo_id}: episode {episode}, frame {frame} (index {index}) cannot be read from "
                 f"{self.info.root}: {type(error).__name__}: {error}"
             ) from error
+
+        def now(feature: str) -> np.ndarray:
+            values = item[feature].numpy()
+            return values[:1] if feature in ahead else values[None]
+
         return RawSample(
             images,
-            item[self.state_key].numpy().astype(np.float32),
-            item[self.action_key].numpy().astype(np.float32),
-            item[f"{self.action_key}_is_pad"].numpy(),
+            _concatenate(self.state_parts, now)[0].astype(np.float32),
+            _concatenate(self.action_parts, lambda feature: item[feature].numpy()).astype(np.float32),
+            item[f"{ahead[0]}_is_pad"].numpy(),
             item["task"],
             episode,
             frame,
         )
+
+    @property
+    def action_features(self) -> tuple[str, ...]:
+        """The dataset's features that actions are made of."""
+        return tuple(dict.fromkeys(part.feature for part in self.action_parts))
 
     def low_dim(self, i: int) -> RawSample:
         """The same without images (an empty tuple): from the table files alone, nothing is decoded."""
@@ -339,7 +392,9 @@ def _open_dataset(source: LeRobotSource) -> Any:
         return LeRobotDataset(
             info.repo_id,
             root=info.root,
-            delta_timestamps={source.action_key: [step / info.fps for step in range(source.horizon)]},
+            delta_timestamps={
+                feature: [step / info.fps for step in range(source.horizon)] for feature in source.action_features
+            },
             video_backend=source.video_backend,
             **raw,
         )

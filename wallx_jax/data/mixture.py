@@ -28,17 +28,20 @@ def open_parts(run: RunConfig) -> tuple[Part, ...]:
     """Reads what the datasets say about themselves and checks each against its settings.
 
     Raises:
-        ConfigError, FileNotFoundError, ValueError: what is missing or does not fit; for the datasets after the first
-            with their names.
+        ConfigError: everything that does not fit, for the datasets after the first with their names.
+        FileNotFoundError, ValueError: what is missing.
     """
-    parts = []
-    for name, weight, settings in run.datasets():
-        data, with_name = settings.data, f"datasets.{name}: " if parts else ""
+    parts, errors, offers = [], [], []
+    for number, (name, weight, settings) in enumerate(run.datasets()):
+        data, with_name = settings.data, f"datasets.{name}: " if number else ""
+        info = read_info(data.location, data.revision, data.download_videos)
         try:
-            info = read_info(data.location, data.revision, data.download_videos)
             parts.append(Part(name, weight, check_dataset(settings, info), info))
         except ConfigError as error:
-            raise ConfigError(*(with_name + text for text in error.errors)) from error
+            errors += [with_name + text for text in error.errors]
+            offers.append(error.offer)
+    if errors:
+        raise ConfigError(*errors, offer="\n".join(dict.fromkeys(offers)))
     return tuple(parts)
 
 

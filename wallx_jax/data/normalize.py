@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from wallx_jax.files import atomic_file
+
 FILE_NAME = "norm_stats.json"
 
 
@@ -49,12 +51,27 @@ class Stats:
 
 @dataclass(frozen=True, eq=False)
 class NormStats:
-    """Statistics of a robot's state and action, with the dataset keys they belong to."""
+    """Statistics of a robot's state and action, with the dataset keys they belong to.
+
+    relative_to: per action dim the state dim whose value is taken off before, or -1; empty: none. Statistics of such a
+        dim are of the differences over the next `horizon` steps.
+    """
 
     state: Stats
     action: Stats
     state_key: str
     action_key: str
+    relative_to: tuple[int, ...] = ()
+    horizon: int | None = None
+
+    def check_relative(self, relative_to: tuple[int, ...], horizon: int) -> None:
+        """Raises ValueError if these are statistics of other differences than of actions `relative_to` the state."""
+        wanted = (relative_to, horizon if relative_to else None)
+        if (self.relative_to, self.horizon) != wanted:
+            raise ValueError(
+                f"the statistics are of {_differences(self.relative_to, self.horizon)}, but wanted are those of "
+                f"{_differences(*wanted)}"
+            )
 
 
 class Normalizer:
@@ -114,12 +131,18 @@ class Normalizer:
 
 
 def save_norm_stats(path: str | Path, stats: NormStats) -> None:
-    """Writes upstream's `{"norm_stats": {key: {mean, std, q01, q99}}}`, with min and max added."""
+    """Writes upstream's `{"norm_stats": {key: {mean, std, q01, q99}}}`, with min and max added. Where actions are
+    relative to the state there is `"relative_actions": {relative_to, horizon}` beside "norm_stats". The file appears
+    when it is complete."""
     rows = {
         key: {f.name: getattr(part, f.name).tolist() for f in dataclasses.fields(part)}
         for key, part in ((stats.state_key, stats.state), (stats.action_key, stats.action))
     }
-    _file(path).write_text(json.dumps({"norm_stats": rows}, indent=2) + "\n")
+    content: dict[str, Any] = {"norm_stats": rows}
+    if stats.relative_to:
+        content["relative_actions"] = {"relative_to": list(stats.relative_to), "horizon": stats.horizon}
+    with atomic_file(_file(path)) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 def load_norm_stats(
@@ -149,10 +172,11 @@ def load_norm_stats(
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(rows, dict):
         raise ValueError(f"{file} holds a {type(rows).__name__}, not an object with norm stats")
+    relative_to, horizon = _read_relative(file, rows.get("relative_actions"))
     rows = rows["norm_stats"] if "norm_stats" in rows else _pick(file, rows, robot, "", "robot")
     state_key, state = _read(file, rows, state_key, "state")
     action_key, action = _read(file, rows, action_key, "action")
-    return NormStats(state, action, state_key, action_key)
+    return NormStats(state, action, state_key, action_key, relative_to, horizon)
 
 
 def _equal(low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -175,6 +199,22 @@ def _pick(file: Path, rows: Any, key: str | None, hint: str, what: str) -> Any:
         wanted = f"no {what} {key!r}" if key else f"name the {what} key, it is not clear which is meant"
         raise ValueError(f"{file}: {wanted}; the file has {sorted(rows)}")
     return rows[key]
+
+
+def _read_relative(file: Path, row: Any) -> tuple[tuple[int, ...], int | None]:
+    if row is None:
+        return (), None
+    try:
+        return tuple(map(int, row["relative_to"])), int(row["horizon"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: 'relative_actions' needs relative_to and horizon, it is {row!r}") from error
+
+
+def _differences(relative_to: tuple[int, ...], horizon: int | None) -> str:
+    if not relative_to:
+        return "absolute actions"
+    dims = {action: state for action, state in enumerate(relative_to) if state >= 0}
+    return f"actions relative to the state (action dim: state dim) {dims} over {horizon} steps"
 
 
 def _read(file: Path, rows: Any, key: str | None, what: str) -> tuple[str, Stats]:

@@ -42,6 +42,8 @@ class ProcessorConfig:
     observed, predicted: one flag per state dim and per action dim; a dim that is off is masked like one the robot
         lacks. Empty: all on.
     prompt: the words of the prompt.
+    relative_to: per action dim the state dim that it is relative to, or -1: the model is given, and gives, the
+        difference of the whole chunk from the state at its start. Empty: no dim is relative.
     """
 
     views: tuple[str, ...]
@@ -59,6 +61,7 @@ class ProcessorConfig:
     observed: tuple[bool, ...] = ()
     predicted: tuple[bool, ...] = ()
     prompt: PromptTemplate = PromptTemplate()
+    relative_to: tuple[int, ...] = ()
 
     def __post_init__(self):
         lengths = {name: len(getattr(self, name)) for name in ("views", "camera_keys", "resolutions", "image_sizes")}
@@ -78,6 +81,7 @@ class Processor:
 
     Attributes:
         observed, predicted: bool [D], which dims of the state the policy sees and which of the action it predicts.
+        relative: bool [D], which dims of the action are relative to the state.
 
     Args:
         config: the layout.
@@ -86,8 +90,8 @@ class Processor:
         fast: the action tokenizer; needed for objective "fast" only.
 
     Raises:
-        ValueError: if the robot is wider than the model, or the action tokenizer is missing or does not match the
-            vocabulary.
+        ValueError: if the robot is wider than the model, the statistics are of other differences of actions and state,
+            or the action tokenizer is missing or does not match the vocabulary.
     """
 
     def __init__(
@@ -109,6 +113,17 @@ class Processor:
         self.predicted = _flags("predicted", config.predicted, self.action.dims)
         self._state_mask = self.state.pad(self.observed)
         self._action_mask = self.action.pad(self.predicted)
+        stats.check_relative(config.relative_to, config.horizon)
+        relative_to = np.array(config.relative_to or (-1,) * self.action.dims)
+        if len(relative_to) != self.action.dims or relative_to.max() >= self.state.dims:
+            raise ValueError(
+                f"relative_to is {config.relative_to}; expected for each of {self.action.dims} action dims -1 or one "
+                f"of {self.state.dims} state dims"
+            )
+        self.relative = relative_to >= 0
+        self._reference = relative_to[self.relative]
+        self._needed = self.observed.copy()  # dims of the state that must have a value
+        self._needed[self._reference] = True
 
     def encode(
         self,
@@ -140,7 +155,7 @@ class Processor:
         state = np.asarray(state, np.float64)
         if state.shape != (self.state.dims,):
             raise ValueError(f"state has shape {state.shape}; this robot's has {(self.state.dims,)}")
-        if (missing := ~np.isfinite(state) & self.observed).any():
+        if (missing := ~np.isfinite(state) & self._needed).any():
             raise ValueError(f"state is not finite at dims {np.flatnonzero(missing).tolist()}")
 
         mask = np.tile(self._action_mask, (config.horizon, 1))
@@ -150,7 +165,7 @@ class Processor:
             if actions.shape != expected:
                 raise ValueError(f"actions have shape {actions.shape}; expected {expected} (horizon, dims)")
             mask *= self.action.pad(~np.isnan(actions))
-            values = self.action.normalize(actions) * mask
+            values = self.action.normalize(actions - self.reference(state)) * mask
             if action_is_pad is not None:
                 is_pad = np.asarray(action_is_pad, bool)
         tokens, token_mask, labels = self._text(instruction, None if actions is None else values, task)
@@ -206,13 +221,30 @@ class Processor:
         encoded = _encode(self.tokenizer, instruction, config, answer=answer)
         return prompt.fit(encoded, config.prompt_length, config.label_window)
 
-    def decode_actions(self, chunk: Any) -> np.ndarray:
-        """Model units [..., A, C] -> float32 robot units [..., A, D]."""
-        return self.action.unnormalize(chunk)
+    def reference(self, state: Any) -> np.ndarray:
+        """What is taken off actions before they are normalised, and added afterwards: the state where an action is
+        relative to it, else 0. [..., D of the state] -> float64 [..., D of the action], robot units."""
+        state = np.asarray(state, np.float64)
+        taken_off = np.zeros((*state.shape[:-1], self.action.dims))
+        taken_off[..., self.relative] = state[..., self._reference]
+        return taken_off
 
-    def decode_action_tokens(self, ids: Iterable[int]) -> np.ndarray:
+    def decode_actions(self, chunk: Any, state: Any | None = None) -> np.ndarray:
+        """Model units [..., A, C] -> float32 robot units [..., A, D].
+
+        Args:
+            state: [..., D] robot units, what `encode` was given; needed where actions are relative to it.
+        """
+        actions = self.action.unnormalize(chunk)
+        if not self.relative.any():
+            return actions
+        if state is None:
+            raise ValueError("actions of this robot are relative to the state: decoding needs the state, too")
+        return (actions + self.reference(state)[..., None, :]).astype(np.float32)
+
+    def decode_action_tokens(self, ids: Iterable[int], state: Any | None = None) -> np.ndarray:
         """Vocabulary ids of `<|action_token_i|>` -> float32 robot units [A, D]; dims that are not predicted are at
-        the middle of their range.
+        the middle of their range. `state`: as of `decode_actions`.
 
         Raises:
             ValueError: for an id that is no action token.
@@ -226,7 +258,7 @@ class Processor:
             raise ValueError(f"ids {strangers} are not action tokens; those are {start}..{start + size - 1}")
         chunk = np.zeros((self.config.horizon, self.action.dims), np.float32)
         chunk[:, self.predicted] = self.fast.decode(tokens, self.config.horizon, int(self.predicted.sum()))
-        return self.action.unnormalize(chunk)
+        return self.decode_actions(chunk, state)
 
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer files, norm_stats.json, processor.json and fast/: all that `from_dir` needs."""
@@ -261,7 +293,7 @@ class Processor:
 
 
 def read_config(directory: str | Path) -> ProcessorConfig:
-    """The layout in a directory's processor.json. One without a prompt was written before that could be changed.
+    """The layout in a directory's processor.json. What it does not say was not to be chosen when it was written.
 
     Raises:
         FileNotFoundError, ValueError: as `Processor.from_dir`.
@@ -269,14 +301,27 @@ def read_config(directory: str | Path) -> ProcessorConfig:
     file = Path(directory) / FILE_NAME
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; expected the processor folder of a checkpoint")
-    fields = {"prompt": dataclasses.asdict(PromptTemplate()), **json.loads(file.read_text())}
-    for name, kind, given in (("", ProcessorConfig, fields), ("prompt: ", PromptTemplate, fields["prompt"])):
-        known = {f.name for f in dataclasses.fields(kind)}
-        if set(given) != known:
-            unknown, missing = sorted(set(given) - known), sorted(known - set(given))
-            raise ValueError(f"{file}: {name}unknown fields {unknown}, missing fields {missing}")
-    fields = {k: tuple(map(_tuples, v)) if isinstance(v, list) else v for k, v in fields.items()}
-    return ProcessorConfig(**fields | {"prompt": PromptTemplate(**fields["prompt"])})
+    fields = json.loads(file.read_text())
+    _check_fields(file, fields, ProcessorConfig)
+    if "prompt" in fields:
+        _check_fields(file, fields["prompt"], PromptTemplate, "prompt: ")
+        fields["prompt"] = PromptTemplate(**fields["prompt"])
+    return ProcessorConfig(**{k: tuple(map(_tuples, v)) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def _check_fields(file: Path, given: dict[str, Any], kind: type, prefix: str = "") -> None:
+    """Raises ValueError where a table does not make a `kind`."""
+    fields = dataclasses.fields(kind)
+    unknown = sorted(given.keys() - {f.name for f in fields})
+    missing = sorted({f.name for f in fields if f.default is dataclasses.MISSING} - given.keys())
+    if unknown or missing:
+        raise ValueError(f"{file}: {prefix}unknown fields {unknown}, missing fields {missing}")
+
+
+def acts_relatively(directory: str | Path) -> bool:
+    """Does a processor directory hold a robot whose actions are relative to the state?"""
+    own = [Path(directory), *(Path(directory) / ROBOTS / name for name in robots(directory))]
+    return any(read_config(folder).relative_to for folder in own if (folder / FILE_NAME).is_file())
 
 
 def robots(directory: str | Path) -> list[str]:

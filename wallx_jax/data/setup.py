@@ -1,5 +1,8 @@
 """From a checked configuration to what the loop draws from: the processor and the two splits."""
 
+import logging
+import shlex
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,8 @@ from wallx_jax.data.processor import Processor, ProcessorConfig, required_prompt
 from wallx_jax.data.stats import compute_stats
 from wallx_jax.data.tokenizer import Tokenizer
 from wallx_jax.run_config import RunConfig
+
+logger = logging.getLogger(__name__)
 
 
 def load_fast_tokenizer(run: RunConfig) -> FastTokenizer | None:
@@ -50,10 +55,17 @@ def build_augment(run: RunConfig) -> Augment | None:
 
 
 def load_stats(run: RunConfig, info: DatasetInfo) -> NormStats:
-    """Statistics from norm_stats_path, or computed from the dataset's tables."""
-    data = run.data
+    """Statistics from norm_stats_path, or computed from the dataset's tables.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is not there, or of another robot.
+    """
+    data, relative_to = run.data, run.robot.relative_to()
     if data.norm_stats_path is None:
-        return compute_stats(info, data.state_key, data.action_key)
+        start = time.perf_counter()
+        stats = dataset_stats(run, info)
+        logger.info("%s", _report(run, info, stats, time.perf_counter() - start))
+        return stats
     stats = load_norm_stats(Path(data.norm_stats_path), data.state_key, data.action_key)
     for name, key, found in (("state", data.state_key, stats.state), ("action", data.action_key, stats.action)):
         if len(found) != info.dims(key):
@@ -61,7 +73,43 @@ def load_stats(run: RunConfig, info: DatasetInfo) -> NormStats:
                 f"norm_stats_path = {data.norm_stats_path}: {name} statistics have {len(found)} dims, {key!r} of "
                 f"{info.repo_id} has {info.dims(key)}; recompute them for this dataset, or unset norm_stats_path"
             )
+    try:
+        stats.check_relative(relative_to, data.action_horizon)
+    except ValueError as error:
+        raise ValueError(
+            f"norm_stats_path = {data.norm_stats_path}: {error} (relative_action_keys, action_horizon); recompute them "
+            "with scripts/compute_norm_stats.py --config, or unset norm_stats_path"
+        ) from None
     return stats
+
+
+def dataset_stats(run: RunConfig, info: DatasetInfo, progress: bool = False) -> NormStats:
+    """Statistics of a dataset's state and of what `run` trains of its actions. `progress`: show bars."""
+    data = run.data
+    return compute_stats(
+        info,
+        data.state_key,
+        data.action_key,
+        relative_to=run.robot.relative_to(),
+        horizon=data.action_horizon,
+        progress=progress,
+    )
+
+
+def _report(run: RunConfig, info: DatasetInfo, stats: NormStats, seconds: float) -> str:
+    """What was computed, and the command that writes it to a file."""
+    command = "python scripts/compute_norm_stats.py"
+    if stats.relative_to:
+        relative = f", {', '.join(run.robot.relative_keys)} relative to the state over {stats.horizon} steps"
+        command += " --config=..., as here, --output norm_stats.json"
+    else:
+        relative, keys = "", ["--state_key", stats.state_key, "--action_key", stats.action_key]
+        command = f"{command} {shlex.join(['--dataset', run.data.location, *keys, '--output', 'norm_stats.json'])}"
+    return (
+        f"statistics of {info.repo_id}: state ({len(stats.state)} dims of {stats.state_key}) and action "
+        f"({len(stats.action)} dims of {stats.action_key}{relative}) computed from {info.num_frames:,} frames in "
+        f"{seconds:.1f} s; to look at them or keep them for norm_stats_path: {command}"
+    )
 
 
 def build_processor(
@@ -103,6 +151,7 @@ def build_processor(
         observed=run.robot.observed(),
         predicted=run.robot.predicted(),
         prompt=template,
+        relative_to=run.robot.relative_to(),
     )
     return Processor(config, tokenizer, stats, fast)
 

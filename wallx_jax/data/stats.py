@@ -1,9 +1,10 @@
 """Exact normalisation statistics from a dataset's table files; no video is touched."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from wallx_jax.data.lerobot import DatasetInfo, LeRobotSource, read_columns, read_info
 from wallx_jax.data.normalize import NormStats, Stats
@@ -14,16 +15,26 @@ def compute_stats(
     state_key: str = "observation.state",
     action_key: str = "action",
     episodes: Sequence[int] | None = None,
+    relative_to: Sequence[int] = (),
+    horizon: int = 1,
+    progress: bool = False,
 ) -> NormStats:
     """Mean, standard deviation, exact 1% and 99% quantiles (linear interpolation), min and max of every dimension.
 
     Over the frames of the dataset, or of the chosen episodes, each counted once; upstream estimates the same from
     histograms over action chunks, which counts a frame up to `horizon` times.
 
+    Of an action dim that is relative to the state, over the differences action[t + k] - state[t] of all frames t and
+    steps k < horizon that are within the episode. Memory: the state and action columns, and twice the differences of
+    one dim, 8 bytes each.
+
     Args:
         dataset: a local folder, a repo id, what `read_info` returned, or a source, whose own keys are then used.
-        state_key, action_key: vector features.
+        state_key, action_key: vectors, see wallx_jax.vectors.
         episodes: episodes to use; None for all.
+        relative_to: per action dim the state dim that it is relative to, or -1; empty: none.
+        horizon: steps of a chunk of actions; of no effect where none is relative.
+        progress: show bars over the table files and the dims.
 
     Raises:
         ValueError: for a key the dataset does not have, an unknown episode, or an infinite value.
@@ -31,28 +42,79 @@ def compute_stats(
     if isinstance(dataset, LeRobotSource):
         dataset, state_key, action_key = dataset.info, dataset.state_key, dataset.action_key
     info = dataset if isinstance(dataset, DatasetInfo) else read_info(dataset, download_videos=False)
-    info.dims(state_key), info.dims(action_key)
-    states, actions, episode = read_columns(info, [state_key, action_key, "episode_index"])
+    states, actions, episode = read_columns(info, [state_key, action_key, "episode_index"], progress)
+    left = np.repeat(info.episode_starts + info.episode_lengths, info.episode_lengths) - np.arange(info.num_frames)
     if episodes is not None:
         if unknown := sorted(set(map(int, episodes)) - set(range(info.num_episodes))):
             raise ValueError(f"{info.repo_id} has episodes 0..{info.num_episodes - 1}, not {unknown}")
         chosen = np.isin(episode, list(episodes))
-        states, actions = states[chosen], actions[chosen]
+        states, actions, left = states[chosen], actions[chosen], left[chosen]
     if not len(states):
         raise ValueError(f"{info.repo_id}: no frames to compute statistics from")
+    relative_to = tuple(relative_to)
+    if relative_to and (len(relative_to) != actions.shape[1] or max(relative_to) >= states.shape[1]):
+        raise ValueError(
+            f"relative_to is {relative_to}; expected -1 or one of {states.shape[1]} state dims for each of "
+            f"{actions.shape[1]} action dims"
+        )
+    targets = (
+        column if state < 0 else _differences(column, states[:, state], left, horizon)
+        for column, state in zip(actions.T, relative_to or (-1,) * actions.shape[1], strict=True)
+    )
     try:
-        return NormStats(_stats(states), _stats(actions), state_key, action_key)
+        with tqdm(total=states.shape[1] + actions.shape[1], desc="statistics", unit="dim", disable=not progress) as bar:
+            parts = _stats(states.T, bar), _stats(targets, bar)
+        return NormStats(*parts, state_key, action_key, relative_to, horizon if relative_to else None)
     except ValueError as error:
         raise ValueError(f"{info.repo_id}: {error}") from error
 
 
-def _stats(values: np.ndarray) -> Stats:
-    """[N, D] -> statistics over N. NaN marks a missing value and is left out; a dim with nothing else gets zeros."""
+def table(stats: NormStats, info: DatasetInfo) -> str:
+    """The statistics of a dataset as people read them, a line for each dim."""
+    fields = ("mean", "std", "min", "q01", "q99", "max")
+    states, actions = info.dim_names(stats.state_key), info.dim_names(stats.action_key)
+    relative = [
+        "" if state < 0 else f"minus the state's {states[state]}" for state in stats.relative_to or (-1,) * len(actions)
+    ]
+    width = max(map(len, (*states, *actions)))
+    lines = []
+    for title, part, names, notes in (
+        (f"state: {stats.state_key}", stats.state, states, [""] * len(states)),
+        (f"action: {stats.action_key}", stats.action, actions, relative),
+    ):
+        lines += [title, f"  {'':{width}}" + "".join(f"{field:>12}" for field in fields)]
+        for dim, name in enumerate(names):
+            values = "".join(f"{getattr(part, field)[dim]:12.5g}" for field in fields)
+            still = "never moves" if part.min[dim] == part.max[dim] else ""
+            lines.append(f"  {name:{width}}{values}  {'; '.join(filter(None, (notes[dim], still)))}".rstrip())
+    return "\n".join(lines)
+
+
+def _differences(actions: np.ndarray, states: np.ndarray, left: np.ndarray, horizon: int) -> np.ndarray:
+    """actions[t + k] - states[t] of one dim, [N] each, in one array for all t and k < horizon within the episode; left
+    int [N]: frames until its end, this one included."""
+    actions, states = actions.astype(np.float64), states.astype(np.float64)
+    found = np.empty(np.minimum(left, horizon).sum())
+    end = 0
+    for step in range(min(horizon, len(states))):
+        inside = left[: len(states) - step] > step
+        differences = (actions[step:] - states[: len(states) - step])[inside]
+        found[end : end + len(differences)] = differences
+        end += len(differences)
+    return found
+
+
+def _stats(columns: Iterable[np.ndarray], bar: tqdm) -> Stats:
+    """[N] of each dim -> statistics. NaN marks a missing value and is left out; a dim with nothing else gets zeros."""
     rows = []
-    for dim, column in enumerate(values.T):
-        x = column[~np.isnan(column)].astype(np.float64)
+    for column in columns:
+        x = column[~np.isnan(column)].astype(np.float64, copy=False)
+        del column  # the differences of a dim are large: two such arrays are held at a time, no more
         if np.isinf(x).any():
-            raise ValueError(f"dim {dim} has infinite values")
+            raise ValueError(f"dim {len(rows)} has infinite values")
         x = x if len(x) else np.zeros(1)
-        rows.append([x.mean(), x.std(), *np.quantile(x, [0.01, 0.99]), x.min(), x.max()])
+        row = [x.mean(), x.std(), x.min(), x.max()]
+        rows.append([*row[:2], *np.quantile(x, [0.01, 0.99], overwrite_input=True), *row[2:]])
+        del x
+        bar.update()
     return Stats(*np.array(rows).T)

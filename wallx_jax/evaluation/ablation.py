@@ -64,6 +64,15 @@ def _elsewhere(recorded: Recorded, row: int) -> int:
     )
 
 
+def from_true_states(
+    chunks: np.ndarray, seen: Sequence[Observation], recorded: Recorded, processor: Processor
+) -> np.ndarray:
+    """Chunks [N, A, D] that a policy predicted for the observations `seen`, carried out where the robot was: actions
+    that are relative to the state are added to the recorded one, not to what replaced it."""
+    was, saw = (processor.reference(np.stack([o["state"] for o in each])) for each in (recorded.observations, seen))
+    return chunks + (was - saw)[:, None]
+
+
 @dataclass(frozen=True)
 class Effect:
     """errors: of the predictions with this input replaced. moved: mean absolute change of the predicted actions, over

@@ -10,8 +10,9 @@ import numpy as np
 
 from wallx_jax.data.lerobot import DatasetInfo, LeRobotSource, read_columns
 from wallx_jax.data.mixture import Part
+from wallx_jax.data.normalize import Stats
 from wallx_jax.data.setup import load_stats
-from wallx_jax.evaluation import findings, frames, openloop, signals
+from wallx_jax.evaluation import findings, frames, signals
 from wallx_jax.evaluation.findings import Finding, Vector
 from wallx_jax.evaluation.frames import Look
 from wallx_jax.evaluation.signals import Following
@@ -65,7 +66,9 @@ def check(part: Part, decode: int | None) -> Report:
         ("state", data.state_key, robot.agent_pos, robot.observed(), states),
         ("action", data.action_key, robot.dof, robot.predicted(), actions),
     ):
-        bounds = None if stats is None else (getattr(stats, what).q01, getattr(stats, what).q99)
+        bounds = (
+            None if stats is None else _bounds(getattr(stats, what), robot.relative_to() if what == "action" else ())
+        )
         spread = signals.spread(values, bounds)
         names, jumps = _names(info, key, groups), signals.jumps(values, episodes)
         vectors.append(Vector(what, key, names, np.array(used), values, spread, jumps, stats is not None))
@@ -90,10 +93,16 @@ def check(part: Part, decode: int | None) -> Report:
     return Report(info, data.action_horizon, state, action, pairs, following, task_index, task_counts, look, found)
 
 
+def _bounds(stats: Stats, relative_to: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """q01 and q99 [D] of given statistics; NaN for actions that are relative to the state, which those are not of."""
+    relative = np.array(relative_to or [-1] * len(stats)) >= 0
+    return np.where(relative, np.nan, stats.q01), np.where(relative, np.nan, stats.q99)
+
+
 def _names(info: DatasetInfo, key: str, groups: Sequence[tuple[str, int]]) -> list[str]:
     """The configuration's names, unless it has but one for all dims; else the dataset's."""
     if len(groups) == 1:
-        return openloop.dim_names(info, key)
+        return info.dim_names(key)
     return [name if dims == 1 else f"{name}.{i}" for name, dims in groups for i in range(dims)]
 
 

@@ -47,8 +47,12 @@ def describe_actions(raw: RawSample, sample: Batch, processor: Processor, names:
     """What it is to predict, step by step."""
     config = processor.config
     parts = [f"actions: {config.horizon} steps, {int(sample.action_is_pad.sum())} of them past the episode's end"]
+    if processor.relative.any():
+        relative = [name for name, on in zip(names, processor.relative, strict=True) if on]
+        parts.append(f"  as differences from the state: {', '.join(relative)}")
+    actions = raw.actions - processor.reference(raw.state)
     for step in range(config.horizon):
-        rows = _rows(names, raw.actions[step], sample.actions[step], sample.action_mask[step])
+        rows = _rows(names, actions[step], sample.actions[step], sample.action_mask[step])
         parts.append(f"  step {step}{' (past the end)' if sample.action_is_pad[step] else ''}\n{rows}")
     spare = config.action_dim - processor.action.dims
     if spare:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from wallx_jax.data.lerobot import DatasetInfo, LeRobotSource, RawSample
+from wallx_jax.data.lerobot import LeRobotSource, RawSample
 from wallx_jax.data.processor import Processor
 from wallx_jax.inference.policy import ActionDecodeError, Observation, Policy
 
@@ -109,16 +109,19 @@ def _batches(observations: Sequence[Observation], size: int) -> Iterator[list[Ob
 def baselines(recorded: Recorded, processor: Processor) -> dict[str, np.ndarray]:
     """Chunks [N, A, D] of policies that need no model.
 
-    "hold_still" keeps the state, where state and action have the same dims, else the action before; "mean_action"
-    always does the mean of the training actions.
+    "hold_still" keeps the state, where state and action have the same dims or an action is relative to it, else the
+    action before; "mean_action" always does the mean of the training actions, which is the mean change of the state
+    where actions are relative to it.
     """
     states = np.stack([o["state"] for o in recorded.observations])
+    reference = processor.reference(states)
     still = states if states.shape == recorded.previous.shape else recorded.previous
-    mean = processor.stats.action.mean
+    still = np.where(processor.relative, reference, still)
+    mean = reference + processor.stats.action.mean
     shape = recorded.actions.shape
     return {
         "hold_still": np.broadcast_to(still[:, None], shape),
-        "mean_action": np.broadcast_to(mean, shape),
+        "mean_action": np.broadcast_to(mean[:, None], shape),
     }
 
 
@@ -168,14 +171,6 @@ def report(chunks: np.ndarray, recorded: Recorded, processor: Processor, names: 
         "predicted": predicted.tolist(),
         **scores,
     }
-
-
-def dim_names(info: DatasetInfo, key: str) -> list[str]:
-    """Names of the dims of a state or action, as the dataset gives them; else numbers."""
-    names, count = info.features[key].get("names"), info.dims(key)
-    if isinstance(names, Mapping):  # {"motors": [...]}
-        names = next(iter(names.values()), None)
-    return [str(name) for name in names] if names and len(names) == count else [str(i) for i in range(count)]
 
 
 def _number(x: float) -> float | None:

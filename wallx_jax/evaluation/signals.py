@@ -68,7 +68,8 @@ class Following:
 
 
 def spread(values: np.ndarray, bounds: tuple[np.ndarray, np.ndarray] | None = None) -> Spread:
-    """What [N, D] values range over. `bounds`: q01 and q99 [D] to normalise with; None: those of the values."""
+    """What [N, D] values range over. `bounds`: q01 and q99 [D] to normalise with, NaN where
+    a dim has none; None: those of the values."""
     nans, infinities = np.isnan(values).sum(axis=0), np.isinf(values).sum(axis=0)
     rows = []
     for column in values.T:

@@ -171,6 +171,7 @@ def _new_processor(
         objective="flow" if fast is None else "fast",
         state_key=stats.state_key,
         action_key=stats.action_key,
+        relative_to=stats.relative_to,
     )
     return Processor(layout, tokenizer, stats, fast)
 

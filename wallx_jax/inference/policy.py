@@ -111,11 +111,12 @@ class Policy:
             observations = [{**o, "instruction": text} for o, text in zip(observations, said, strict=True)]
         asked = time.perf_counter()
         groups = self._batches(observations)
+        states = np.stack([np.asarray(o["state"], np.float64) for o in observations])
         encoded = time.perf_counter()
         if self.processor.config.objective == "fast":
-            actions = self._say_actions(groups, max_tokens, temperature, seed)
+            actions = self._say_actions(groups, states, max_tokens, temperature, seed)
         else:
-            actions = self._flow_actions(groups, steps, seed, noise)
+            actions = self._flow_actions(groups, states, steps, seed, noise)
         end = time.perf_counter()
         timings = {"preprocess": encoded - asked, "model": end - encoded, "total": end - start}
         if subtask:
@@ -181,7 +182,7 @@ class Policy:
             groups.setdefault(tuple(x.shape for x in jax.tree.leaves(sample)), []).append((row, sample))
         return [([row for row, _ in group], stack([sample for _, sample in group])) for group in groups.values()]
 
-    def _flow_actions(self, groups, steps: int, seed: int, noise: np.ndarray | None) -> np.ndarray:
+    def _flow_actions(self, groups, states: np.ndarray, steps: int, seed: int, noise: np.ndarray | None) -> np.ndarray:
         """Robot units [B, A, D] by flow matching."""
         if steps < 1:
             raise ValueError(f"steps is {steps}; give at least 1")
@@ -197,9 +198,11 @@ class Policy:
         chunks = np.empty(shape, np.float32)
         for rows, batch in groups:
             chunks[rows] = self._flow((steps,), self.params, batch, noise[rows])
-        return self.processor.decode_actions(chunks)
+        return self.processor.decode_actions(chunks, states)
 
-    def _say_actions(self, groups, max_tokens: int | None, temperature: float, seed: int) -> np.ndarray:
+    def _say_actions(
+        self, groups, states: np.ndarray, max_tokens: int | None, temperature: float, seed: int
+    ) -> np.ndarray:
         """Robot units [B, A, D] of a FAST checkpoint."""
         config, failures = self.processor.config, {}
         count = sum(len(rows) for rows, _ in groups)
@@ -212,7 +215,7 @@ class Policy:
                         raise FastDecodeError(
                             f"no <|im_end|> within {budget} tokens; raise max_tokens, or train longer"
                         )
-                    actions[row] = self.processor.decode_action_tokens(ids)
+                    actions[row] = self.processor.decode_action_tokens(ids, states[row])
                 except ValueError as error:
                     failures[row] = str(error)
         if failures:

@@ -211,6 +211,12 @@ def check_same_layout(settings: RunConfig, stored: ProcessorConfig) -> None:
         "prompt.view_names": tuple(
             {view: template.view_label(view) for view in stored.views} for template in (data.prompt, stored.prompt)
         ),
+        "state (agent_pos_config, state_key)": (data.state_key, stored.state_key),
+        "action (dof_config, action_key)": (data.action_key, stored.action_key),
+        "relative_action_keys (action dim: state dim)": (
+            _relative_dims(settings.robot.relative_to()),
+            _relative_dims(stored.relative_to),
+        ),
     }
     differing = [
         f"{name} = {now!r}, but the run of resume.ckpt has {then!r}: use that, or start anew from its weights with "
@@ -220,6 +226,10 @@ def check_same_layout(settings: RunConfig, stored: ProcessorConfig) -> None:
     ]
     if differing:
         raise ConfigError(*differing)
+
+
+def _relative_dims(relative_to: Sequence[int]) -> dict[int, int]:
+    return {action: state for action, state in enumerate(relative_to) if state >= 0}
 
 
 def check_weights(origin: Origin, state: TrainState) -> None:

@@ -1,0 +1,103 @@
+"""A robot's state or action as parts of a dataset's features.
+
+A vector is written "action[0:6],action.gripper": dims 0 to 5 of one feature, then all dims of another. The name of one
+feature is the commonest vector.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Features = Mapping[str, Mapping[str, Any]]  # info.json's: {key: {"dtype", "shape", "names"}}
+BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")  # every LeRobot dataset has these
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Dims `start` to `stop` - 1 of a feature; `stop` None: to its end."""
+
+    feature: str
+    start: int = 0
+    stop: int | None = None
+
+    def __str__(self) -> str:
+        return self.feature if self.stop is None else f"{self.feature}[{self.start}:{self.stop}]"
+
+
+def parse_slice(text: str) -> Slice:
+    """ "action[0:6]" or "action.gripper".
+
+    Raises:
+        ValueError: it is neither, or has no dims.
+    """
+    match = re.fullmatch(r"([^\[\],]+)(?:\[(\d+):(\d+)\])?", text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is not FEATURE or FEATURE[START:STOP]")
+    if match[2] is None:
+        return Slice(match[1])
+    start, stop = int(match[2]), int(match[3])
+    if start >= stop:
+        raise ValueError(f"{text!r} has no dims: it starts at {start} and stops before {stop}")
+    return Slice(match[1], start, stop)
+
+
+def widths(features: Features) -> dict[str, int]:
+    """{feature: its dims} of the vectors of a dataset, without its bookkeeping."""
+    return {
+        name: int(feature["shape"][0])
+        for name, feature in features.items()
+        if len(feature["shape"]) == 1 and feature["dtype"] not in ("string", "image", "video")
+        if name not in BOOKKEEPING
+    }
+
+
+def bounded(part: Slice, features: Features) -> Slice:
+    """The slice with its `stop` filled in.
+
+    Raises:
+        ValueError: the dataset has no such vector, or it has fewer dims.
+    """
+    known = widths(features)
+    if part.feature not in known:
+        raise ValueError(f"no feature {part.feature!r} that is a vector")
+    dims = known[part.feature]
+    stop = dims if part.stop is None else part.stop
+    if stop > dims:
+        raise ValueError(f"{part} goes beyond the {dims} dims of {part.feature!r}")
+    return Slice(part.feature, part.start, stop)
+
+
+def locate(vector: str, features: Features) -> tuple[Slice, ...]:
+    """The parts of a vector, each with its `stop`.
+
+    Raises:
+        ValueError: as `parse_slice` and `bounded`.
+    """
+    return tuple(bounded(parse_slice(text), features) for text in vector.split(","))
+
+
+def join(parts: Iterable[Slice], features: Features) -> str:
+    """The vector that has these parts, which have their `stop`, one after the other, in its shortest form."""
+    joined: list[Slice] = []
+    for part in parts:
+        if joined and (joined[-1].feature, joined[-1].stop) == (part.feature, part.start):
+            part = Slice(part.feature, joined.pop().start, part.stop)
+        joined.append(part)
+    whole = {name: Slice(name, 0, dims) for name, dims in widths(features).items()}
+    return ",".join(part.feature if part == whole[part.feature] else str(part) for part in joined)
+
+
+def dim_names(vector: str, features: Features) -> list[str]:
+    """What the dataset calls each dim; where it says nothing its number, with its feature in a joined vector."""
+    parts = locate(vector, features)
+    named = []
+    for part in parts:
+        names, count = features[part.feature].get("names"), widths(features)[part.feature]
+        if isinstance(names, Mapping):  # {"motors": [...]}, or {name: number}
+            lists = [value for value in names.values() if isinstance(value, list)]
+            names = lists[0] if lists else list(names)
+        if not names or len(names) != count:
+            names = [f"{part.feature}[{i}]" if len(parts) > 1 else str(i) for i in range(count)]
+        named += [str(name) for name in names[part.start : part.stop]]
+    return named
