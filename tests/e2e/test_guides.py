@@ -127,7 +127,7 @@ def is_done_here(command: str) -> bool:
 def do(command: str) -> None:
     """A command of a guide."""
     _, *words = shlex.split(command)
-    settings = [word for word in words if word.startswith("--config.") and not word.startswith("--config.resume")]
+    settings = [word for word in words if word.startswith("--config.") and word != "--config.resume.ckpt=latest"]
     if "wallx_jax.train" in words and settings and "--dry_run" not in words:
         words.append("--dry_run")
     if "--dry_run" in words and not any(word.startswith(("--workdir", "--config.resume")) for word in words):
