@@ -4,6 +4,7 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import yaml
 from absl import app, flags
@@ -85,10 +86,13 @@ def explain(error: Exception, argv: Sequence[str]) -> str:
         return f"no such configuration file: {_config_file(argv)}"
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if isinstance(error, flags.Error):
-        return " ".join(lines).removesuffix(".").replace("flag --config.", "--config.")
     # ml_collections puts a whole traceback of the configuration file into the message; its last line is the point.
     last = lines[-1] if lines else type(error).__name__
+    file = _config_file(argv)
+    if own := re.findall(rf'File "[^"]*{re.escape(Path(file).name)}", line (\d+)', text):
+        last = f"{file}, line {own[-1]}: " + re.sub(r"^[\w.]+(Error|Exception): ", "", last)
+    elif isinstance(error, flags.Error):
+        return " ".join(lines).removesuffix(".").replace("flag --config.", "--config.")
     unknown = re.search(r'Key "([^"]+)" does not exist', text)
     if unknown:
         return f"the configuration sets {unknown[1]!r}: there is no such setting{_nearest_key(unknown[1], list(known))}"
