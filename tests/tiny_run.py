@@ -4,7 +4,9 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
+import pytest
 import synthetic
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -14,6 +16,7 @@ from wallx_jax.data.normalize import NormStats, Stats
 from wallx_jax.data.tokenizer import Tokenizer
 from wallx_jax.models.config import TINY
 from wallx_jax.models.wallx import init_params
+from wallx_jax.training import sharding
 from wallx_jax.weights.export import save_directory
 
 SPECIAL = (
@@ -24,6 +27,13 @@ CORPUS = [
     "system\nYou are a helpful assistant.\n", "user\nObservation:", " front view: left wrist view: right wrist view:",
     "\nInstruction:", "\nPredict the next action in robot action.\nProprioception: \n", "assistant\n", *synthetic.TASKS,
 ]  # fmt: skip
+
+MAKE_MESH = sharding.make_mesh
+
+
+def use_devices(patch: pytest.MonkeyPatch, count: int) -> None:
+    """Runs in this process use so many of the virtual devices."""
+    patch.setattr(sharding, "make_mesh", lambda config: MAKE_MESH(config, jax.devices()[:count]))
 
 
 def write_tokenizer(folder: Path) -> Tokenizer:

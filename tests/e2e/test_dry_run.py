@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import tiny_run
@@ -18,23 +17,16 @@ from wallx_jax.config import ConfigError
 from wallx_jax.data.fast import FastTokenizer
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.models.wallx import abstract_params
-from wallx_jax.training import sharding
 from wallx_jax.training.checkpoint_dir import CheckpointError
 from wallx_jax.weights.load import Weights, read_config
 from wallx_jax.weights.safetensors_io import WeightsError
 
 ROOT = Path(__file__).parents[2]
-MAKE_MESH = sharding.make_mesh
 
 
 @pytest.fixture(autouse=True)
 def two_devices(monkeypatch):
-    monkeypatch.setattr(sharding, "make_mesh", lambda config: MAKE_MESH(config, jax.devices()[:2]))
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return tiny_run.write_model(tmp_path_factory.mktemp("model") / "tiny")
+    tiny_run.use_devices(monkeypatch, 2)
 
 
 @pytest.fixture

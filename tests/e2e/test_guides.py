@@ -7,18 +7,15 @@ import shlex
 from pathlib import Path
 
 import guides
-import jax
 import numpy as np
 import pytest
 import tiny_run
 
 import wallx_jax.train
 from wallx_jax.config import default_config
-from wallx_jax.training import sharding
 
 pytestmark = pytest.mark.slow
 
-MAKE_MESH = sharding.make_mesh
 # Programs that other tests run, or that need a launcher, a robot or much time; test_docs.py has parsed their arguments.
 NOT_HERE = ("make", "srun", "mpirun", "tensorboard", "lerobot-", "JAX_", "CUDA_", "python -m lerobot.",
             "python scripts/parity.py", "python scripts/benchmark")  # fmt: skip
@@ -89,7 +86,7 @@ def place(stand_ins, tmp_path, monkeypatch):
         (tmp_path / owner).symlink_to(stand_ins / owner)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_LEROBOT_HOME", str(stand_ins / "lerobot"))
-    monkeypatch.setattr(sharding, "make_mesh", lambda config: MAKE_MESH(config, jax.devices()[:1]))
+    tiny_run.use_devices(monkeypatch, 1)
     return tmp_path
 
 

@@ -24,11 +24,6 @@ STEPS = 20
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return tiny_run.write_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
 def server(tmp_path_factory):
     server = tiny_jobs.Server(tmp_path_factory.mktemp("jobs"))
     yield server

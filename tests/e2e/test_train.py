@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import tiny_run
@@ -17,16 +16,15 @@ from wallx_jax import tree
 from wallx_jax.config import ConfigError, default_config, resolve
 from wallx_jax.data.fast import FastDecodeError, FastTokenizer
 from wallx_jax.data.template import PromptTemplate
-from wallx_jax.training import checkpoint_dir, sharding
+from wallx_jax.training import checkpoint_dir
 from wallx_jax.training.checkpoint import restore_params
 from wallx_jax.training.checkpoint_dir import CheckpointError
 from wallx_jax.training.loop import NonFiniteError
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
 
-MAKE_MESH = sharding.make_mesh
 RNG = np.random.default_rng(0)
 OBSERVATION = {
     "images": {
@@ -36,19 +34,6 @@ OBSERVATION = {
     "state": RNG.normal(size=14).astype(np.float32),
     "instruction": "open the cabinet",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """The other virtual devices are for the sharding test."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda config: MAKE_MESH(config, jax.devices()[:1]))
-        yield
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return tiny_run.write_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 def train(config):
@@ -200,7 +185,7 @@ def test_sharded_run_equals_one_device(model_dir, dataset_dir, tmp_path, mesh, m
     one = tiny_run.run_config(model_dir, dataset_dir, tmp_path / "one", batch_size_per_gpu=4, **base)
     many = tiny_run.run_config(model_dir, dataset_dir, tmp_path / "many", batch_size_per_gpu=per_device, **base, **mesh)
     a = tree.flatten(restore_params(train(one)))
-    monkeypatch.setattr(sharding, "make_mesh", lambda config: MAKE_MESH(config, jax.devices()[:2]))
+    tiny_run.use_devices(monkeypatch, 2)
     b = tree.flatten(restore_params(train(many)))
     for path in a:
         np.testing.assert_allclose(a[path], b[path], atol=2e-5, err_msg=path)

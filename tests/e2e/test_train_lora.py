@@ -26,11 +26,6 @@ OBSERVATION = {
 }
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return tiny_run.write_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
 def config_for(model_dir, dataset_dir, save_path, **changes):
     options = {"mesh__data": 1, "mesh__fsdp": 2, "mesh__tensor": 2, "lora__rank": 4, "eval_interval": 0}
     return tiny_run.run_config(model_dir, dataset_dir, save_path, **options | changes)

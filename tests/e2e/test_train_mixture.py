@@ -4,7 +4,6 @@ import argparse
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import synthetic
@@ -15,23 +14,14 @@ import wallx_jax.train
 from wallx_jax import tree
 from wallx_jax.config import ConfigError
 from wallx_jax.evaluation.subject import open_subject
-from wallx_jax.training import sharding
 from wallx_jax.training.checkpoint import restore_params
 
-pytestmark = pytest.mark.slow
-MAKE_MESH = sharding.make_mesh
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 RNG = np.random.default_rng(0)
 IMAGES = {
     "face_view": RNG.integers(0, 256, (64, 96, 3), dtype=np.uint8),
     "left_wrist_view": RNG.integers(0, 256, (48, 48, 3), dtype=np.uint8),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda config: MAKE_MESH(config, jax.devices()[:1]))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +30,6 @@ def small_dir(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(synthetic, "DIMS", 7)
         return synthetic.write_dataset(tmp_path_factory.mktemp("small") / "small")
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return tiny_run.write_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 def configured(model_dir, dataset_dir, small_dir, save_path, **changes):

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import logging
 
-import jax
 import numpy as np
 import pytest
 import synthetic
@@ -19,10 +18,9 @@ from wallx_jax.data.normalize import load_norm_stats, save_norm_stats
 from wallx_jax.data.processor import Processor
 from wallx_jax.evaluation import ablation, openloop
 from wallx_jax.evaluation.subject import open_subject
-from wallx_jax.training import checkpoint_dir, sharding
+from wallx_jax.training import checkpoint_dir
 
-pytestmark = pytest.mark.slow
-MAKE_MESH = sharding.make_mesh
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 HORIZON = 4
 ROBOT = {
     "dof_config": {"gripper": "action[6:7]", "right": "action[7:14]"},
@@ -30,18 +28,6 @@ ROBOT = {
     "relative_action_keys": ("right",),
 }
 RELATIVE_TO = (-1, *range(7))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda config: MAKE_MESH(config, jax.devices()[:1]))
-        yield
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return tiny_run.write_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module")
