@@ -53,7 +53,7 @@ EVAL_SEED = 20_251_123  # of the validation noise: the same in every run, so tha
 EXTRA_ASSETS = ("preprocessor_config.json", "video_preprocessor_config.json", "generation_config.json",
                 "chat_template.json", "chat_template.jinja")  # fmt: skip
 USER_ERRORS = (
-    ConfigError, devices.DeviceError, CheckpointError, WeightsError, NonFiniteError, FileNotFoundError, ValueError,
+    ConfigError, devices.DeviceError, CheckpointError, WeightsError, NonFiniteError, OSError, ValueError,
     ImportError,
 )  # fmt: skip
 

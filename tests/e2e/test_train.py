@@ -368,3 +368,11 @@ def test_frame_cache_and_profile(four_steps, model_dir, dataset_dir, tmp_path):
     ours, theirs = curve(cached.save_path), curve(config.save_path)
     assert {s: line["loss"] for s, line in ours.items()} == {s: line["loss"] for s, line in theirs.items()}
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+def test_what_the_disk_refuses_is_one_line(model_dir, dataset_dir, tmp_path):
+    (tmp_path / "file").touch()
+    cached = tiny_run.run_config(model_dir, dataset_dir, tmp_path / "a", frame_cache=str(tmp_path / "file"))
+    for config in (tiny_run.run_config(model_dir, dataset_dir, tmp_path / "file" / "run"), cached):
+        with pytest.raises(SystemExit, match=r"^error: .*file"):
+            wallx_jax.train.main(config)

@@ -21,7 +21,7 @@ from wallx_jax.training import checkpoint_dir, start
 from wallx_jax.training.checkpoint_dir import CheckpointError
 from wallx_jax.weights.safetensors_io import WeightsError
 
-USER_ERRORS = (ConfigError, CheckpointError, WeightsError, FileNotFoundError, ValueError, ImportError)
+USER_ERRORS = (ConfigError, CheckpointError, WeightsError, OSError, ValueError, ImportError)
 
 
 @dataclass(frozen=True)
