@@ -55,21 +55,20 @@ def target_devices(target: str, count: int) -> list:
         ) from error
 
 
-def plan(model, optim, make_step, sample, batch_size: int, target: str, devices: int) -> dict:
+def plan(model, optim, train_step, sample, batch_size: int, scan_layers: bool, target: str, devices: int) -> dict:
     """The compiler's account of the train step on `devices` devices, parameters cut over fsdp; nothing is allocated."""
-    import jax
 
     from wallx_jax.run_config import MeshConfig
     from wallx_jax.training import sharding
     from wallx_jax.training.loop import abstract_batch
     from wallx_jax.training.start import abstract_state
+    from wallx_jax.training.step import compile_train_step
 
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=devices, tensor=1), target_devices(target, devices))
-    state = abstract_state(model, optim, 1000, mesh)
+    state = abstract_state(model, optim, 1000, mesh, scan_layers)
     batch = abstract_batch(sample, batch_size * devices, mesh, 1)
-    out = (jax.tree.map(lambda x: x.sharding, state), None)
     start = time.perf_counter()
-    memory = jax.jit(make_step, donate_argnums=0, out_shardings=out).lower(state, batch).compile().memory_analysis()
+    memory = compile_train_step(train_step, state, batch).memory_analysis()
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
         "target": target,

@@ -223,7 +223,7 @@ class TorchReference:
         self._log.close()
 
 
-def compare(model, params, batch, python: Path, repeats: int) -> dict:
+def compare(model, params, batch, scan_layers: bool, python: Path, repeats: int) -> dict:
     """A chunk, then a train step, of ours and of lerobot's in turn, after one of each that is not counted."""
     import jax
     import numpy as np
@@ -245,7 +245,7 @@ def compare(model, params, batch, python: Path, repeats: int) -> dict:
             times["torch"].append(theirs(f"chunk {STEPS}")["ms"])
         expected = np.array(theirs("actions")["actions"])
         del apart
-        train_one = train_program(model, params, on_device)
+        train_one = train_program(model, params, on_device, scan_layers)
         for _ in range(repeats + 1):
             start = time.perf_counter()
             jax.block_until_ready(train_one())
@@ -267,17 +267,22 @@ def compare(model, params, batch, python: Path, repeats: int) -> dict:
     }
 
 
-def train_program(model, params, batch):
+def train_program(model, params, batch, scan_layers: bool):
     """A function that makes one update and returns its loss; `compile_s` tells how long it took to compile."""
     import jax
 
-    from wallx_jax.training.state import create_state
+    from wallx_jax.models.stack import unstack
+    from wallx_jax.training.state import create_state, keep_gradients
+    from wallx_jax.training.step import compile_train_step
 
     optim, step = train_step_of(model)
+    params = params if scan_layers else unstack(params)
     state = jax.jit(lambda p: create_state(p, optim, 1000))(params)
+    if jax.default_backend() == "cpu":  # as a run does
+        state = keep_gradients(state, optim)
     micro = jax.tree.map(lambda x: x[None], batch)
     start = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, micro).compile()
+    compiled = compile_train_step(step, state, micro)
 
     def one_step():
         nonlocal state
@@ -288,7 +293,7 @@ def train_program(model, params, batch):
     return one_step
 
 
-def run(model, batch_size: int, repeats: int) -> dict:
+def run(model, batch_size: int, scan_layers: bool, repeats: int) -> dict:
     """Figures measured on this machine's first device."""
     import jax
 
@@ -298,7 +303,7 @@ def run(model, batch_size: int, repeats: int) -> dict:
     params = jax.jit(lambda: init_params(model, 0))()
     inference = time_inference(model, params, batch, repeats)
 
-    train_one = train_program(model, params, batch)
+    train_one = train_program(model, params, batch, scan_layers)
     step_ms = median_ms(train_one, repeats)
     stats = jax.devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
@@ -327,7 +332,12 @@ def main() -> None:
     parser.add_argument(
         "--remat",
         choices=("full", "dots", "none"),
-        help="what the backward pass recomputes; default: the preset's; with --compare-torch dots, fastest on a CPU",
+        help="what the backward pass recomputes; default: the preset's; with --compare-torch none, fastest on a CPU",
+    )
+    parser.add_argument(
+        "--scan-layers",
+        action=argparse.BooleanOptionalAction,
+        help="train with layers scanned or apart; default: scanned; with --compare-torch apart, faster on a CPU",
     )
     parser.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank instead of all weights")
     parser.add_argument("--freeze-vlm", action="store_true", help="with --aot: train the action side only")
@@ -345,27 +355,33 @@ def main() -> None:
     from wallx_jax.models.config import PRESETS
 
     model = PRESETS[arguments.preset].replace(lora={"rank": arguments.lora_rank})
-    if remat := arguments.remat or ("dots" if arguments.compare_torch else None):
+    if remat := arguments.remat or ("none" if arguments.compare_torch else None):
         model = model.replace(numerics={"remat": remat})
+    scan_layers = not arguments.compare_torch if arguments.scan_layers is None else arguments.scan_layers
     if arguments.aot:
         optim, step = train_step_of(model, arguments.optimizer, arguments.freeze_vlm)
         sample = jax.tree.map(lambda x: x[0], random_batch(model, 1))
         figures = {"optimizer": arguments.optimizer, "lora_rank": arguments.lora_rank}
         figures |= {"freeze_vlm": arguments.freeze_vlm}
-        figures |= aot.plan(model, optim, step, sample, arguments.batch, arguments.target, arguments.devices)
+        figures |= aot.plan(
+            model, optim, step, sample, arguments.batch, scan_layers, arguments.target, arguments.devices
+        )
     elif arguments.compare_torch:
         from wallx_jax.models.wallx import init_params
 
         params, batch = jax.device_get(init_params(model, 0)), random_batch(model, arguments.batch)
-        figures = {"compare_torch": compare(model, params, batch, arguments.torch_python, arguments.repeats)}
+        figures = {
+            "compare_torch": compare(model, params, batch, scan_layers, arguments.torch_python, arguments.repeats)
+        }
     else:
-        figures = run(model, arguments.batch, arguments.repeats)
+        figures = run(model, arguments.batch, scan_layers, arguments.repeats)
     report = {
         "preset": arguments.preset,
         "batch_per_device": arguments.batch,
         "tokens": TOKENS,
         "dtype": model.numerics.compute_dtype,
         "remat": model.numerics.remat,
+        "scan_layers": scan_layers,
         "device": jax.devices()[0].device_kind,
         "cpu_count": os.cpu_count(),
         "python": platform.python_version(),

@@ -150,6 +150,7 @@ class LoopConfig:
     flow_loss_weight: float
     mask_padded_actions: bool
     max_nonfinite_steps: int
+    scan_layers: bool
     save_interval: int
     max_to_keep: int
     resume_ckpt: str | None

@@ -42,8 +42,8 @@ from wallx_jax.training.metrics import MetricWriter
 from wallx_jax.training.optimizer import is_trainable
 from wallx_jax.training.plan import Length, make_plan
 from wallx_jax.training.progress import Progress
-from wallx_jax.training.state import TrainState
-from wallx_jax.training.step import Objective, make_eval_step, make_train_step
+from wallx_jax.training.state import TrainState, keep_gradients
+from wallx_jax.training.step import Objective, compile_train_step, make_eval_step, make_train_step
 from wallx_jax.weights.safetensors_io import WeightsError
 
 logger = logging.getLogger(__name__)
@@ -134,6 +134,11 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
         resumed_step = int(state.step) if continues else None
     else:
         state, resumed_step = start.load_state(origin, settings, decay_steps, mesh), None
+    if not loop.scan_layers:
+        apart = start.abstract_state(origin.config, settings.optim, decay_steps, mesh, scan_layers=False)
+        state = start.arranged(state, apart)
+    if mesh.local_devices[0].platform == "cpu":
+        state = keep_gradients(state, settings.optim, loop.gradient_accumulation_steps)
 
     progress = Progress(total_steps, int(state.step))
     writer = MetricWriter(
@@ -154,8 +159,9 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
     stop = StopRequest(mesh)
 
     def save(step: int, state: TrainState, loss: float | None) -> None:
+        stored = start.arranged(dataclasses.replace(state, gradients=None), abstract)
         checkpointer.save(
-            step, state, batches, flatten(config), origin.config, assets, loss=loss, global_batch=global_batch
+            step, stored, batches, flatten(config), origin.config, assets, loss=loss, global_batch=global_batch
         )
 
     try:
@@ -221,8 +227,7 @@ def compile_steps(
     train_step = make_train_step(model, settings.optim, decay_steps, objective, loop.seed)
     batch = abstract_batch(sample, train_size, mesh, loop.gradient_accumulation_steps)
     with progress.compiling("the train step"):
-        out = (jax.tree.map(lambda x: x.sharding, state), None)
-        train = jax.jit(train_step, donate_argnums=0, out_shardings=out).lower(state, batch).compile()
+        train = compile_train_step(train_step, state, batch)
     flops = update_flops(model, sample, is_trainable(settings.optim), objective.use_flow)
     if eval_size is None:
         return Steps(train, None, flops)

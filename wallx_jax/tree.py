@@ -7,6 +7,8 @@ freezing all speak it.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+
 Tree = dict[str, Any]
 
 
@@ -32,6 +34,12 @@ def unflatten(flat: Mapping[str, Any]) -> Tree:
             node = node.setdefault(key, {})
         node[last] = leaf
     return tree
+
+
+def leaves_by_path(pytree: Any) -> dict[str, Any]:
+    """Any pytree -> {"opt_state/0/mu/embed/embedding": leaf}, in the order of jax.tree.leaves."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(pytree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
 
 
 def map_with_path(function: Callable[[str, Any], Any], tree: Mapping[str, Any]) -> Tree:

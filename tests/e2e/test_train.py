@@ -93,6 +93,29 @@ def test_resume_equals_the_uninterrupted_run(four_steps, model_dir, dataset_dir,
     assert {s: line["loss"] for s, line in ours.items()} == {s: line["loss"] for s, line in theirs.items()}
 
 
+def test_layers_apart_train_and_save_the_same(four_steps, model_dir, dataset_dir, tmp_path):
+    """The first half scanned, the second apart; what is stored is stacked either way."""
+    config, whole = four_steps
+    half = tiny_run.run_config(model_dir, dataset_dir, tmp_path / "run", scan_layers=False)
+    real = wallx_jax.train.run_loop
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wallx_jax.train, "run_loop", lambda s, b, steps, total, *rest: real(s, b, steps, 2, *rest))
+        train(half)
+    half.resume.ckpt, half.scan_layers = "latest", True
+    resumed = train(half)
+    half.resume.ckpt, half.scan_layers = str(resumed.parent / "2"), False
+    half.save_path = str(tmp_path / "again")
+    again = train(half)
+    losses = [line["loss"] for line in curve(config.save_path).values()]
+    np.testing.assert_allclose([line["loss"] for line in curve(tmp_path / "run").values()], losses, rtol=1e-4)
+    expected = tree.flatten(restore_params(whole))
+    for checkpoint in (resumed, again):
+        stored = tree.flatten(restore_params(checkpoint))
+        assert stored.keys() == expected.keys()
+        for path in expected:
+            np.testing.assert_allclose(stored[path], expected[path], rtol=1e-3, atol=2e-5, err_msg=path)
+
+
 def test_checkpoints_act_with_the_moving_average(model_dir, dataset_dir, tmp_path):
     """It changes nothing of the training itself, and a resumed run goes on from both."""
     options = {"optimizer": "adafactor", "learning_rates": ("^vision/=1e-4",), "eval_interval": 0}

@@ -16,7 +16,6 @@ from wallx_jax.models import stack
 from wallx_jax.models.attention import attend
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.models.layers import Linear, RMSNorm, SwiGLU
-from wallx_jax.models.remat import checkpointed
 from wallx_jax.models.rope import mrope_angles, rotate
 
 
@@ -129,11 +128,9 @@ class Decoder(nnx.Module):
             x, kv = layer(x, cos, sin, mask, num_actions, kv, start)
             return x, (kv if keep_kv else None, x if keep_layers else None)
 
+        x, outputs = stack.run(body, x, self.layers, self.config.numerics.remat, cache)
         if stack.is_stacked(self.layers):
-            body = checkpointed(body, self.config.numerics.remat)
-            x, (kv, layers) = stack.run(body, x, self.layers, cache)
-            return DecoderOutput(self.norm(x), kv, layers)
-        x, outputs = stack.run(body, x, self.layers, cache)
+            return DecoderOutput(self.norm(x), *outputs)
         kv = [kv for kv, _ in outputs] if keep_kv else None
         layers = jnp.stack([x for _, x in outputs]) if keep_layers else None
         return DecoderOutput(self.norm(x), kv, layers)

@@ -1,20 +1,24 @@
-"""Layers one after another: stacked and scanned for training, apart and unrolled for acting.
+"""Layers one after another: stacked and scanned, or apart and unrolled.
 
-A scan compiles one layer whatever the depth, which is what training wants. But each of its iterations first copies the
-layer's weights out of the stack. Acting touches every weight for a few tokens only, so the copy costs as much as the
-arithmetic; with `unstack`ed parameters the layers are written out in the program and read their weights where they
-are. What nobody asks for, as the last layer's output when only keys and values are wanted, is then left out.
+A scan compiles one layer whatever the depth. But each of its iterations first copies the layer's weights out of the
+stack, and in training the gradients back into one. Acting touches every weight for a few tokens only, so the copy costs
+as much as the arithmetic; with `unstack`ed parameters the layers are written out in the program and read their weights
+where they are. What nobody asks for, as the last layer's output when only keys and values are wanted, is then left out.
+Training scans unless told otherwise (`scan_layers`); what is stored is always stacked.
 
 Legend: L layers.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from wallx_jax import tree
+from wallx_jax.models.remat import checkpointed
 
 STACKS = ("decoder/layers", "vision/blocks")  # parameters whose leading axis is the layer
 
@@ -30,16 +34,19 @@ def is_stacked(layers: nnx.Module) -> bool:
     return not isinstance(layers, nnx.List)
 
 
-def run(body: Callable[[Any, tuple[Any, Any]], tuple[Any, Any]], x: Any, layers: nnx.Module, extra: Any = None):
-    """body(x, (layer, its part of `extra`)) -> (x, output), over all layers.
+def run(
+    body: Callable[[Any, tuple[Any, Any]], tuple[Any, Any]], x: Any, layers: nnx.Module, remat: str, extra: Any = None
+):
+    """body(x, (layer, its part of `extra`)) -> (x, output), over all layers; `remat`: see Numerics.
 
     Stacked: `extra` and the outputs have a leading axis L. Apart: both are lists of length L (`extra` may be None).
     """
     if is_stacked(layers):
-        return jax.lax.scan(body, x, (layers, extra))
+        return jax.lax.scan(checkpointed(body, remat, in_scan=True), x, (layers, extra))
     outputs = []
     for layer, part in zip(layers, extra or [None] * len(layers), strict=True):
-        x, output = body(x, (layer, part))
+        one = checkpointed(lambda x, layer, part=part: body(x, (layer, part)), remat, in_scan=False)
+        x, output = one(x, layer)
         outputs.append(output)
     return x, outputs
 
@@ -69,3 +76,29 @@ def unstack(params: tree.Tree, free: bool = False) -> tree.Tree:
 def is_apart(params: tree.Tree) -> bool:
     """Whether parameters are those that `unstack` gives."""
     return "0" in params["decoder"]["layers"]
+
+
+def stacked_path(path: str) -> str:
+    """A parameter's path where layers are stacked: "decoder/layers/3/q/kernel" -> "decoder/layers/q/kernel"."""
+    return _LAYER.sub(r"\1", path)
+
+
+_LAYER = re.compile(rf"\b({'|'.join(STACKS)})/(\d+)(?=/)")
+
+
+def arranged(state: Any, like: Any) -> Any:
+    """A pytree around parameters, such as a training state, with its layers stacked or apart as they are in `like`."""
+    have = tree.leaves_by_path(state)
+    layers: dict[str, dict[int, Any]] = {}
+    for path, leaf in have.items():
+        if match := _LAYER.search(path):
+            layers.setdefault(stacked_path(path), {})[int(match[2])] = leaf
+
+    def leaf(path: str) -> Any:
+        if path in have:
+            return have[path]
+        if path in layers:
+            return jnp.stack([layers[path][layer] for layer in range(len(layers[path]))])
+        return have[stacked_path(path)][int(_LAYER.search(path)[2])]
+
+    return jax.tree.unflatten(jax.tree.structure(like), map(leaf, tree.leaves_by_path(like)))

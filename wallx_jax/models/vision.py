@@ -15,7 +15,6 @@ from wallx_jax.models import stack
 from wallx_jax.models.attention import attend
 from wallx_jax.models.config import VisionConfig
 from wallx_jax.models.layers import Linear, RMSNorm, SwiGLU
-from wallx_jax.models.remat import checkpointed
 from wallx_jax.models.rope import rotate
 from wallx_jax.models.vision_plan import FrameRun, Grid, frame_runs, plan_frame
 
@@ -154,10 +153,7 @@ class VisionTower(nnx.Module):
             block, full = block_and_kind
             return block(x, runs, full), None
 
-        if stack.is_stacked(self.blocks):
-            x, _ = stack.run(checkpointed(body, self.remat), x, self.blocks, np.array(full))
-        else:
-            x, _ = stack.run(body, x, self.blocks, full)
+        x, _ = stack.run(body, x, self.blocks, self.remat, np.array(full) if stack.is_stacked(self.blocks) else full)
         return _reorder(self.merger(x), runs, [plan.restore for plan in plans], cell)
 
 

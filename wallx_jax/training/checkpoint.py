@@ -23,7 +23,7 @@ from orbax.checkpoint import v1 as ocp
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.training import checkpoint_dir
 from wallx_jax.training.checkpoint_dir import CheckpointError
-from wallx_jax.tree import Tree, unflatten
+from wallx_jax.tree import Tree, leaves_by_path, unflatten
 
 T = TypeVar("T")
 
@@ -113,7 +113,7 @@ class Checkpointer:
             return
         primary = jax.process_index() == 0
         items = {
-            **_items(_flatten(state)),
+            **_items(leaves_by_path(state)),
             "metadata": Files(
                 {
                     checkpoint_dir.METADATA_FILE: metadata_json(
@@ -238,7 +238,7 @@ def restore_state(
     Raises:
         CheckpointError: nothing readable; or names, shapes or dtypes differ, with each difference named.
     """
-    wanted = _flatten(abstract_state)
+    wanted = leaves_by_path(abstract_state)
 
     def load(step: Path) -> Any:
         compare_state(step, abstract_state)
@@ -292,12 +292,6 @@ def _restore_iterator(step: Path, data_iterator: DataIterator) -> None:
 # ---- trees -----------------------------------------------------------------------------------------------------------
 
 
-def _flatten(tree: Any) -> dict[str, Any]:
-    """Any pytree -> {"opt_state/0/mu/embed/embedding": leaf}, in the order of jax.tree.leaves."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
-
-
 def _items(flat: Mapping[str, Any]) -> dict[str, Tree]:
     """A flattened state -> the nested dicts that are stored: "params", and "state" for everything else.
 
@@ -315,7 +309,7 @@ def _items(flat: Mapping[str, Any]) -> dict[str, Tree]:
 
 def _from_items(items: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves `wanted` of a flattened state: the inverse of `_items`."""
-    acting, beside = _flatten(items["params"]), _flatten(items["state"])
+    acting, beside = leaves_by_path(items["params"]), leaves_by_path(items["state"])
 
     def leaf(path: str) -> Any:
         kind, _, name = path.partition("/")
@@ -331,18 +325,18 @@ def stored(step: Path, item: str = "params") -> dict[str, Any]:
     tree = ocp.metadata(step, item).metadata
     if tree is None:  # Orbax logs the cause and goes on
         raise OSError(f"the index of {item}/ cannot be read")
-    return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in _flatten(tree).items()}
+    return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves_by_path(tree).items()}
 
 
 def compare_state(step: Path, abstract_state: Any) -> None:
     """Raises CheckpointError unless a step directory holds a state of these names, shapes and dtypes."""
-    for item, tree in _items(_flatten(abstract_state)).items():
-        _compare(step, item, _flatten(tree), dtypes=True)
+    for item, tree in _items(leaves_by_path(abstract_state)).items():
+        _compare(step, item, leaves_by_path(tree), dtypes=True)
 
 
 def compare_params(step: Path, abstract_params: Tree) -> None:
     """Raises CheckpointError unless a step directory holds parameters of these names and shapes."""
-    _compare(step, "params", _flatten(abstract_params), dtypes=False)
+    _compare(step, "params", leaves_by_path(abstract_params), dtypes=False)
 
 
 def _compare(step: Path, item: str, wanted: Mapping[str, Any], dtypes: bool) -> None:

@@ -13,6 +13,7 @@ import optax
 
 from wallx_jax import tree
 from wallx_jax.models.lora import is_adapter
+from wallx_jax.models.stack import stacked_path
 from wallx_jax.run_config import OptimConfig
 
 ACTION_EXPERT = "decoder/layers/mlp/action/"
@@ -25,6 +26,7 @@ def group_of(path: str, config: OptimConfig) -> str:
     Upstream's `freeze_vlm` freezes the action heads too; `train_action_heads=False` does the same here. With adapters,
     those are trained, and of the rest the action side where it has none.
     """
+    path = stacked_path(path)
     module = path.rpartition("/")[0]
     if config.lora.adapts(module) and not is_adapter(path):
         return "frozen"
@@ -40,7 +42,7 @@ def group_of(path: str, config: OptimConfig) -> str:
 def peak_rate(path: str, config: OptimConfig) -> float:
     """The peak learning rate of a parameter that is trained."""
     for pattern, rate in config.learning_rates:
-        if re.search(pattern, path):
+        if re.search(pattern, stacked_path(path)):
             return rate
     if group_of(path, config) == "action_expert":
         return config.action_expert_learning_rate or config.learning_rate

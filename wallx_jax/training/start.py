@@ -24,6 +24,7 @@ from wallx_jax.data.mixture import Part, in_one_layout
 from wallx_jax.data.processor import Processor, ProcessorConfig
 from wallx_jax.data.setup import build_processor, load_fast_tokenizer, load_stats
 from wallx_jax.data.tokenizer import Tokenizer
+from wallx_jax.models import stack
 from wallx_jax.models.config import ActionConfig, LoraConfig, WallXConfig
 from wallx_jax.models.wallx import abstract_params
 from wallx_jax.run_config import OptimConfig, RunConfig
@@ -303,9 +304,23 @@ def _same_shapes(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     return {path: tuple(spec.shape) for path, spec in a.items()} == {path: tuple(x.shape) for path, x in b.items()}
 
 
-def abstract_state(config: WallXConfig, optim: OptimConfig, decay_steps: int, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the training state."""
-    abstract = jax.eval_shape(lambda p: create_state(p, optim, decay_steps), abstract_params(config))
+def arranged(state: TrainState, like: TrainState) -> TrainState:
+    """The state with its layers stacked or apart, and placed, as those of `like`; itself where they are that already.
+    Otherwise both are in memory for a moment."""
+    if jax.tree.structure(state) == jax.tree.structure(like):
+        return state
+    out = jax.tree.map(lambda x: x.sharding, like)
+    return jax.jit(lambda state: stack.arranged(state, like), out_shardings=out)(state)
+
+
+def abstract_state(
+    config: WallXConfig, optim: OptimConfig, decay_steps: int, mesh: Mesh, scan_layers: bool = True
+) -> TrainState:
+    """Shapes, dtypes and shardings of the training state, its layers stacked as they are stored, or apart."""
+    params = abstract_params(config)
+    if not scan_layers:
+        params = jax.eval_shape(stack.unstack, params)
+    abstract = jax.eval_shape(lambda p: create_state(p, optim, decay_steps), params)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings(abstract, mesh)
     )

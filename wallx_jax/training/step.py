@@ -152,10 +152,26 @@ def make_train_step(
         for i, name in enumerate(objective.datasets):
             metrics[f"flow_loss/{name}"] = (apart.flow[i], counts_apart.flow[i])
             metrics[f"cross_entropy_loss/{name}"] = (apart.cross_entropy[i], counts_apart.cross_entropy[i])
-        new_state = TrainState(state.step + 1, state.skipped + ~finite, tree.merge(params, frozen), opt_state, ema)
+        new_state = TrainState(
+            step=state.step + 1,
+            skipped=state.skipped + ~finite,
+            params=tree.merge(params, frozen),
+            opt_state=opt_state,
+            ema=ema,
+            gradients=None if state.gradients is None else grads,
+        )
         return new_state, metrics
 
     return train_step
+
+
+def compile_train_step(
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]], state: TrainState, batch: Batch
+) -> jax.stages.Compiled:
+    """The step for these shapes and shardings (of arrays or jax.ShapeDtypeStruct); it writes over the state it gets."""
+    out = (jax.tree.map(lambda x: x.sharding, state), None)
+    # keep_unused: of the last gradients nothing but their memory is used.
+    return jax.jit(train_step, donate_argnums=0, keep_unused=True, out_shardings=out).lower(state, batch).compile()
 
 
 def make_eval_step(
