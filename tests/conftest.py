@@ -3,16 +3,12 @@
 import os
 import socket
 
+import xla_flags
+
 # Before jax is imported anywhere.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile much and compute little, so the compiler is told to hurry.
 os.environ["XLA_FLAGS"] = " ".join(
-    (
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=4",
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-    )
+    (os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=4", xla_flags.QUICK_COMPILE)
 )
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # nothing is written into the user's cache, also by subprocesses
 os.environ["HF_HUB_OFFLINE"] = "1"

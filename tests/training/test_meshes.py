@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+import xla_flags
 from test_step import OPTIM, SMALL, random_batch
 
 from wallx_jax import tree
@@ -52,9 +53,8 @@ def main() -> None:
 
 @pytest.fixture(scope="module")
 def results():
-    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     environment = os.environ | {
-        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"{xla_flags.QUICK_COMPILE} --xla_force_host_platform_device_count=8",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
