@@ -92,6 +92,10 @@ def test_layers_apart_are_those_of_the_stack(params):
     a, b = (net.forward(prefix_of(net, data), suffix, keep_layers=True) for net in (one, other))
     np.testing.assert_allclose(a.hidden, b.hidden, atol=2e-4)
     np.testing.assert_allclose(a.layers, b.layers, atol=3e-5 * np.abs(a.layers).max())
+    tail = other.forward(prefix_of(other, data), suffix, last=HORIZON + 3)
+    np.testing.assert_allclose(tail.hidden, b.hidden[:, -(HORIZON + 3) :], atol=1e-5)
+    tail = one.forward(prefix_of(one, data), suffix, last=HORIZON + 3)
+    np.testing.assert_allclose(tail.hidden, a.hidden[:, -(HORIZON + 3) :], atol=1e-5)
     again = stack.unstack(apart)
     assert tree.flatten(again).keys() == tree.flatten(apart).keys()
 

@@ -35,8 +35,8 @@ def make_room(cache: Cache, places: int) -> Cache:
 
 
 class DecoderOutput(NamedTuple):
-    """hidden [B, T, D] after the final norm. kv, where it was asked for: of this call's tokens, or the whole cache with
-    them written. layers [L, B, T, D] before that norm, where they were asked for."""
+    """hidden [B, T, D] after the final norm, of the tokens asked for. kv, where it was asked for: of this call's tokens,
+    or the whole cache with them written. layers [L, B, T, D] before that norm, where they were asked for."""
 
     hidden: jax.Array
     kv: Cache | None
@@ -52,14 +52,16 @@ class Attention(nnx.Module):
         self.v = Linear(text.hidden_size, self.kv_heads * self.head_dim, bias=True, rngs=rngs)
         self.o = Linear(self.heads * self.head_dim, text.hidden_size, bias=False, rngs=rngs)
 
-    def __call__(self, x, cos, sin, mask, cache: KV | None, start) -> tuple[jax.Array, KV]:
-        q = rotate(self.q(x).reshape(*x.shape[:2], self.heads, self.head_dim), cos, sin)
+    def __call__(self, x, cos, sin, mask, cache: KV | None, start, last: int) -> tuple[jax.Array, KV]:
+        """Of the `last` tokens of x, which look at all."""
+        q = self.q(x[:, -last:]).reshape(len(x), last, self.heads, self.head_dim)
+        q = rotate(q, cos[:, -last:], sin[:, -last:])
         k = rotate(self.k(x).reshape(*x.shape[:2], self.kv_heads, self.head_dim), cos, sin)
         v = self.v(x).reshape(*x.shape[:2], self.kv_heads, self.head_dim)
         kv = KV(k.swapaxes(1, 2), v.swapaxes(1, 2))
         if cache is not None:
             kv = jax.tree.map(lambda x, own: jax.lax.dynamic_update_slice_in_dim(x, own, start, axis=2), cache, kv)
-        return self.o(attend(q, *kv, mask)), kv
+        return self.o(attend(q, *kv, mask[:, -last:])), kv
 
 
 class Experts(nnx.Module):
@@ -86,9 +88,10 @@ class DecoderLayer(nnx.Module):
         self.post_norm = RMSNorm(config.text.hidden_size, config.text.rms_norm_eps)
         self.mlp = Experts(config, rngs=rngs)
 
-    def __call__(self, x, cos, sin, mask, num_actions: int, cache: KV | None, start) -> tuple[jax.Array, KV]:
-        attended, kv = self.attn(self.input_norm(x), cos, sin, mask, cache, start)
-        x = x + attended
+    def __call__(self, x, cos, sin, mask, num_actions: int, cache: KV | None, start, last: int) -> tuple[jax.Array, KV]:
+        """The `last` tokens of x after this layer, and keys and values of all."""
+        attended, kv = self.attn(self.input_norm(x), cos, sin, mask, cache, start, last)
+        x = x[:, -last:] + attended
         return x + self.mlp(self.post_norm(x), num_actions), kv
 
 
@@ -112,25 +115,33 @@ class Decoder(nnx.Module):
         start: int | jax.Array = 0,
         keep_kv: bool = False,
         keep_layers: bool = False,
+        last: int | None = None,
     ) -> DecoderOutput:
         """Runs x [B, T, D] through all layers.
 
         positions: int [3, B, T]. num_actions: how many of the last tokens are action tokens. cache: S places, of which
         this call writes T from `start` on; without one, the tokens see each other only and S = T. mask: bool
-        [B, T, S], which places each token looks at.
+        [B, T, S], which places each token looks at. last: how many of the last tokens are asked for, None: all; where
+        layers are apart, the last layer works out nothing else but keys and values.
         """
         angles = mrope_angles(positions, self.config.text, self.config.numerics.mrope_layout)
         # The barrier keeps XLA from working out both anew for every head of every layer.
         cos, sin = jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
 
-        def body(x, layer_and_cache):
-            layer, kv = layer_and_cache
-            x, kv = layer(x, cos, sin, mask, num_actions, kv, start)
+        length, remat = x.shape[1], self.config.numerics.remat
+        last = last or length
+
+        def body(x, layer_and_rest):
+            layer, (kv, last) = layer_and_rest
+            x, kv = layer(x, cos, sin, mask, num_actions, kv, start, last or length)
             return x, (kv if keep_kv else None, x if keep_layers else None)
 
-        x, outputs = stack.run(body, x, self.layers, self.config.numerics.remat, cache)
         if stack.is_stacked(self.layers):
-            return DecoderOutput(self.norm(x), *outputs)
+            x, outputs = stack.run(body, x, self.layers, remat, (cache, None))
+            return DecoderOutput(self.norm(x[:, -last:]), *outputs)
+        count = len(self.layers)
+        rest = zip(cache or [None] * count, [length] * (count - 1) + [last], strict=True)
+        x, outputs = stack.run(body, x, self.layers, remat, list(rest))
         kv = [kv for kv, _ in outputs] if keep_kv else None
         layers = jnp.stack([x for _, x in outputs]) if keep_layers else None
         return DecoderOutput(self.norm(x), kv, layers)

@@ -34,17 +34,15 @@ def is_stacked(layers: nnx.Module) -> bool:
     return not isinstance(layers, nnx.List)
 
 
-def run(
-    body: Callable[[Any, tuple[Any, Any]], tuple[Any, Any]], x: Any, layers: nnx.Module, remat: str, extra: Any = None
-):
+def run(body: Callable[[Any, tuple[Any, Any]], tuple[Any, Any]], x: Any, layers: nnx.Module, remat: str, extra: Any):
     """body(x, (layer, its part of `extra`)) -> (x, output), over all layers; `remat`: see Numerics.
 
-    Stacked: `extra` and the outputs have a leading axis L. Apart: both are lists of length L (`extra` may be None).
+    Stacked: `extra` and the outputs have a leading axis L. Apart: both are lists of length L.
     """
     if is_stacked(layers):
         return jax.lax.scan(checkpointed(body, remat, in_scan=True), x, (layers, extra))
     outputs = []
-    for layer, part in zip(layers, extra or [None] * len(layers), strict=True):
+    for layer, part in zip(layers, extra, strict=True):
         one = checkpointed(lambda x, layer, part=part: body(x, (layer, part)), remat, in_scan=False)
         x, output = one(x, layer)
         outputs.append(output)

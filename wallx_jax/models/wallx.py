@@ -137,14 +137,19 @@ class WallX(nnx.Module):
     # Passes
 
     def forward(
-        self, prefix: Prefix, actions: tuple[jax.Array, jax.Array, jax.Array] | None = None, keep_layers: bool = False
+        self,
+        prefix: Prefix,
+        actions: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+        keep_layers: bool = False,
+        last: int | None = None,
     ) -> DecoderOutput:
         """Prefix and suffix in one pass; `actions`: (noisy [B, A, C], mask [B, A, C], time [B]), or None for no suffix.
 
-        hidden [B, T + A, D]: the last A rows belong to the action tokens.
+        hidden [B, T + A, D], or of the `last` tokens only: the last A rows belong to the action tokens.
         """
         if actions is None:
-            return self.decoder(prefix.embeddings, prefix.positions, prefix_mask(prefix.mask), keep_layers=keep_layers)
+            mask = prefix_mask(prefix.mask)
+            return self.decoder(prefix.embeddings, prefix.positions, mask, keep_layers=keep_layers, last=last)
         noisy, mask, time = actions
         suffix = self.action.embed_actions(noisy, mask, self.action.embed_time(time)).astype(self.dtype)
         horizon = suffix.shape[1]
@@ -155,6 +160,7 @@ class WallX(nnx.Module):
             sequence_mask(prefix.mask, horizon, self.config.numerics.action_attention),
             num_actions=horizon,
             keep_layers=keep_layers,
+            last=last,
         )
 
     def encode_prefix(self, prefix: Prefix, room: int) -> tuple[PrefixCache, jax.Array]:
@@ -208,19 +214,19 @@ class WallX(nnx.Module):
         if flow_target is not None:
             actions, mask, noise, time, is_pad = flow_target
             suffix = (flow.interpolate(actions, noise, time), mask, time)
-        hidden = self.forward(prefix, suffix).hidden
+        window, horizon = labels.shape[1], 0 if suffix is None else actions.shape[1]
+        predicting = window + 1 if window else 0  # the position before a label predicts it
+        hidden = self.forward(prefix, suffix, last=predicting + horizon).hidden
 
         cross_entropy = flow_error = jnp.zeros(len(labels) if per_sample else (), jnp.float32)
         hits = None if action_ids is None else cross_entropy
-        length, window = prefix.mask.shape[1], labels.shape[1]
-        if window:  # the position before a label predicts it
-            said = hidden[:, length - window - 1 : length - 1]
-            logits = self.logits(said)
+        if window:
+            logits = self.logits(hidden[:, :window])
             cross_entropy = losses.cross_entropy_sum(logits, labels, per_sample)
             if action_ids is not None:
                 hits = losses.hit_count(logits, labels, action_ids, per_sample)
         if flow_target is not None:
-            velocity = self.action.velocity(hidden[:, length:])
+            velocity = self.action.velocity(hidden[:, predicting:])
             flow_error = losses.flow_error_sum(velocity, actions - noise, mask, is_pad, per_sample)
         return LossSums(cross_entropy, flow_error, hits)
 

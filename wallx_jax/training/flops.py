@@ -4,7 +4,8 @@ What is counted: the multiplications and additions of matrix products, 2 per wei
 appendix B). A trained layer costs three times its forward pass: once forward, once for the gradient of its input, once
 for that of its weights. A frozen one has no gradient of weights, and the vision tower no backward pass at all where
 nothing in it is trained. Recomputation (`numerics.remat`) earns no credit, and neither do norms, softmax, rotary angles
-or the optimizer. Attention counts every score that is computed, masked or not, and padding counts as tokens.
+or the optimizer. Attention counts every score, masked or not, and padding counts as tokens. Every layer counts for all
+tokens, though the last one, where layers are apart, is worked out only for those that have a loss.
 
 Legend: P patches, T prefix tokens, A action tokens, W label window, D width.
 """
