@@ -97,7 +97,7 @@ def test_counts_the_products_that_jax_traces(changes, window, use_flow):
 
 
 def test_xla_counts_the_same():
-    """Layers apart, since XLA counts the body of a loop once, and labels throughout, since the last layer leaves out what
+    """Layers apart, since XLA counts the body of a loop once; labels throughout, since the last layer leaves out what
     nobody asks for. XLA adds what is no product: norms, softmax, rotation."""
     batch = a_batch(MODEL, random_batch(MODEL, 1).tokens.shape[1] - 1)
     params = jax.eval_shape(stack.unstack, abstract_params(MODEL))
