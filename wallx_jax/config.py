@@ -172,10 +172,9 @@ def default_config() -> OrderedConfig:
 
     # Devices
     c.platform = placeholder(str)  # "cpu", "gpu" or "tpu"; None: JAX's choice, but never the CPU beside an NVIDIA GPU
-    # One compiled layer, run over the stack of their weights. False: every layer apart in the program. It runs faster,
-    # but compiling grows with depth (at the 3B size out of hand on a GPU), a save holds a second copy of the state for
-    # a moment, and adafactor clips each layer by itself.
-    c.scan_layers = True
+    # With layers apart compiling grows with depth (at the 3B size out of hand on a GPU), a save holds a second copy of
+    # the state for a moment, and adafactor clips each layer by itself.
+    c.scan_layers = True  # compile one layer and run it over the stack of all; False: each apart, for speed on a CPU
     c.compile_cache = "auto"  # directory to keep compiled programs in, "auto" (see compile_cache.enable) or "off"
     # Along each mesh axis; -1 on one of them takes the rest.
     c.mesh = OrderedConfig()

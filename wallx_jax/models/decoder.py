@@ -35,7 +35,7 @@ def make_room(cache: Cache, places: int) -> Cache:
 
 
 class DecoderOutput(NamedTuple):
-    """hidden [B, T, D] after the final norm, of the tokens asked for. kv, where it was asked for: of this call's or
+    """hidden [B, T, D] after the final norm, of the tokens asked for. kv, where asked for: of this call's tokens, or
     the whole cache with them written. layers [L, B, T, D] before that norm, where they were asked for."""
 
     hidden: jax.Array
