@@ -206,7 +206,7 @@ def default_config() -> OrderedConfig:
     c.profile = False  # write a profiler trace
     c.profile_save_path = placeholder(str)  # None: save_path/profile
     c.profile_wait_iters = 10  # steps before it
-    c.profile_warmup_iters = 5  # steps traced but not kept
+    c.profile_warmup_iters = 5  # and further steps before it
     c.profile_active_iters = 2  # steps in the trace
     return c.lock()
 

@@ -16,6 +16,7 @@ from wallx_jax.models.wallx import LossSums
 from wallx_jax.run_config import LoopConfig
 from wallx_jax.training import flops
 from wallx_jax.training.metrics import MetricWriter, Stopwatch
+from wallx_jax.training.profile import ProfileWindow
 from wallx_jax.training.progress import Progress
 from wallx_jax.training.sharding import batch_sharding
 from wallx_jax.training.state import TrainState
@@ -85,7 +86,7 @@ def run_loop(
     Raises:
         NonFiniteError: after `max_nonfinite_steps` skipped updates; the batch that came last is kept in save_path.
     """
-    watch, window, profiler = Stopwatch(), [], ProfileWindow(loop, int(state.step))
+    watch, window = Stopwatch(), []
     pending: deque[tuple[int, Batch, Mapping[str, jax.Array]]] = deque()
     skipped, loss, logged = int(state.skipped), None, int(state.step)
 
@@ -103,41 +104,43 @@ def run_loop(
                 f"Lower learning_rate, or look at the data with numpy.load"
             )
 
-    for step in range(int(state.step) + 1, total_steps + 1):
-        profiler.before(step)
-        with watch("data_wait"):
-            batch = next(batches)
-        state, metrics = steps.train(state, put_batch(batch, mesh, loop.gradient_accumulation_steps))
-        window.append(metrics)
-        progress.advance()
-        # The check lags one step, so that fetching its result does not hold up the device.
-        pending.append((step, batch, metrics))
-        while len(pending) > 1:
-            check(*pending.popleft())
-
-        stopping = stop()
-        if step % loop.log_interval == 0 or step == total_steps or stopping:
-            scalars = averages(jax.device_get(window))
-            scalars["skipped"] = float(state.skipped)
-            scalars |= watch.summary(step - logged, samples_per_step * (step - logged))
-            scalars |= flops.rates(steps.flops_per_sample * scalars["samples_per_s"], mesh)
-            loss, window, logged = scalars["loss"], [], step
-            writer.write(step, scalars)
-            eta_s = watch.eta_s(total_steps - step)
-            progress.report(step, loss, scalars["samples_per_s"], eta_s, scalars.get("mfu"))
-        if steps.evaluate and loop.eval_interval and (step % loop.eval_interval == 0 or step == total_steps):
-            with watch.paused():
-                scalars = validate(steps, state.acting, held_out(), mesh, loop.flow_loss_weight)
-                writer.write(step, scalars)
-                progress.note(f"step {step}/{total_steps} | validation loss {scalars['val_loss']:.4g}")
-        if step % loop.save_interval == 0 or step == total_steps or stopping:
-            while pending:
+    with ProfileWindow(loop, int(state.step), total_steps) as profiler:
+        for step in range(int(state.step) + 1, total_steps + 1):
+            profiler.before(step)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                with watch("data_wait"):
+                    batch = next(batches)
+                state, metrics = steps.train(state, put_batch(batch, mesh, loop.gradient_accumulation_steps))
+            window.append(metrics)
+            progress.advance()
+            # The check lags one step, so that fetching its result does not hold up the device.
+            pending.append((step, batch, metrics))
+            while len(pending) > 1:
                 check(*pending.popleft())
-            with watch.paused():
-                save(step, state, loss)
-        profiler.after(step, state)
-        if stopping:
-            break
+
+            stopping = stop()
+            if step % loop.log_interval == 0 or step == total_steps or stopping:
+                scalars = averages(jax.device_get(window))
+                scalars["skipped"] = float(state.skipped)
+                scalars |= watch.summary(step - logged, samples_per_step * (step - logged))
+                scalars |= flops.rates(steps.flops_per_sample * scalars["samples_per_s"], mesh)
+                loss, window, logged = scalars["loss"], [], step
+                writer.write(step, scalars)
+                eta_s = watch.eta_s(total_steps - step)
+                progress.report(step, loss, scalars["samples_per_s"], eta_s, scalars.get("mfu"))
+            if steps.evaluate and loop.eval_interval and (step % loop.eval_interval == 0 or step == total_steps):
+                with watch.paused():
+                    scalars = validate(steps, state.acting, held_out(), mesh, loop.flow_loss_weight)
+                    writer.write(step, scalars)
+                    progress.note(f"step {step}/{total_steps} | validation loss {scalars['val_loss']:.4g}")
+            if step % loop.save_interval == 0 or step == total_steps or stopping:
+                while pending:
+                    check(*pending.popleft())
+                with watch.paused():
+                    save(step, state, loss)
+            profiler.after(step, state.step)
+            if stopping:
+                break
     return state
 
 
@@ -190,24 +193,3 @@ def save_bad_batch(batch: Batch, save_path: Path, step: int) -> Path:
     file = save_path / f"nonfinite_step_{step}.npz"
     np.savez(file, **arrays)
     return file
-
-
-class ProfileWindow:
-    """Traces `profile_active_iters` steps after the waiting and warming ones, counted from where the run starts."""
-
-    def __init__(self, loop: LoopConfig, start: int):
-        self.folder = loop.profile_save_path
-        self.first = start + 1 + loop.profile_wait_iters + loop.profile_warmup_iters if loop.profile else -1
-        self.last = self.first + loop.profile_active_iters - 1
-        self.running = False
-
-    def before(self, step: int) -> None:
-        if step == self.first:
-            jax.profiler.start_trace(self.folder)
-            self.running = True
-
-    def after(self, step: int, state: TrainState) -> None:
-        if self.running and step == self.last:
-            jax.block_until_ready(state.step)
-            jax.profiler.stop_trace()
-            self.running = False
