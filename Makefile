@@ -8,8 +8,9 @@ BIN := .venv/bin
 demo: .venv/.installed
 	JAX_PLATFORMS=cpu $(BIN)/python scripts/demo.py
 
+# Two processes take the files of tests in their order, in which the long ones come early.
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
