@@ -24,7 +24,7 @@ from PIL import Image
 from wallx_jax.config import default_config, resolve
 from wallx_jax.data.lerobot import read_info
 from wallx_jax.data.mapping import check_dataset
-from wallx_jax.data.pipeline import train_iterator
+from wallx_jax.data.pipeline import Batches, samples
 from wallx_jax.data.processor import Processor
 from wallx_jax.data.setup import Source, build_processor, load_stats, split_sources
 from wallx_jax.run_config import RunConfig
@@ -82,17 +82,17 @@ def prepare(root: Path, folder: Path) -> tuple[RunConfig, Processor]:
 
 def samples_per_s(source: Source, processor: Processor, batch: int, workers: int, seconds: float) -> float:
     """Steady rate: what is read ahead while the workers start is drawn first, and does not count."""
-    iterator = train_iterator(source, processor, batch, seed=0, num_workers=workers)
+    batches = Batches(samples(source, processor, seed=0), batch, workers)
     try:
         for _ in range(2 + 4 * workers):
-            next(iterator)
+            next(batches)
         drawn, start = 0, time.perf_counter()
         while (elapsed := time.perf_counter() - start) < seconds or not drawn:
-            next(iterator)
+            next(batches)
             drawn += 1
         return drawn * batch / elapsed
     finally:
-        iterator.close()
+        batches.close()
 
 
 def measure(settings: RunConfig, processor: Processor, cache: Path, batch: int, workers: list[int], seconds: float):

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 
 class Position:
     def get_state(self):
-        return {"next": 7}
+        return {"batches_drawn": 7}
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_a_run_is_whole(command, written):
     assert failed is None and text.endswith("nothing is wrong\n")
     assert "complete steps: 2, 4" in text and f"{written}/checkpoints/4, complete" in text
     assert "at step 4, loss 0.5" in text and "with the versions that are installed here" in text
-    assert "resume       yes" in text and "1 process" in text
+    assert "resume       yes" in text and "7 batches drawn" in text
     specs = tree.flatten(abstract_params(read_model_config(written)))
     assert f"{sum(spec.size for spec in specs.values()):,}" in text
     assert "face_view, left_wrist_view" in text
@@ -140,10 +140,10 @@ BREAKS = {
     ),
     "no tokenizer": (lambda step: (step / "assets/tokenizer.json").unlink(), "", "its preprocessing cannot be read"),
     "no data position": (lambda step: shutil.rmtree(step / "data"), "resume       no, it has state/ alone", None),
-    "a process's position gone": (
-        lambda step: (step / "data/process_0.json").unlink(),
+    "position gone": (
+        lambda step: (step / "data/position.json").unlink(),
         "",
-        "positions of 0 processes, 1 saved it",
+        "its position in the data cannot be read",
     ),
     "weights alone": (
         lambda step: [shutil.rmtree(step / item) for item in ("state", "data")],

@@ -26,7 +26,7 @@ from wallx_jax.command_line import launch, render
 from wallx_jax.config import ConfigError, flatten, resolve
 from wallx_jax.data.batch import Batch, describe
 from wallx_jax.data.mixture import Part, open_parts
-from wallx_jax.data.pipeline import batch_iterator, eval_batches, mixed, samples
+from wallx_jax.data.pipeline import Batches, eval_batches, mixed, samples
 from wallx_jax.data.processor import Processor
 from wallx_jax.data.setup import blank_sample, build_augment, split_sources
 from wallx_jax.data.tokenizer import Tokenizer
@@ -91,7 +91,8 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
     sources = [split_sources(part.settings, part.info, p.config) for part, p in zip(parts, processors, strict=True)]
     micro_batch = settings.data.batch_size * mesh.shape["data"] * mesh.shape["fsdp"]
     global_batch = micro_batch * loop.gradient_accumulation_steps
-    start.check_same_batch(origin, global_batch)
+    order = start.data_order(parts, [len(train) for train, _ in sources], global_batch, loop.seed)
+    start.check_same_order(origin, order)
     share, shares = sharding.data_share(mesh)
     updates_per_epoch = max(sum(len(train) for train, _ in sources) // global_batch, 1)
     total_steps, decay_steps = loop.total_steps(updates_per_epoch), loop.decay_steps(updates_per_epoch)
@@ -100,13 +101,8 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
         samples(train, processor, loop.seed, build_augment(part.settings), number)
         for (train, _), processor, part, number in zip(sources, processors, parts, numbers, strict=True)
     ]
-    batches = batch_iterator(
-        mixed(streams, [part.weight for part in parts]),
-        global_batch // shares,
-        settings.data.num_workers,
-        share,
-        shares,
-    )
+    stream = mixed(streams, [part.weight for part in parts])
+    batches = Batches(stream, global_batch // shares, settings.data.num_workers, share, shares)
 
     abstract = start.abstract_state(origin.config, settings.optim, decay_steps, mesh)
     frames = [(len(train), len(held)) for train, held in sources]
@@ -160,9 +156,7 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
 
     def save(step: int, state: TrainState, loss: float | None) -> None:
         stored = start.arranged(dataclasses.replace(state, gradients=None), abstract)
-        checkpointer.save(
-            step, stored, batches, flatten(config), origin.config, assets, loss=loss, global_batch=global_batch
-        )
+        checkpointer.save(step, stored, batches, flatten(config), origin.config, assets, loss=loss, data_order=order)
 
     try:
         evaluates = loop.eval_interval and any(len(val) for _, val in sources)

@@ -12,7 +12,7 @@ from wallx_jax.config import default_config
 from wallx_jax.data.augment import Augment
 from wallx_jax.data.batch import Batch
 from wallx_jax.data.lerobot import LeRobotSource
-from wallx_jax.data.pipeline import Encode, eval_batches, samples, shuffled, train_iterator
+from wallx_jax.data.pipeline import Batches, Encode, eval_batches, samples, shuffled
 from wallx_jax.data.processor import Processor, ProcessorConfig
 from wallx_jax.run_config import AugmentConfig
 
@@ -115,8 +115,8 @@ def processor(tmp_path_factory):
     return Processor(config, tokenizer, tiny_run.unit_stats(synthetic.DIMS))
 
 
-def stream(source, processor, **options):
-    return train_iterator(source, processor, 4, seed=3, augment=Augment(DEFAULT, VIEWS), **options)
+def stream(source, processor, size=4, **options):
+    return Batches(samples(source, processor, 3, Augment(DEFAULT, VIEWS)), size, **options)
 
 
 def assert_same(batches, others):
@@ -132,7 +132,7 @@ def take(iterator, count):
 
 def test_training_alone_is_augmented(source, processor):
     (batch,) = take(stream(source, processor), 1)
-    (plain,) = take(train_iterator(source, processor, 4, seed=3), 1)
+    (plain,) = take(Batches(samples(source, processor, 3), 4), 1)
     np.testing.assert_array_equal(batch.state, plain.state)
     assert all(not np.array_equal(a, b) for a, b in zip(batch.images, plain.images, strict=True))
     held_out = next(eval_batches(source, processor, 4))
@@ -161,8 +161,7 @@ def test_resume_is_exact(source, processor):
 
 def test_hosts_share_the_samples(source, processor):
     (whole,) = take(stream(source, processor), 1)
-    shares = [train_iterator(source, processor, 2, 3, process_index=i, process_count=2,
-                             augment=Augment(DEFAULT, VIEWS)) for i in range(2)]  # fmt: skip
+    shares = [stream(source, processor, 2, share=i, shares=2) for i in range(2)]
     parts = [next(share) for share in shares]
     for camera, image in enumerate(whole.images):
         np.testing.assert_array_equal(np.stack([part.images[camera] for part in parts], 1).reshape(image.shape), image)

@@ -6,7 +6,7 @@ import synthetic
 
 from wallx_jax.data.batch import Batch, stack
 from wallx_jax.data.lerobot import LeRobotSource
-from wallx_jax.data.pipeline import eval_batches, split_frames, stack_samples, train_iterator
+from wallx_jax.data.pipeline import Batches, eval_batches, samples, split_frames, stack_samples
 
 HORIZON = 3
 pytestmark = pytest.mark.filterwarnings("ignore:The video decoding and encoding capabilities of torchvision")
@@ -25,6 +25,10 @@ class PlainProcessor:
 @pytest.fixture(scope="module")
 def source(dataset_info):
     return LeRobotSource(dataset_info, HORIZON, list(synthetic.CAMERAS))
+
+
+def batches(source, size=4, seed=3, processor=None, **options):
+    return Batches(samples(source, processor or PlainProcessor(), seed), size, **options)
 
 
 def take(iterator, count):
@@ -88,7 +92,7 @@ def test_stack_agrees_with_the_contract():
 
 def test_an_epoch_sees_every_frame_once_and_epochs_differ(dataset_info):
     source = LeRobotSource(dataset_info, HORIZON, [], frames=np.arange(12))
-    iterator = train_iterator(source, PlainProcessor(), 4, seed=1)
+    iterator = batches(source, seed=1)
     first, second = (np.concatenate([b.state for b in take(iterator, 3)]) for _ in range(2))
     expected = np.stack([source.low_dim(i).state for i in range(12)])
     order = np.lexsort(expected.T)
@@ -98,60 +102,77 @@ def test_an_epoch_sees_every_frame_once_and_epochs_differ(dataset_info):
 
 
 def test_seed_fixes_order_and_content(source):
-    assert_same(*(take(train_iterator(source, PlainProcessor(), 4, seed=3), 4) for _ in range(2)))
-    other = take(train_iterator(source, PlainProcessor(), 4, seed=4), 1)[0]
-    assert not np.array_equal(other.state, next(train_iterator(source, PlainProcessor(), 4, seed=3)).state)
+    assert_same(*(take(batches(source), 4) for _ in range(2)))
+    other = take(batches(source, seed=4), 1)[0]
+    assert not np.array_equal(other.state, next(batches(source)).state)
 
 
 def test_resume_is_exact(source):
-    iterator = train_iterator(source, PlainProcessor(), 4, seed=3)
+    iterator = batches(source)
+    assert iterator.get_state() == {"batches_drawn": 0}
     take(iterator, 5)
     state = iterator.get_state()
     expected = take(iterator, 4)
-    again = train_iterator(source, PlainProcessor(), 4, seed=3)
+    again = batches(source)
     again.set_state(state)
     assert_same(take(again, 4), expected)
+    iterator.set_state(state)  # one that has read ahead goes back, too
+    assert_same(take(iterator, 4), expected)
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_workers_change_nothing_and_resume_exactly(source):
-    alone = take(train_iterator(source, PlainProcessor(), 4, seed=3), 7)
-    iterator = train_iterator(source, PlainProcessor(), 4, seed=3, num_workers=2)
+def test_workers_change_nothing_and_any_number_resumes(source):
+    alone = take(batches(source), 7)
+    iterator = batches(source, num_workers=2)
     try:
         assert_same(take(iterator, 3), alone[:3])
         state = iterator.get_state()
         assert_same(take(iterator, 2), alone[3:5])
     finally:
         iterator.close()
-    again = train_iterator(source, PlainProcessor(), 4, seed=3, num_workers=2)
-    try:
-        again.set_state(state)
-        assert_same(take(again, 4), alone[3:])
-    finally:
-        again.close()
+    for workers in (0, 1):
+        again = batches(source, num_workers=workers)
+        try:
+            again.set_state(state)
+            assert_same(take(again, 4), alone[3:])
+        finally:
+            again.close()
+
+
+def together(shares) -> np.ndarray:
+    """States of a batch that several processes have drawn, in the order of the stream."""
+    return np.stack([share.state for share in shares], axis=1).reshape(-1, shares[0].state.shape[-1])
 
 
 def test_hosts_share_the_samples(source):
-    whole = take(train_iterator(source, PlainProcessor(), 4, seed=3), 2)
-    shares = [
-        take(train_iterator(source, PlainProcessor(), 2, 3, process_index=i, process_count=2), 2) for i in range(2)
-    ]
+    whole = take(batches(source), 2)
+    shares = [take(batches(source, 2, share=i, shares=2), 2) for i in range(2)]
     for step in range(2):
-        states = np.stack([shares[0][step].state, shares[1][step].state], axis=1).reshape(4, -1)
-        np.testing.assert_array_equal(states, whole[step].state)
+        np.testing.assert_array_equal(together([share[step] for share in shares]), whole[step].state)
+
+
+def test_another_number_of_hosts_goes_on(source):
+    whole, two = take(batches(source), 4), [batches(source, 2, share=i, shares=2) for i in range(2)]
+    for share in two:
+        take(share, 2)
+    four = [batches(source, 1, share=i, shares=4) for i in range(4)]
+    for share in four:
+        share.set_state(two[0].get_state())
+    for step in (2, 3):
+        np.testing.assert_array_equal(together([next(share) for share in four]), whole[step].state)
 
 
 def test_errors_reach_the_caller(dataset_info, source):
     with pytest.raises(ValueError, match="training split has no frames"):
-        train_iterator(LeRobotSource(dataset_info, HORIZON, [], frames=[]), PlainProcessor(), 4, seed=0)
+        batches(LeRobotSource(dataset_info, HORIZON, [], frames=[]))
 
     class Odd(PlainProcessor):
         def encode(self, images, state, *rest, **options):
             return super().encode(images, state * 0 + 12345, *rest)
 
     with pytest.raises(ValueError, match="episode \\d, frame \\d: state is odd"):
-        next(train_iterator(source, Odd(), 4, seed=0))
+        next(batches(source, processor=Odd()))
 
 
 def test_eval_batches_are_fixed(source):

@@ -83,7 +83,7 @@ def test_a_signal_saves_and_the_run_goes_on(start, whole, tmp_path, number):
     step = checkpoint_dir.latest_step(tmp_path / "run")
     assert 3 <= step < STEPS and len(lines(tmp_path / "run")) == step
     assert f"interrupted after step {step} of {STEPS}" in job.log and "resume.ckpt=latest" in job.log
-    again = start(tmp_path / "run", save_interval=1000, num_workers=1)
+    again = start(tmp_path / "run", save_interval=1000, num_workers=0)  # their number may change
     assert again.wait() == 0, again.log
     assert_same_run(tmp_path / "run", whole)
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from wallx_jax import tree
 from wallx_jax.config import ConfigError, default_config, resolve
 from wallx_jax.data.fast import FastDecodeError, FastTokenizer
 from wallx_jax.data.template import PromptTemplate
-from wallx_jax.training import checkpoint_dir
+from wallx_jax.training import checkpoint_dir, start
 from wallx_jax.training.checkpoint import restore_params
 from wallx_jax.training.checkpoint_dir import CheckpointError
 from wallx_jax.training.loop import NonFiniteError
@@ -153,6 +154,17 @@ def test_updates_of_another_size_cannot_resume(four_steps, model_dir, dataset_di
         model_dir, dataset_dir, tmp_path, batch_size_per_gpu=1, gradient_accumulation_steps=2, **options
     )
     assert train(config).name == "6"
+
+
+def test_other_data_at_resume_are_told(four_steps, caplog):
+    config, last = four_steps
+    origin = SimpleNamespace(resumes=True, checkpoint=last)
+    order = checkpoint_dir.read_metadata(last)["data_order"]
+    assert order == {"global_batch": 2, "seed": config.seed, "frames": [20], "weights": [1.0]}
+    start.check_same_order(origin, order)
+    assert not caplog.records
+    start.check_same_order(origin, order | {"seed": 5, "frames": [30]})
+    assert f"seed was {config.seed}, is 5; frames was [20], is [30]" in caplog.text
 
 
 def test_weights_only_resume_starts_anew(four_steps, model_dir, dataset_dir, tmp_path):

@@ -1,6 +1,7 @@
-"""One run of two processes: started by settings, killed, interrupted in one of them, resumed."""
+"""One run of two processes: started by settings, killed, interrupted in one of them, resumed, also by a single one."""
 
 import json
+import shutil
 import signal
 import socket
 from pathlib import Path
@@ -30,17 +31,17 @@ def server(tmp_path_factory):
 def start(server, dataset_dir, tmp_path_factory):
     model = tiny_run.write_model(tmp_path_factory.mktemp("model") / "tiny")
 
-    def start(save_path: Path) -> list[tiny_jobs.Job]:
+    def start(save_path: Path, processes: int = 2) -> list[tiny_jobs.Job]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{probe.getsockname()[1]}"
         return [
             server.start(
                 model, dataset_dir, save_path, num_training_steps=STEPS, eval_interval=8, resume__ckpt="latest",
-                mesh__fsdp=2, batch_size_per_gpu=1, eval_batch_size_per_gpu=1, distributed__coordinator=address,
-                distributed__num_processes=2, distributed__process_id=index,
+                mesh__fsdp=processes, batch_size_per_gpu=2 // processes, eval_batch_size_per_gpu=2 // processes,
+                distributed__coordinator=address, distributed__num_processes=processes, distributed__process_id=index,
             )
-            for index in range(2)
+            for index in range(processes)
         ]  # fmt: skip
 
     return start
@@ -72,7 +73,7 @@ def test_two_processes(start, tmp_path):
     assert f"step {STEPS}/{STEPS}" in jobs[0].log and "step" not in jobs[1].log, "the first process alone reports"
     assert len(list((whole / "tensorboard").iterdir())) == 1
     last = whole / "checkpoints" / str(STEPS)
-    assert {file.name for file in (last / "data").iterdir()} >= {"process_0.json", "process_1.json"}
+    assert json.loads((last / "data" / "position.json").read_text()) == {"batches_drawn": STEPS}
     assert json.loads((last / "metadata" / "metadata.json").read_text())["processes"] == 2
 
     # Killed, both.
@@ -93,3 +94,10 @@ def test_two_processes(start, tmp_path):
     a, b = (tree.flatten(restore_params(path)) for path in (run, whole))
     for path in b:
         np.testing.assert_array_equal(a[path], b[path], err_msg=path)
+
+    # One process instead of two meets the same samples.
+    shutil.rmtree(run / "checkpoints" / str(STEPS))
+    finish(start(run, processes=1))
+    alone, together = ([line["loss"] for line in lines(folder) if "loss" in line] for folder in (run, whole))
+    assert len(alone) == STEPS
+    np.testing.assert_allclose(alone, together, rtol=1e-4)

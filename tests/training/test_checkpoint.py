@@ -182,11 +182,11 @@ def test_iterator_that_does_not_fit(tmp_path, assets, save):
             raise KeyError("next_index")
 
     state = make_state(1)
-    with pytest.raises(CheckpointError, match="no data iterator state.*load_ckpt_only"):
+    with pytest.raises(CheckpointError, match="no position in the data.*load_ckpt_only"):
         restore_state(save(1), abstract(state, 4), make_iterator())
     with Checkpointer(tmp_path / "other") as checkpointer:
         checkpointer.save(1, state, Other(), CONFIG, MODEL, assets)
-    with pytest.raises(CheckpointError, match="next_index.*same dataset, batch size and number of workers"):
+    with pytest.raises(CheckpointError, match="no position that this version understands.*next_index.*load_ckpt_only"):
         restore_state(tmp_path / "other", abstract(state, 4), Other())
 
 
@@ -302,9 +302,8 @@ def test_a_full_disk_is_reported_and_the_previous_checkpoint_is_intact(tmp_path,
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert_same(restore_params(tmp_path), make_state(1).params)
-    if surfaces_at != "close":  # room again: the same step can be saved
-        checkpointer.save(2, big, None, CONFIG, MODEL, assets, wait=True)
-        assert latest_step(tmp_path) == 2
+    assert latest_step(tmp_path) == 1
+    if surfaces_at != "close":
         checkpointer.close()
 
 

@@ -1,4 +1,4 @@
-"""From a dataset to batches: the split, and Grain iterators whose place can be saved.
+"""From a dataset to batches: the split, the order of the samples, and Grain's readers of it, whose place can be saved.
 
 Batches are formed before the work is dealt out to worker processes, so the order and content of a run depend on the
 seed alone, not on the number of workers.
@@ -52,51 +52,58 @@ def split_frames(
     raise ValueError(f"split mode is {mode!r}; choose 'episode' or 'frame'")
 
 
-def train_iterator(
-    source: LeRobotSource,
-    processor: Processor,
-    batch_size: int,
-    seed: int,
-    num_workers: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-    augment: Augment | None = None,
-) -> grain.DatasetIterator:
-    """Endless shuffled batches, each epoch in another order. `get_state()` and `set_state()` save and restore the
-    exact place (with the same num_workers); `close()` ends the workers.
+class Batches(Iterator[Batch]):
+    """Batches of an endless stream of samples, and the place in them, to be saved and restored.
 
-    Args:
-        source: the training frames.
-        processor: turns a frame into a sample.
-        batch_size: samples per batch of this process.
-        seed: the order depends on it and on the number of frames only, what `augment` draws on it and the place.
-        num_workers: worker processes; 0 reads ahead in a thread.
-        process_index, process_count: which share of the samples this process of a multi-host run takes.
-        augment: random changes of the images.
-
-    Raises:
-        ValueError: if the source is empty.
+    The place is the number of batches drawn, and the order of the stream is fixed: a run goes on at its place with any
+    number of workers, and of processes that draw as many samples together.
     """
-    stream = samples(source, processor, seed, augment)
-    return batch_iterator(stream, batch_size, num_workers, process_index, process_count)
 
+    def __init__(
+        self, stream: grain.MapDataset, batch_size: int, num_workers: int = 0, share: int = 0, shares: int = 1
+    ):
+        """
+        Args:
+            stream: what `samples` or `mixed` gives.
+            batch_size: samples per batch of this process.
+            num_workers: worker processes; 0 reads ahead in a thread.
+            share, shares: which of how many shares of the samples this process of a multi-host run takes.
+        """
+        self._batches = stream[share::shares].batch(batch_size, drop_remainder=True, batch_fn=stack_samples)
+        self._num_workers = num_workers
+        self._drawn = 0
+        self._reader: grain.DatasetIterator | None = None
 
-def batch_iterator(
-    stream: grain.MapDataset, batch_size: int, num_workers: int = 0, process_index: int = 0, process_count: int = 1
-) -> grain.DatasetIterator:
-    """Batches of what `samples` or `mixed` gives; arguments and iterator as of `train_iterator`."""
-    dataset = (
-        stream[process_index::process_count]
-        .batch(batch_size, drop_remainder=True, batch_fn=stack_samples)
+    def __next__(self) -> Batch:
+        if self._reader is None:
+            self._reader = self._read_from(self._drawn)
+        batch = next(self._reader)
+        self._drawn += 1
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        return {"batches_drawn": self._drawn}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Raises KeyError when `state` is not what `get_state` gives."""
+        self.close()
+        self._drawn = state["batches_drawn"]
+
+    def close(self) -> None:
+        """Ends the workers; the next batch starts others."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def _read_from(self, place: int) -> grain.DatasetIterator:
         # One thread: lerobot's dataset is not made for several. Two batches ahead, since an element here is a batch.
-        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-    )
-    if num_workers:
-        if not flags.FLAGS.is_parsed():  # Grain hands its own absl flags to the workers, also outside of app.run.
-            flags.FLAGS.mark_as_parsed()
-        options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
-        dataset = dataset.mp_prefetch(options, worker_init_fn=start_worker)
-    return iter(dataset)
+        dataset = self._batches[place:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+        if self._num_workers:
+            if not flags.FLAGS.is_parsed():  # Grain hands its own absl flags to the workers, also outside of app.run.
+                flags.FLAGS.mark_as_parsed()
+            options = grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=2)
+            dataset = dataset.mp_prefetch(options, worker_init_fn=start_worker)
+        return iter(dataset)
 
 
 def shuffled(source: LeRobotSource, seed: int) -> grain.MapDataset:

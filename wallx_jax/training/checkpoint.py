@@ -35,7 +35,7 @@ _SHOWN = 5  # differences listed in an error
 
 
 class DataIterator(Protocol):
-    """What a checkpoint needs of the data iterator; Grain's iterators have it. The state is a JSON value."""
+    """What a checkpoint needs of `data.pipeline.Batches`. The state is a JSON value, the same in every process."""
 
     def get_state(self) -> Any: ...
 
@@ -86,7 +86,7 @@ class Checkpointer:
         assets: str | Path,
         *,
         loss: float | None = None,
-        global_batch: int | None = None,
+        data_order: Mapping[str, Any] | None = None,
         wait: bool = False,
     ) -> None:
         """Starts writing a checkpoint; does nothing when this step is already on disk.
@@ -102,11 +102,12 @@ class Checkpointer:
             model_config: shapes and numerics of `params`.
             assets: directory that is copied.
             loss: for the record.
-            global_batch: samples of an update, which the position of `data_iterator` is counted in.
+            data_order: what decides which sample comes when, see `start.data_order`.
             wait: return only when the checkpoint is complete.
 
         Raises:
-            CheckpointError: this save failed, or the one before it did in the background.
+            CheckpointError: this save failed, or the one before it did in the background. Orbax may go on writing other
+                parts of it for a while, so that trying again is for another process.
         """
         self.wait()
         if step in checkpoint_dir.complete_steps(self._folder):
@@ -115,18 +116,15 @@ class Checkpointer:
         items = {
             **_items(leaves_by_path(state)),
             "metadata": Files(
-                {
-                    checkpoint_dir.METADATA_FILE: metadata_json(
-                        step, config, model_config, loss, global_batch=global_batch
-                    )
-                }
+                {checkpoint_dir.METADATA_FILE: metadata_json(step, config, model_config, loss, data_order=data_order)}
                 if primary
                 else {}
             ),
             "assets": Files(_read_tree(Path(assets)) if primary else {}),
         }
         if data_iterator is not None:
-            items["data"] = Files({_data_file(): json.dumps(data_iterator.get_state()).encode()})
+            position = json.dumps(data_iterator.get_state()).encode()
+            items["data"] = Files({checkpoint_dir.POSITION_FILE: position} if primary else {})
         try:
             # `force`: the caller decides when to save. `overwrite`: forget a failed attempt at this step.
             response = self._orbax.save_checkpointables_async(step, items, force=True, overwrite=True)
@@ -232,8 +230,8 @@ def restore_state(
 
     Args:
         abstract_state: the saved state's tree with jax.ShapeDtypeStruct (with sharding) or arrays as leaves.
-        data_iterator: built as for the saved run (same dataset, batch size, seed and workers); set in place.
-            None leaves the data position alone.
+        data_iterator: built as for the saved run (same datasets, batch size and seed); set in place. None leaves
+            the data position alone.
 
     Raises:
         CheckpointError: nothing readable; or names, shapes or dtypes differ, with each difference named.
@@ -241,6 +239,7 @@ def restore_state(
     wanted = leaves_by_path(abstract_state)
 
     def load(step: Path) -> Any:
+        json.loads(checkpoint_dir.metadata_file(step).read_text())  # damaged: nobody could act with this checkpoint
         compare_state(step, abstract_state)
         leaves = _from_items(ocp.load_checkpointables(step, jax.tree.map(_placed, _items(wanted))), wanted)
         if data_iterator is not None:
@@ -270,22 +269,16 @@ def restore_params(path: str | Path, abstract_params: Tree | None = None, save_p
 
 
 def _restore_iterator(step: Path, data_iterator: DataIterator) -> None:
-    file = step / "data" / _data_file()
+    file = step / "data" / checkpoint_dir.POSITION_FILE
     remedy = "set resume.load_ckpt_only=True to go on from its weights with fresh data"
     if not (step / "data").is_dir():
-        raise CheckpointError(f"the checkpoint {step} has no data iterator state; {remedy}")
-    if (processes := json.loads(checkpoint_dir.metadata_file(step).read_text())["processes"]) != jax.process_count():
-        raise CheckpointError(
-            f"the checkpoint {step} holds data positions of {processes} processes, this run has {jax.process_count()}; "
-            f"use as many, or {remedy}"
-        )
+        raise CheckpointError(f"the checkpoint {step} has no position in the data; {remedy}")
     state = json.loads(file.read_text())
     try:
         data_iterator.set_state(state)
     except Exception as error:
         raise CheckpointError(
-            f"the data iterator state in {file} does not fit this run's data ({checkpoint_dir.reason(error)}): "
-            f"use the same dataset, batch size and number of workers, or {remedy}"
+            f"{file} holds no position that this version understands ({checkpoint_dir.reason(error)}); {remedy}"
         ) from error
 
 
@@ -369,7 +362,3 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
     """Always with a sharding: without one Orbax would look for the devices of the run that saved."""
     sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _data_file() -> str:
-    return f"process_{jax.process_index()}.json"

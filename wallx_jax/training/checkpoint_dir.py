@@ -4,8 +4,8 @@ A run keeps {save_path}/checkpoints/{step}/, which `training.checkpoint` writes:
 
     params/    the parameters (their moving average, if one is kept) } arrays in Orbax's format,
     state/     the rest of the train state: optimizer, step, ...     } restored onto any mesh
-    data/      process_{i}.json: the data iterator's state, per process
-    metadata/  metadata.json: run config, model config, token ids, numerics, package versions, loss
+    data/      position.json: the place in the data
+    metadata/  metadata.json: run config, model config, token ids, numerics, order of the data, package versions, loss
     assets/    the processor directory: tokenizer, normalisation statistics, image sizes
 
 A `path` is a run directory, its checkpoints/ folder, one step directory (which may have been moved and renamed), or
@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 FOLDER = "checkpoints"
 METADATA_FILE = "metadata.json"
+POSITION_FILE = "position.json"
 COMMITTED = "commit_success.txt"  # Orbax writes it last
 _TEMPORARY = re.compile(r"\d+\.orbax-checkpoint-tmp.*")
 

@@ -90,7 +90,7 @@ def _check_step(checkup: Checkup, step: Path) -> None:
                 f"params/ has {parts.gib(found)} on disk, its arrays take {parts.gib(wanted)}: copy it again"
             )
     _check_files(checkup, step / "assets")
-    _check_resumable(checkup, step, metadata)
+    _check_resumable(checkup, step)
 
 
 def _read_metadata(step: Path) -> dict[str, Any]:
@@ -140,21 +140,21 @@ def _check_files(checkup: Checkup, folder: Path) -> None:
         checkup.say("assets", f"tokenizer of {len(tokenizer):,}; {'' if has_stats else 'no '}norm_stats.json")
 
 
-def _check_resumable(checkup: Checkup, step: Path, metadata: dict[str, Any] | None) -> None:
+def _check_resumable(checkup: Checkup, step: Path) -> None:
     present = [item for item in ("state", "data") if (step / item).is_dir()]
     if len(present) < 2:
         has = f"has {present[0]}/ alone" if present else "holds weights alone"
         checkup.say("resume", f"no, it {has}; runs can start from it (pretrained_wallx_path, resume.load_ckpt_only)")
         return
     state = checkup.attempt("its optimizer state cannot be read", stored, step, "state")
-    files = sorted((step / "data").glob("process_*.json"))
-    for file in files:
-        checkup.attempt(f"{file.name} cannot be read", json.loads, file.read_text(errors="replace"))
-    if metadata is not None and len(files) != metadata["processes"]:
-        checkup.problems.append(f"data/ has positions of {len(files)} processes, {metadata['processes']} saved it")
-    if state is not None:
+    position = checkup.attempt("its position in the data cannot be read", _read_position, step)
+    if state is not None and position is not None:
         size = sum(row.size for row in parts.rows(state))
-        checkup.say("resume", f"yes: optimizer state {parts.gib(size)}, data position of {len(files)} process(es)")
+        checkup.say("resume", f"yes: optimizer state {parts.gib(size)}, {position:,} batches drawn")
+
+
+def _read_position(step: Path) -> int:
+    return json.loads((step / "data" / checkpoint_dir.POSITION_FILE).read_text())["batches_drawn"]
 
 
 def _bytes_of(folder: Path) -> int:

@@ -249,14 +249,36 @@ def check_weights(origin: Origin, state: TrainState) -> None:
         compare_params(origin.checkpoint, abstract_params(checkpoint_dir.read_model_config(origin.checkpoint)))
 
 
-def check_same_batch(origin: Origin, global_batch: int) -> None:
-    """Raises ConfigError when a run to be resumed had updates of another size: its data position counts those."""
-    stored = checkpoint_dir.read_metadata(origin.checkpoint).get("global_batch") if origin.resumes else None
-    if stored not in (None, global_batch):
+def data_order(parts: Sequence[Part], frames: Sequence[int], global_batch: int, seed: int) -> dict[str, Any]:
+    """What decides which sample comes when, as a checkpoint records it. `frames`: training frames of each dataset."""
+    return {
+        "global_batch": global_batch,
+        "seed": seed,
+        "frames": list(frames),
+        "weights": [part.weight for part in parts],
+    }
+
+
+def check_same_order(origin: Origin, order: Mapping[str, Any]) -> None:
+    """Compares a run that is resumed with how its checkpoint was trained; `order`: see `data_order`.
+
+    Another seed, other weights or more episodes are told in a warning.
+
+    Raises:
+        ConfigError: updates have another size: the position in the data counts those.
+    """
+    stored = checkpoint_dir.read_metadata(origin.checkpoint).get("data_order") if origin.resumes else None
+    if stored is None:
+        return
+    if stored["global_batch"] != order["global_batch"]:
         raise ConfigError(
-            f"an update has {global_batch} samples (batch_size_per_gpu x data and fsdp devices x "
-            f"gradient_accumulation_steps), but the run of resume.ckpt has {stored}: change one of them so that it is "
-            "the same, or start anew from its weights with resume.load_ckpt_only=True"
+            f"an update has {order['global_batch']} samples (batch_size_per_gpu x data and fsdp devices x "
+            f"gradient_accumulation_steps), but the run of resume.ckpt has {stored['global_batch']}: change one of "
+            "them so that it is the same, or start anew from its weights with resume.load_ckpt_only=True"
+        )
+    if changed := [f"{name} was {stored[name]}, is {order[name]}" for name in stored if stored[name] != order[name]]:
+        logger.warning(
+            "the run goes on with other samples than it would have met without the interruption: %s", "; ".join(changed)
         )
 
 
