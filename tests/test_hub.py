@@ -1,4 +1,4 @@
-"""The hub client is the real one; the hub is a stand-in on 127.0.0.1, in a process of its own with an empty cache."""
+"""The hub client is the real one, in a process of its own with an empty cache; the hub is a stand-in on 127.0.0.1."""
 
 import json
 import subprocess
@@ -6,121 +6,88 @@ import sys
 from pathlib import Path
 
 import pytest
+from hub_stand_in import HubStandIn
 
 from wallx_jax import hub
 
-# Serves one model and one dataset repository, prints {"port": ...} and then what each requested resolve() gave.
+# Prints what each requested resolve() gave: a list of files, or the error's text.
 SCRIPT = r"""
-import hashlib, json, os, sys, threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-FILES = {"config.json": b"{}", "model.safetensors": b"weights", "pytorch_model.bin": b"pickle", "meta/info.json": b"[]"}
-SHA = "0123456789abcdef0123456789abcdef01234567"
-
-class Hub(BaseHTTPRequestHandler):
-    def log_message(self, *args): pass
-    def do_HEAD(self): self.answer()
-    def do_GET(self): self.answer()
-    def send(self, status, body=b"", **headers):
-        self.send_response(status)
-        for key, value in {"Content-Length": len(body), **headers}.items():
-            self.send_header(key.replace("_", "-"), str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-    def answer(self):
-        parts = self.path.split("?")[0].strip("/").split("/")
-        if parts[0] == "api":
-            kind, repo, revision = parts[1], "/".join(parts[2:4]), parts[5]
-            if repo == "acme/gated":
-                return self.send(403, X_Error_Code="GatedRepo")
-            if repo == "acme/broken":
-                return self.send(500)
-            if repo not in ("acme/model", "acme/data"):
-                return self.send(404, X_Error_Code="RepoNotFound")
-            if revision not in ("main", "v1", SHA):
-                return self.send(404, X_Error_Code="RevisionNotFound")
-            info = {"id": repo, "sha": SHA, "siblings": [{"rfilename": name} for name in FILES]}
-            return self.send(200, json.dumps(info).encode(), Content_Type="application/json")
-        name = "/".join(parts[parts.index("resolve") + 2 :])
-        etag = '"' + hashlib.sha1(FILES[name]).hexdigest() + '"'
-        self.send(200, FILES[name], ETag=etag, X_Repo_Commit=SHA)
-
-server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-threading.Thread(target=server.serve_forever, daemon=True).start()
-os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+import json, sys
 from wallx_jax import hub
-
 for request in json.loads(sys.argv[1]):
-    if request == "shutdown":
-        server.shutdown()
-        server.server_close()
-        continue
     try:
         path = hub.resolve(**request)
         print(json.dumps(sorted(str(x.relative_to(path)) for x in path.rglob("*") if x.is_file())))
     except FileNotFoundError as error:
         print(json.dumps(str(error)))
 """
+MODEL = {"path_or_repo": "acme/model"}
 
 
-def run(tmp_path: Path, *requests, offline=False) -> list:
-    """What `resolve` gives for each request in a process without a cache: a list of files, or the error's text."""
-    environment = {
-        "PATH": "/usr/bin:/bin",
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_OFFLINE": str(int(offline)),
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1",
-        "PYTHONPATH": str(Path(__file__).parent.parent),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(requests)],
-        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    return [json.loads(line) for line in done.stdout.splitlines()]
+@pytest.fixture
+def server(tmp_path):
+    """A model and a dataset with the same files, and repositories that answer with an error."""
+    folder = tmp_path / "repository"
+    (folder / "meta").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "pytorch_model.bin", "meta/info.json"):
+        (folder / name).write_text(name)
+    repos = {name: {"main": folder, "v1": folder} for name in ("acme/model", "acme/data")}
+    with HubStandIn(repos) as server:
+        server.errors |= {"acme/gated": (403, "GatedRepo"), "acme/broken": (500, None)}
+        yield server
 
 
-def test_download_then_cache(tmp_path):
-    model = {"path_or_repo": "acme/model"}
+@pytest.fixture
+def run(server, tmp_path):
+    def run(*requests, offline=False, endpoint=None) -> list:
+        """What `resolve` gives for each request, in a process of its own; the cache is the test's."""
+        environment = {
+            "PATH": "/usr/bin:/bin",
+            "HF_ENDPOINT": endpoint or server.endpoint,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_OFFLINE": str(int(offline)),
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1",
+            "PYTHONPATH": str(Path(__file__).parent.parent),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT, json.dumps(requests)],
+            env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True,
+        )  # fmt: skip
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    return run
+
+
+def test_download_then_cache(run):
     answers = run(
-        tmp_path,
-        model,
-        {"path_or_repo": "acme/model", "revision": "v1", "patterns": ["*.bin"]},
-        {"path_or_repo": "acme/data", "kind": "dataset"},
-        "shutdown",
-        model,
+        MODEL, {**MODEL, "revision": "v1", "patterns": ["*.bin"]}, {"path_or_repo": "acme/data", "kind": "dataset"}
     )
     weights = ["config.json", "meta/info.json", "model.safetensors"]
     everything = sorted([*weights, "pytorch_model.bin"])
     assert answers[0] == weights  # a model's pickles stay where they are
     assert "pytorch_model.bin" in answers[1]
     assert answers[2] == everything
-    assert answers[3] == everything  # both revisions are one commit
-    assert run(tmp_path, model, offline=True) == [everything]
+    assert run(MODEL, endpoint="http://127.0.0.1:9") == [everything], "nobody answers there; both revisions are one"
+    assert run(MODEL, offline=True) == [everything]
 
 
-def test_what_cannot_be_fetched_is_said_in_one_line(tmp_path):
-    messages = run(
-        tmp_path,
-        {"path_or_repo": "acme/nothing"},
-        {"path_or_repo": "acme/model", "revision": "v9"},
-        {"path_or_repo": "acme/gated"},
-        {"path_or_repo": "acme/broken"},
-        "shutdown",
-        {"path_or_repo": "acme/model"},
-    )
-    reasons = ["no such repository", "no such revision", "accept its terms", "HfHubHTTPError", "no network"]
+def test_what_cannot_be_fetched_is_said_in_one_line(run, tmp_path):
+    names = ("acme/nothing", "acme/gated", "acme/broken")
+    messages = run({**MODEL, "revision": "v9"}, *({"path_or_repo": name} for name in names))
+    messages += run(MODEL, endpoint="http://127.0.0.1:9")
+    reasons = ["no such revision", "no such repository", "accept its terms", "HfHubHTTPError", "no network"]
     for message, reason in zip(messages, reasons, strict=True):
         assert reason in message
         assert "\n" not in message
         assert str(tmp_path / "hf" / "hub") in message
 
 
-def test_offline_says_what_was_looked_for_and_where_to_put_it(tmp_path):
+def test_offline_says_what_was_looked_for_and_where_to_put_it(run, tmp_path):
     request = {"path_or_repo": "acme/data", "kind": "dataset", "revision": "v1"}
-    (message,) = run(tmp_path, request, offline=True)
+    (message,) = run(request, offline=True)
     for part in (
         "dataset 'acme/data' (revision v1)", str(tmp_path / "hf" / "hub"), "HF_HUB_OFFLINE is set",
         "hf download acme/data --repo-type dataset --revision v1",

@@ -1,15 +1,50 @@
-"""Files and directories that appear whole or not at all."""
+"""Files and directories that appear whole or not at all, and small files whose damage is named."""
 
 import contextlib
+import json
 import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 logger = logging.getLogger(__name__)
+
+LFS_POINTER = b"version https://git-lfs"  # a clone without Git LFS holds these few lines in place of the file
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Tells whether a file is the stub that Git LFS leaves until the content is fetched."""
+    with path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON file that holds an object. A byte order mark is skipped.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming the file, if it is empty, cut off, a Git LFS pointer or no JSON object.
+    """
+    data = path.read_bytes()
+    if not data.strip():
+        raise ValueError(f"{path} is empty; copy it again")
+    if data.startswith(LFS_POINTER):
+        raise ValueError(f"{path} is a Git LFS pointer, not the file; fetch it with `git lfs pull`")
+    try:
+        content = json.loads(data.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON (line {error.lineno}: {error.msg}); copy it again") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); copy it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a JSON {_JSON_TYPES[type(content)]}; expected an object")
+    return content
+
+
+_JSON_TYPES = {list: "array", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
 
 
 @contextlib.contextmanager

@@ -1,21 +1,31 @@
-"""Local folder or Hugging Face hub repository: one function that gives a folder."""
+"""Hugging Face hub repositories as local folders."""
 
+import logging
 import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
+from packaging.version import InvalidVersion, Version
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["model", "dataset"]
 # Of a model repository: weights, configs, tokenizer and processor files. No pickles.
 MODEL_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.jinja")
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?", re.ASCII)
+DOWNLOADS = 8  # files at a time
 
 
 def resolve(
     path_or_repo: str | Path,
-    kind: Literal["model", "dataset"] = "model",
+    kind: Kind = "model",
     revision: str | None = None,
     patterns: list[str] | None = None,
 ) -> Path:
-    """The folder of a model or dataset.
+    """Returns the folder of a model or dataset.
 
     A folder that exists is taken as it is (`revision` and `patterns` are the hub's business). Otherwise a string that
     looks like a repo id ("name" or "owner/name") is downloaded, or taken from the hub's cache when there is no network.
@@ -38,20 +48,102 @@ def resolve(
         raise FileNotFoundError(f"{kind} folder {name!r} does not exist")
 
     import huggingface_hub  # here, so that local folders need not wait for it
-    from huggingface_hub import constants
 
     if patterns is None and kind == "model":
         patterns = list(MODEL_PATTERNS)
     try:
         found = huggingface_hub.snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns)
     except Exception as error:  # a dozen kinds, from two HTTP libraries, each with a page of traceback
-        raise FileNotFoundError(
-            f"{kind} {name!r} (revision {revision or 'main'}) is neither a folder here nor in the hub's cache "
-            f"{constants.HF_HUB_CACHE}, and could not be fetched from {constants.ENDPOINT} ({_reason(error)}); "
-            f"give the path of a folder that holds it, or fill the cache: hf download {name}"
-            f"{' --repo-type dataset' if kind == 'dataset' else ''}{f' --revision {revision}' if revision else ''}"
-        ) from None
+        raise _not_found(name, kind, revision, error) from None
     return Path(found)
+
+
+def fetch_files(repo_id: str, kind: Kind, commit: str, names: Sequence[str]) -> None:
+    """Fetches files of a repository into the hub's cache, with a progress bar. An interrupted download goes on where it
+    was.
+
+    Args:
+        commit: the commit whose snapshot the files belong to.
+        names: paths in the repository.
+
+    Raises:
+        FileNotFoundError: in one line, the first file that cannot be fetched, and why.
+    """
+    import huggingface_hub
+
+    def fetch(name: str) -> None:
+        try:
+            huggingface_hub.hf_hub_download(repo_id, name, repo_type=kind, revision=commit)
+        except Exception as error:
+            raise FileNotFoundError(
+                f"{name} of {kind} {repo_id!r} (revision {commit}) could not be fetched ({_reason(error)}); what has "
+                "arrived is kept: try again"
+            ) from None
+
+    with tqdm(total=len(names), desc=f"fetching {repo_id}", unit="file") as bar, ThreadPoolExecutor(DOWNLOADS) as pool:
+        try:
+            for _ in pool.map(fetch, names):
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def newest_version(repo_id: str, kind: Kind, newest: Version) -> str | None:
+    """Returns the git tag (or branch) of the newest version that can be read: of `newest`'s major number, at most that.
+
+    Without a network the tags in the hub's cache are taken.
+
+    Returns:
+        its name, such as "v3.0"; None if no tag is a version.
+
+    Raises:
+        FileNotFoundError: there is no such repository, or it has versions, but none that can be read; names them.
+    """
+    versions = {}
+    for name in _refs(repo_id, kind):
+        try:
+            versions[Version(name)] = name
+        except InvalidVersion:
+            continue
+    if not versions:
+        return None
+    listed = ", ".join(versions[version] for version in sorted(versions))
+    readable = [version for version in versions if version.major == newest.major and version <= newest]
+    if not readable:
+        raise FileNotFoundError(
+            f"{kind} {repo_id!r} has the versions {listed}, none of them v{newest.major}.x up to v{newest}, which this "
+            "package reads; convert it, or name a branch, tag or commit as its revision"
+        )
+    chosen = versions[max(readable)]
+    logger.info("%s: revision %s of %s", repo_id, chosen, listed)
+    return chosen
+
+
+def _refs(repo_id: str, kind: Kind) -> list[str]:
+    """Names of a repository's branches and tags, from the hub or else from its cache."""
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    try:
+        refs = huggingface_hub.HfApi().list_repo_refs(repo_id, repo_type=kind)
+        return [ref.name for ref in (*refs.branches, *refs.tags)]
+    except errors.RepositoryNotFoundError as error:  # also when it is gated
+        raise _not_found(repo_id, kind, None, error) from None
+    except Exception:  # no network, in the words of whichever HTTP library
+        folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repo_id.replace('/', '--')}" / "refs"
+        return [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()]
+
+
+def _not_found(name: str, kind: Kind, revision: str | None, error: Exception) -> FileNotFoundError:
+    from huggingface_hub import constants
+
+    return FileNotFoundError(
+        f"{kind} {name!r} (revision {revision or 'main'}) is neither a folder here nor in the hub's cache "
+        f"{constants.HF_HUB_CACHE}, and could not be fetched from {constants.ENDPOINT} ({_reason(error)}); "
+        f"give the path of a folder that holds it, or fill the cache: hf download {name}"
+        f"{' --repo-type dataset' if kind == 'dataset' else ''}{f' --revision {revision}' if revision else ''}"
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -64,6 +156,8 @@ def _reason(error: Exception) -> str:
         return "no such repository, or it is private and you are not logged in"
     if isinstance(error, errors.RevisionNotFoundError):
         return "no such revision"
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return "no such file"
     if isinstance(error, errors.LocalEntryNotFoundError):
         cause = error.__cause__
         if isinstance(cause, errors.HfHubHTTPError) and not isinstance(cause, errors.LocalEntryNotFoundError):
