@@ -27,7 +27,8 @@ def main() -> None:
     predicted = policy.processor.predicted
     recorded = openloop.read(tested.held_out, stride=1, limit=arguments.frames)
     chunks = {}
-    for name, change in ablation.changes(recorded, policy.processor, tested.info.tasks, arguments.seed).items():
+    tasks = list(tested.info.tasks.values())
+    for name, change in ablation.changes(recorded, policy.processor, tasks, arguments.seed).items():
         seen = change(recorded.observations)
         chunk = openloop.predict(policy, seen, steps=arguments.steps, seed=arguments.seed)
         chunks[name] = ablation.from_true_states(chunk, seen, recorded, policy.processor)

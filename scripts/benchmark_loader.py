@@ -1,11 +1,15 @@
-"""Measures how many training samples a second the data pipeline delivers, by number of worker processes.
+"""Measures how many training samples a second the data pipeline delivers, and what they cost.
 
     python scripts/benchmark_loader.py [--workers 0 1 2 4] [--json OUT]
+    python scripts/benchmark_loader.py --compare-lerobot [--json OUT]
 
 Writes a LeRobot v3.0 dataset with three 480x640 cameras (textured scenes that move, with sensor noise) into a
 temporary folder and reads it as training does: random frames, decoded and resized to 252x196, encoded, batched. First
-without the frame cache; then with it: filling it from front to back, and what training reads afterwards, which is every
-epoch from the second on. Prints JSON; `ratio` is cached over decoded at the same number of workers.
+without the frame cache; then with it: filling it, and what training reads afterwards, which is every epoch from the
+second on. `ratio` is cached over decoded at the same number of workers.
+
+--compare-lerobot puts a torch DataLoader over LeRobotDataset beside that, in turn, with the same batch and two workers;
+lerobot hands out the frames in their full size. `ratio_samples_per_s` is ours over lerobot's. Prints JSON.
 """
 
 import argparse
@@ -13,103 +17,214 @@ import dataclasses
 import json
 import os
 import platform
+import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
 import demo_assets
 import numpy as np
 from PIL import Image
 
 from wallx_jax.config import default_config, resolve
-from wallx_jax.data.lerobot import read_info
-from wallx_jax.data.mapping import check_dataset
-from wallx_jax.data.pipeline import Batches, samples
+from wallx_jax.data.images import resize
+from wallx_jax.data.mixture import Part, open_parts
+from wallx_jax.data.pipeline import Batches, Encode, samples
 from wallx_jax.data.processor import Processor
-from wallx_jax.data.setup import Source, build_processor, load_stats, split_sources
-from wallx_jax.run_config import RunConfig
+from wallx_jax.data.setup import build_processor, load_stats, split_sources
+from wallx_jax.data.source import FrameSource
+from wallx_jax.data.writer import DatasetWriter
 
 VIEWS = {"face_view": "cam_high", "left_wrist_view": "cam_left_wrist", "right_wrist_view": "cam_right_wrist"}
 DIMS, FPS, CHANNELS = 14, 30, 20
+WORKERS = 2  # beside lerobot
+ROUNDS = 3  # in turn
 
 
-def write_dataset(root: Path, episodes: int, frames: int, height: int, width: int) -> None:
+def write_dataset(root: Path, episodes: int, frames: int, height: int, width: int, codec: str = "libsvtav1") -> None:
     """Episodes of random joint movements, each seen by three cameras that pan over a random texture."""
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
-
     vector = {"dtype": "float32", "shape": (DIMS,), "names": [f"joint_{d}" for d in range(DIMS)]}
     video = {"dtype": "video", "shape": (height, width, 3), "names": ["height", "width", "channels"]}
     keys = [f"observation.images.{camera}" for camera in VIEWS.values()]
     features = {"observation.state": vector, "action": vector} | dict.fromkeys(keys, video)
-    dataset = LeRobotDataset.create("benchmark/loader", FPS, features, root=root, video_backend="pyav")
     rng = np.random.default_rng(0)
-    for _ in range(episodes):
-        joints = np.cumsum(rng.normal(scale=0.02, size=(frames + 1, DIMS)), axis=0).astype(np.float32)
-        scenes = {key: scene(rng, height, width + 2 * frames) for key in keys}
-        for frame in range(frames):
-            images = {
-                key: np.clip(pixels[:, 2 * frame :][:, :width] + rng.normal(scale=3, size=(height, width, 1)), 0, 255)
-                for key, pixels in scenes.items()
-            }
-            images = {key: pixels.astype(np.uint8) for key, pixels in images.items()}
-            dataset.add_frame(
-                {"observation.state": joints[frame], "action": joints[frame + 1], "task": "open the cabinet", **images}
-            )
-        dataset.save_episode(parallel_encoding=False)
-    dataset.finalize()
+    with DatasetWriter(root, FPS, features, codec=codec) as writer:
+        for _ in range(episodes):
+            joints = np.cumsum(rng.normal(scale=0.02, size=(frames + 1, DIMS)), axis=0).astype(np.float32)
+            images = {key: list(pan(rng, frames, height, width)) for key in keys}
+            vectors = {"observation.state": joints[:-1], "action": joints[1:]}
+            writer.add_episode(vectors | images, task="open the cabinet")
 
 
-def scene(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A picture with structure of several sizes, float32 [height, width, 3]."""
+def pan(rng: np.random.Generator, frames: int, height: int, width: int) -> Iterator[np.ndarray]:
+    """Frames of a camera that moves over a picture with structure of several sizes, uint8 [height, width, 3]."""
     layers = []
     for cell in (64, 16, 4):
         small = rng.integers(0, 256, (max(height // cell, 2), max(width // cell, 2), 3), dtype=np.uint8)
-        layers.append(np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC), np.float32))
-    return np.average(layers, axis=0, weights=(4, 2, 1))
+        size = (width + 2 * frames, height)
+        layers.append(np.asarray(Image.fromarray(small).resize(size, Image.Resampling.BICUBIC), np.float32))
+    scene = np.average(layers, axis=0, weights=(4, 2, 1))
+    for frame in range(frames):
+        noise = rng.normal(scale=3, size=(height, width, 1))
+        yield np.clip(scene[:, 2 * frame :][:, :width] + noise, 0, 255).astype(np.uint8)
 
 
-def prepare(root: Path, folder: Path) -> tuple[RunConfig, Processor]:
+def prepare(root: Path, folder: Path) -> tuple[Part, Processor]:
     """Settings and preprocessing of a run on the dataset at `root`, with every frame for training."""
     c = default_config()
     c.pretrained_wallx_path, c.repo_id, c.save_path = "unused", str(root), str(folder / "run")
     c.camera_views, c.train_test_split = VIEWS, 1.0
-    info = read_info(root)
-    settings = check_dataset(resolve(c), info)
+    (part,) = open_parts(resolve(c))
     tokenizer = demo_assets.write_tokenizer(folder / "tokenizer")
-    stats = load_stats(settings, info)
-    return settings, build_processor(settings, info, tokenizer, None, stats, CHANNELS, CHANNELS)
+    stats = load_stats(part.settings, part.source)
+    return part, build_processor(part.settings, part.info, tokenizer, None, stats, CHANNELS, CHANNELS)
 
 
-def samples_per_s(source: Source, processor: Processor, batch: int, workers: int, seconds: float) -> float:
-    """Steady rate: what is read ahead while the workers start is drawn first, and does not count."""
-    batches = Batches(samples(source, processor, seed=0), batch, workers)
-    try:
-        for _ in range(2 + 4 * workers):
-            next(batches)
-        drawn, start = 0, time.perf_counter()
-        while (elapsed := time.perf_counter() - start) < seconds or not drawn:
-            next(batches)
-            drawn += 1
-        return drawn * batch / elapsed
-    finally:
-        batches.close()
+def steady(batches: Iterator[Any], batch: int, workers: int, seconds: float) -> dict[str, float]:
+    """Steady rate, CPU time per sample of this process and its workers, and memory of a worker. What is read ahead
+    while the workers start is drawn first, and does not count."""
+    for _ in range(2 + 4 * workers):
+        next(batches)
+    drawn, start, cpu = 0, time.perf_counter(), cpu_seconds()
+    while (elapsed := time.perf_counter() - start) < seconds or not drawn:
+        next(batches)
+        drawn += 1
+    return {
+        "samples_per_s": drawn * batch / elapsed,
+        "cpu_ms_per_sample": 1000 * (cpu_seconds() - cpu) / (drawn * batch),
+        "worker_mib": max((proportional_mib(worker) for worker in children()), default=0.0),
+    }
 
 
-def measure(settings: RunConfig, processor: Processor, cache: Path, batch: int, workers: list[int], seconds: float):
-    """The report's figures."""
+def children(pid: int | str = "self") -> list[int]:
+    """All processes that this one started and that run."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(OSError):  # it ended meanwhile
+            own = list(map(int, (task / "children").read_text().split()))
+            found += [*own, *(grandchild for child in own for grandchild in children(child))]
+    return found
 
-    def by_workers(source: Source) -> dict[str, float]:
-        return {str(n): samples_per_s(source, processor, batch, n, seconds) for n in workers}
 
-    info = read_info(settings.data.location)
-    decoded = by_workers(split_sources(settings, info, processor.config)[0])
+def cpu_seconds() -> float:
+    """CPU time of this process and its workers so far."""
+    ticks = 0
+    for pid in children():
+        with suppress(OSError):
+            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def proportional_mib(pid: int) -> float:
+    """Memory of a process; of what it shares with others its part."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def ours(source: FrameSource, processor: Processor, batch: int, workers: int, seconds: float) -> dict[str, float]:
+    with closing(Batches(samples(source, processor, seed=0), batch, workers)) as batches:
+        return steady(batches, batch, workers, seconds)
+
+
+def parts_of_a_sample(part: Part, processor: Processor, count: int) -> dict[str, float]:
+    """CPU milliseconds of one process for decoding, resizing and the rest of a sample."""
+    source, encode = part.source, Encode(processor)
+    chosen = np.random.default_rng(1).integers(len(source), size=count).tolist()
+    source[0]  # opens the files
+
+    def timed(work: Callable[[Any], Any], items: list) -> tuple[float, list]:
+        start = time.process_time()
+        results = [work(item) for item in items]
+        return 1000 * (time.process_time() - start) / count, results
+
+    def resized(sample: Any) -> Any:
+        cameras = zip(sample.images, part.settings.data.cameras, strict=True)
+        images = tuple(resize(image, camera.resolution) for image, camera in cameras)
+        return dataclasses.replace(sample, images=images, resized=True)
+
+    decode_ms, decoded = timed(source.__getitem__, chosen)
+    resize_ms, small = timed(resized, decoded)
+    rest_ms, _ = timed(encode, small)
+    return {"decode_ms": decode_ms, "resize_ms": resize_ms, "encode_ms": rest_ms}
+
+
+def lerobots_loader(root: Path, horizon: int, backend: str, batch: int, workers: int) -> Iterator[Any]:
+    """Batches of a torch DataLoader over LeRobotDataset, epoch after epoch."""
+    import inspect
+
+    import torch
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    # Newer releases can hand out the bytes that were decoded, which is faster.
+    options = {"return_uint8": True} if "return_uint8" in inspect.signature(LeRobotDataset.__init__).parameters else {}
+    steps = {"action": [step / FPS for step in range(horizon)]}
+    dataset = LeRobotDataset("benchmark/loader", root, delta_timestamps=steps, video_backend=backend, **options)
+    loader = torch.utils.data.DataLoader(dataset, batch, shuffle=True, num_workers=workers, drop_last=True)
+    while True:
+        yield from loader
+
+
+def compare(part: Part, processor: Processor, batch: int, seconds: float) -> dict[str, Any]:
+    """Ours beside lerobot's loader with the faster of its decoders, in turn."""
+    root, horizon = part.info.root, processor.config.horizon
+    speeds = {}
+    for backend in ("torchcodec", "pyav"):
+        try:
+            with closing(lerobots_loader(root, horizon, backend, batch, WORKERS)) as batches:
+                speeds[backend] = steady(batches, batch, WORKERS, seconds)["samples_per_s"]
+        except Exception as error:  # a decoder that is not installed, or lacks its libraries
+            speeds[backend] = None
+            print(f"lerobot with {backend} does not work here: {' '.join(str(error).split())[:120]}", flush=True)
+    backend = max((name for name, speed in speeds.items() if speed), key=speeds.get)
+    rounds: dict[str, list[dict[str, float]]] = {"lerobot": [], "wallx_jax": []}
+    for _ in range(ROUNDS):
+        with closing(lerobots_loader(root, horizon, backend, batch, WORKERS)) as batches:
+            rounds["lerobot"].append(steady(batches, batch, WORKERS, seconds))
+        rounds["wallx_jax"].append(ours(part.source, processor, batch, WORKERS, seconds))
+    medians = {
+        name: {key: statistics.median(figures[key] for figures in each) for key in each[0]}
+        for name, each in rounds.items()
+    }
+    return {
+        "workers": WORKERS,
+        "lerobot_version": importlib_version("lerobot"),
+        "lerobot_backend": backend,
+        "lerobot_backends_samples_per_s": speeds,
+        **medians,
+        "per_sample": parts_of_a_sample(part, processor, count=100),
+        "rounds": rounds,
+        "ratio_samples_per_s": medians["wallx_jax"]["samples_per_s"] / medians["lerobot"]["samples_per_s"],
+        "ratio_cpu_per_sample": medians["lerobot"]["cpu_ms_per_sample"] / medians["wallx_jax"]["cpu_ms_per_sample"],
+    }
+
+
+def importlib_version(package: str) -> str:
+    import importlib.metadata
+
+    return importlib.metadata.version(package)
+
+
+def measure(part: Part, processor: Processor, cache: Path, batch: int, workers: list[int], seconds: float):
+    """Figures with and without the frame cache."""
+
+    def by_workers(source: FrameSource) -> dict[str, float]:
+        return {str(n): ours(source, processor, batch, n, seconds)["samples_per_s"] for n in workers}
+
+    settings = part.settings
+    decoded = by_workers(split_sources(settings, part.source, processor.config)[0])
     with_cache = dataclasses.replace(settings, data=dataclasses.replace(settings.data, frame_cache=str(cache)))
     start = time.perf_counter()
-    source = split_sources(with_cache, info, processor.config)[0]
-    fill = info.num_frames / (time.perf_counter() - start)
+    source = split_sources(with_cache, part.source, processor.config)[0]
+    fill = part.info.num_frames / (time.perf_counter() - start)
     cached = by_workers(source)
     return {
-        "samples": info.num_frames,
         "decoded_samples_per_s": decoded,
         "fill_samples_per_s": fill,
         "cached_samples_per_s": cached,
@@ -119,30 +234,36 @@ def measure(settings: RunConfig, processor: Processor, cache: Path, batch: int, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compare-lerobot", action="store_true", help="beside a torch DataLoader over LeRobotDataset")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4], help="numbers of worker processes")
     parser.add_argument("--episodes", type=int, default=6)
     parser.add_argument("--frames", type=int, default=100, help="frames per episode")
     parser.add_argument("--size", type=int, nargs=2, default=[480, 640], metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--codec", default="libsvtav1", help="of the videos: libsvtav1, h264 or hevc")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=10.0, help="time per measurement")
     parser.add_argument("--folder", type=Path, help="where temporary files go; the cache's disk is measured too")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
-    os.environ.setdefault("SVT_LOG", "1")  # the video encoder reports every file otherwise
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="benchmark_loader_") as folder:
         root = Path(folder) / "dataset"
-        write_dataset(root, arguments.episodes, arguments.frames, *arguments.size)
-        settings, processor = prepare(root, Path(folder))
-        cache = Path(folder) / "cache"
-        figures = measure(settings, processor, cache, arguments.batch, arguments.workers, arguments.seconds)
-    report = {
-        "camera_size": arguments.size,
-        "cameras": len(VIEWS),
-        "batch": arguments.batch,
-        "cpu_count": os.cpu_count(),
-        "python": platform.python_version(),
-        **figures,
-    }
+        write_dataset(root, arguments.episodes, arguments.frames, *arguments.size, arguments.codec)
+        part, processor = prepare(root, Path(folder))
+        if arguments.compare_lerobot:
+            figures = compare(part, processor, arguments.batch, arguments.seconds)
+        else:
+            cache = Path(folder) / "cache"
+            figures = measure(part, processor, cache, arguments.batch, arguments.workers, arguments.seconds)
+        report = {
+            "camera_size": arguments.size,
+            "cameras": len(VIEWS),
+            "codec": arguments.codec,
+            "samples": part.info.num_frames,
+            "batch": arguments.batch,
+            "cpu_count": os.cpu_count(),
+            "python": platform.python_version(),
+            **figures,
+        }
     text = json.dumps(report, indent=2)
     print(text)
     if arguments.json:

@@ -20,42 +20,76 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wallx_jax.data.lerobot import read_info
+from wallx_jax.data.metadata import read_info
 from wallx_jax.data.stats import compute_stats
 
 STATE, ACTION = "observation.state", "action"
-EPISODE = 400  # frames, the last one of a file shorter
+EPISODE, FPS = 400, 50
 
 
-def write_dataset(root: Path, frames: int, dims: int, files: int) -> None:
-    """The meta and table files of a dataset whose actions are the next states."""
+def write_dataset(root: Path, frames: int, dims: int, files: int, episode: int = EPISODE) -> None:
+    """Writes the meta and table files of a dataset whose actions are the next states, with a row group per episode.
+
+    Args:
+        frames: of the whole dataset.
+        dims: of the state, and of the action.
+        files: table files, of about as many episodes each.
+        episode: frames of an episode; the last one may be shorter.
+    """
     for folder in ("meta/episodes/chunk-000", "data/chunk-000"):
         (root / folder).mkdir(parents=True)
-    lengths: list[int] = []
-    for number, rows in enumerate(np.array_split(np.arange(frames), files)):
-        walk = np.cumsum(np.random.default_rng(number).normal(size=(len(rows) + 1, dims)), axis=0).astype(np.float32)
-        own = [len(part) for part in np.split(rows, np.arange(EPISODE, len(rows), EPISODE))]
-        columns = {
-            STATE: pa.FixedSizeListArray.from_arrays(pa.array(walk[:-1].ravel()), dims),
-            ACTION: pa.FixedSizeListArray.from_arrays(pa.array(walk[1:].ravel()), dims),
-            "index": rows,
-            "episode_index": np.repeat(len(lengths) + np.arange(len(own)), own),
-            "task_index": np.zeros(len(rows), np.int64),
-        }
-        lengths += own
-        pq.write_table(pa.table(columns), root / "data" / "chunk-000" / f"file-{number:03d}.parquet")
-    vector = {"dtype": "float32", "shape": [dims], "names": [f"joint_{d}" for d in range(dims)]}
+    starts = np.arange(0, frames, episode)
+    lengths = np.minimum(frames - starts, episode)
+    file_of_episode = np.zeros(len(starts), np.int64)
+    for number, episodes in enumerate(np.array_split(np.arange(len(starts)), min(files, len(starts)))):
+        file_of_episode[episodes] = number
+        _write_tables(root / "data" / "chunk-000" / f"file-{number:03d}.parquet", episodes, lengths, starts, dims)
+    scalar, vector = {"shape": [1], "names": None}, {"shape": [dims], "names": [f"joint_{d}" for d in range(dims)]}
+    features = {key: {"dtype": "float32", **vector} for key in (STATE, ACTION)}
+    features["timestamp"] = {"dtype": "float32", **scalar}
+    features |= {key: {"dtype": "int64", **scalar} for key in ("frame_index", "episode_index", "index", "task_index")}
     info = {
         "codebase_version": "v3.0",
-        "fps": 50,
+        "fps": FPS,
         "total_episodes": len(lengths),
         "total_frames": frames,
-        "features": {STATE: vector, ACTION: vector},
+        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+        "features": features,
     }
     (root / "meta" / "info.json").write_text(json.dumps(info))
-    episodes = {"episode_index": np.arange(len(lengths)), "length": lengths}
-    pq.write_table(pa.table(episodes), root / "meta" / "episodes" / "chunk-000" / "file-000.parquet")
+    columns = {
+        "episode_index": np.arange(len(lengths)),
+        "length": lengths,
+        "data/chunk_index": np.zeros(len(lengths), np.int64),
+        "data/file_index": file_of_episode,
+        "dataset_from_index": starts,
+        "dataset_to_index": starts + lengths,
+    }
+    pq.write_table(pa.table(columns), root / "meta" / "episodes" / "chunk-000" / "file-000.parquet")
     pq.write_table(pa.table({"task_index": [0], "task": ["walk"]}), root / "meta" / "tasks.parquet")
+
+
+def _write_tables(file: Path, episodes: np.ndarray, lengths: np.ndarray, starts: np.ndarray, dims: int) -> None:
+    """The rows of some episodes."""
+    writer = None
+    rng = np.random.default_rng(int(episodes[0]))
+    for episode in episodes:
+        length, frame = lengths[episode], np.arange(lengths[episode])
+        walk = np.cumsum(rng.normal(size=(length + 1, dims)).astype(np.float32), axis=0)
+        table = pa.table(
+            {
+                STATE: pa.FixedSizeListArray.from_arrays(pa.array(walk[:-1].ravel()), dims),
+                ACTION: pa.FixedSizeListArray.from_arrays(pa.array(walk[1:].ravel()), dims),
+                "timestamp": (frame / FPS).astype(np.float32),
+                "frame_index": frame,
+                "episode_index": np.full(length, episode),
+                "index": starts[episode] + frame,
+                "task_index": np.zeros(length, np.int64),
+            }
+        )
+        writer = writer or pq.ParquetWriter(file, table.schema)
+        writer.write_table(table)
+    writer.close()
 
 
 def peak_bytes() -> int:

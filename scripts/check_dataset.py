@@ -25,8 +25,8 @@ from ml_collections import ConfigDict
 
 from wallx_jax.command_line import CommandLineError, launch
 from wallx_jax.config import ConfigError, default_config, resolve
-from wallx_jax.data.lerobot import read_info
 from wallx_jax.data.mapping import IMAGE_PREFIX
+from wallx_jax.data.metadata import is_depth, read_info
 from wallx_jax.data.mixture import open_parts
 from wallx_jax.evaluation import dataset_check, dataset_report, plots, subject
 from wallx_jax.robots import KEY_MAPPINGS
@@ -66,9 +66,10 @@ def dataset_config() -> ConfigDict:
     config.repo_id, config.pretrained_wallx_path = dataset, "not read"
     if dataset not in KEY_MAPPINGS:
         try:
-            cameras = read_info(dataset).camera_keys
+            info = read_info(dataset)
         except (OSError, ValueError) as error:
             raise CommandLineError(f"--dataset={dataset}: {error}") from error
+        cameras = [key for key in info.camera_keys if not is_depth(info.features[key])]
         views = {key.removeprefix(IMAGE_PREFIX).replace(".", "_"): key for key in cameras}
         config.camera_views, config.resolution = views, dict.fromkeys(views, -1)
     return config
@@ -86,12 +87,13 @@ def _write(report: dataset_check.Report, folder: Path) -> None:
     info, look = report.info, report.look
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(dataset_report.as_json(report), indent=2) + "\n")
-    plots.dimensions(folder / "dimensions.png", [report.state, report.action])
-    jumps = report.state.jumps + report.action.jumps
-    episode = jumps[0].episode if jumps else int(np.argsort(info.episode_lengths)[info.num_episodes // 2])
-    frames = info.episode_starts[episode] + np.arange(info.episode_lengths[episode])
+    state, action = report.tables.state, report.tables.action
+    plots.dimensions(folder / "dimensions.png", [state, action])
+    jumps = state.jumps + action.jumps
+    median = info.episode_numbers[np.argsort(info.episode_lengths)[info.num_episodes // 2]]
+    episode = jumps[0].episode if jumps else int(median)
     title = textwrap.shorten(f"episode {episode}: {report.instruction(episode)}", 100)
-    plots.trace(folder / "trace.png", report.state, report.action, report.pairs, frames, title)
+    plots.trace(folder / "trace.png", state, action, report.tables.pairs, info.frames_of(episode), title)
     if look.shown:
         plots.pictures(folder / "contact_sheet.png", _contact_rows(report))
 

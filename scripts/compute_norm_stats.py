@@ -8,7 +8,6 @@ Prints a table and writes upstream's norm_stats.json, for `norm_stats_path`: to 
 directory OUT; with several datasets into OUT/NAME of each.
 """
 
-import dataclasses
 import functools
 import sys
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from ml_collections import ConfigDict
 
 from wallx_jax.command_line import CommandLineError, launch
 from wallx_jax.config import ConfigError, resolve
-from wallx_jax.data.lerobot import DatasetInfo, read_info
+from wallx_jax.data.metadata import DatasetInfo, read_info
 from wallx_jax.data.mixture import open_parts
 from wallx_jax.data.normalize import FILE_NAME, NormStats, save_norm_stats
 from wallx_jax.data.setup import dataset_stats
@@ -52,7 +51,7 @@ def of_dataset(config: ConfigDict | None) -> Iterator[tuple[Path, DatasetInfo, N
     if config is not None:
         raise CommandLineError("--config and --dataset are two ways to say it: give one of them")
     _, state_key, action_key = KEY_MAPPINGS.get(values.dataset, ({}, "observation.state", "action"))
-    info = read_info(values.dataset, download_videos=False)
+    info = read_info(values.dataset)
     keys = (values.state_key or state_key, values.action_key or action_key)
     yield output(), info, compute_stats(info, *keys, progress=True)
 
@@ -65,10 +64,10 @@ def of_config(config: ConfigDict | None) -> Iterator[tuple[Path, DatasetInfo, No
     if values.state_key or values.action_key:
         raise CommandLineError("--state_key and --action_key go with --dataset; write --config.state_key=... instead")
     run = resolve(config)
-    parts = open_parts(dataclasses.replace(run, data=dataclasses.replace(run.data, download_videos=False)))
+    parts = open_parts(run, videos="none")
     for part in parts:
         file = output() if len(parts) == 1 else output(part.name)
-        yield file, part.info, dataset_stats(part.settings, part.info, progress=True)
+        yield file, part.info, dataset_stats(part.settings, part.source, progress=True)
 
 
 def output(name: str = "") -> Path:

@@ -34,7 +34,7 @@ def main(config: ConfigDict) -> None:
     inputs, actions, rows = [], [], []
     for part, processor in zip(parts, processors, strict=True):
         data, seed = part.settings.data, part.settings.loop.seed
-        source = split_sources(part.settings, part.info, processor.config)[0]
+        source = split_sources(part.settings, part.source, processor.config)[0]
         state_names, names = map(part.info.dim_names, (data.state_key, data.action_key))
         frames, fed = shuffled(source, seed), samples(source, processor, seed, build_augment(part.settings))
         for i in range(flags.FLAGS.samples):

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from wallx_jax import robots
 from wallx_jax.command_line import render
 from wallx_jax.config import ConfigError, default_config, flatten, resolve
-from wallx_jax.data.lerobot import DatasetInfo
 from wallx_jax.data.mapping import check_dataset, check_horizon
+from wallx_jax.data.metadata import DatasetInfo
 from wallx_jax.data.template import VIEW_NAMES, PromptTemplate
 from wallx_jax.models.config import Numerics
 
@@ -50,13 +50,12 @@ def dataset(**changes) -> DatasetInfo:
         repo_id="lerobot/aloha_mobile_cabinet",
         root=Path("nowhere"),
         fps=50,
-        num_episodes=1,
-        num_frames=10,
-        robot_type="aloha",
         features=vectors | {camera: {"dtype": "video", "shape": [480, 640, 3]} for camera in cameras},
-        camera_keys=tuple(cameras),
-        tasks=["Open the cabinet."],
+        tasks={0: "Open the cabinet."},
+        episode_numbers=np.array([0]),
         episode_lengths=np.array([10]),
+        first_indices=np.array([0]),
+        data_path="",
     )
     return dataclasses.replace(info, **changes)
 
@@ -418,7 +417,7 @@ def test_unknown_dataset_needs_camera_views():
 
 
 def test_dataset_without_instructions():
-    (error,) = errors_of(check_dataset, resolve(usable()), dataset(tasks=[""]))
+    (error,) = errors_of(check_dataset, resolve(usable()), dataset(tasks={0: ""}))
     assert "instruction" in error
 
 

@@ -16,6 +16,7 @@ from ml_collections.config_dict import placeholder
 
 from wallx_jax.data.template import VIEW_NAMES, PromptTemplate, template_errors
 from wallx_jax.models.config import LoraConfig, Numerics
+from wallx_jax.ranges import parse_ranges
 from wallx_jax.robots import KEY_MAPPINGS
 from wallx_jax.run_config import (
     AugmentConfig,
@@ -38,10 +39,10 @@ TABLES = ("dof_config", "agent_pos_config", "camera_views", "resolution", "promp
 # What an entry of `datasets` may say besides its weight; and what it does not take over from the first dataset.
 PER_DATASET = (
     "repo_id", "dataset_revision", "camera_views", "resolution", "state_key", "action_key", "norm_stats_path",
-    "dof_config", "agent_pos_config", "predict_action_keys", "obs_action_keys", "relative_action_keys",
+    "dof_config", "agent_pos_config", "predict_action_keys", "obs_action_keys", "relative_action_keys", "episodes",
 )  # fmt: skip
 FIRST_ONLY = {"dataset_root": None, "dataset_revision": None, "norm_stats_path": None, "robot_name": None,
-              "datasets": {}}  # fmt: skip
+              "episodes": None, "datasets": {}}  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -102,8 +103,10 @@ def default_config() -> OrderedConfig:
     # Dataset: LeRobot v3.0
     c.repo_id = placeholder(str)  # required; a hub repo id or a local directory
     c.dataset_root = placeholder(str)  # local directory of repo_id, which then only names the key mapping
-    c.dataset_revision = placeholder(str)  # hub branch, tag or commit; None: the default branch
+    c.dataset_revision = placeholder(str)  # hub branch, tag or commit; None: the newest v3.0 tag
     c.download_videos = True  # fetch video files when downloading
+    c.episodes = placeholder(str)  # episodes to use, by episode_index: "0:50,60" is 0 to 49 and 60; None: all
+    c.unreadable_frames = "stop"  # a frame that cannot be decoded ends the run; "skip": another one takes its place
     c.camera_views = OrderedConfig()  # {view: camera key} in prompt order; empty: the mapping known for repo_id
     # Features with the state and the action, and their names in norm_stats.json; not used where agent_pos_config or
     # dof_config say places themselves.
@@ -429,6 +432,13 @@ def _value_errors(v: Mapping[str, Any]) -> list[str]:
         errors.append(f"augment.crop = {v['augment.crop']}: must be above 0 and at most 1")
     if v["split_mode"] not in ("episode", "frame"):
         errors.append(f"split_mode = {v['split_mode']!r}: choose 'episode' or 'frame'")
+    if v["unreadable_frames"] not in ("stop", "skip"):
+        errors.append(f"unreadable_frames = {v['unreadable_frames']!r}: choose 'stop' or 'skip'")
+    if v["episodes"] is not None:
+        try:
+            parse_ranges(v["episodes"])
+        except ValueError as error:
+            errors.append(f"episodes = {v['episodes']!r}: {error}")
     words = {view: words for view, words in v["prompt.view_names"].items() if isinstance(words, str)}
     errors += template_errors(**_section(v, "prompt") | {"view_names": words})
     for name, value in _section(v, "numerics").items():

@@ -85,6 +85,8 @@ class DataConfig:
     root: str | None
     revision: str | None
     download_videos: bool
+    episodes: str | None
+    unreadable_frames: str
     cameras: tuple[Camera, ...]
     prompt: PromptTemplate
     state_key: str

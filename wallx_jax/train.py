@@ -30,6 +30,8 @@ from wallx_jax.data.pipeline import Batches, eval_batches, mixed, samples
 from wallx_jax.data.processor import Processor
 from wallx_jax.data.setup import blank_sample, build_augment, split_sources
 from wallx_jax.data.tokenizer import Tokenizer
+from wallx_jax.data.unreadable import SkippedFrames
+from wallx_jax.evaluation import preflight
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.run_config import RunConfig
 from wallx_jax.training import checkpoint_dir, distributed, sharding, start
@@ -76,10 +78,9 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
     settings = start.resumable(resolve(config))
     distributed.initialize(settings.distributed)
     devices.require(settings.platform)
-    if dry_run:  # neither fetches nor decodes videos
-        data = dataclasses.replace(settings.data, frame_cache=None, download_videos=False)
-        settings = dataclasses.replace(settings, data=data)
-    parts = open_parts(settings)
+    if dry_run:
+        settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, frame_cache=None))
+    parts = open_parts(settings, videos="first" if dry_run else "all")
     settings = parts[0].settings
     mesh = sharding.make_mesh(settings.mesh)
     loop, save_path = settings.loop, Path(settings.loop.save_path)
@@ -88,7 +89,8 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
     continues = origin.resumes and origin.checkpoint.parent == (save_path / checkpoint_dir.FOLDER).absolute()
     if not continues:
         checkpoint_dir.refuse_overwrite(save_path)
-    sources = [split_sources(part.settings, part.info, p.config) for part, p in zip(parts, processors, strict=True)]
+    noted = preflight.check(parts)
+    sources = [split_sources(part.settings, part.source, p.config) for part, p in zip(parts, processors, strict=True)]
     micro_batch = settings.data.batch_size * mesh.shape["data"] * mesh.shape["fsdp"]
     global_batch = micro_batch * loop.gradient_accumulation_steps
     order = start.data_order(parts, [len(train) for train, _ in sources], global_batch, loop.seed)
@@ -111,9 +113,11 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
     if dry_run:
         batches.close()
         start.check_weights(origin, abstract)
-        print(plan)
+        print("\n".join(map(str, [plan, *(f"{name}: {finding}" for name, finding in noted)])))
         return None
     logger.info("%s", plan)
+    for name, finding in noted:
+        logger.warning("%s: %s", name, finding)
 
     compile_cache.enable(settings.compile_cache)
     assets = save_path / "assets"
@@ -166,7 +170,7 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
         with stop:
             state = run_loop(
                 state, batches, steps, total_steps, global_batch, loop, mesh, held_out, writer, progress, save,
-                stop.reached,
+                stop.reached, SkippedFrames([part.source for part in parts]),
             )  # fmt: skip
             checkpointer.wait()
     finally:

@@ -11,6 +11,7 @@ from typing import Any
 
 Features = Mapping[str, Mapping[str, Any]]  # info.json's: {key: {"dtype", "shape", "names"}}
 BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")  # every LeRobot dataset has these
+NUMBER = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)")  # dtypes of a vector's numbers
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def widths(features: Features) -> dict[str, int]:
     return {
         name: int(feature["shape"][0])
         for name, feature in features.items()
-        if len(feature["shape"]) == 1 and feature["dtype"] not in ("string", "image", "video")
+        if len(feature["shape"]) == 1 and NUMBER.fullmatch(feature["dtype"])
         if name not in BOOKKEEPING
     }
 

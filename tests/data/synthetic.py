@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from wallx_jax.data.writer import DatasetWriter
+
 STATE, ACTION = "observation.state", "action"
 CAMERAS = {"observation.images.cam_high": (64, 96), "observation.images.cam_left_wrist": (48, 48)}  # height, width
 TASKS = ("pick up the red block", "open the cabinet")
@@ -29,27 +31,23 @@ def frame_image(episode: int, frame: int, camera: str) -> np.ndarray:
     return image
 
 
-def write_dataset(root: Path, camera_type: str = "video") -> Path:
-    """Creates the dataset at `root` with lerobot's own writer, whichever release is installed. `camera_type`: "video",
-    or "image" for pictures in the tables."""
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+FEATURES = {
+    key: {"dtype": "float32", "shape": (DIMS,), "names": [f"joint_{d}" for d in range(DIMS)]} for key in (STATE, ACTION)
+}
 
-    features = {
-        key: {"dtype": "float32", "shape": (DIMS,), "names": [f"joint_{d}" for d in range(DIMS)]}
-        for key in (STATE, ACTION)
-    } | {
-        camera: {"dtype": camera_type, "shape": (*size, 3), "names": ["height", "width", "channels"]}
-        for camera, size in CAMERAS.items()
-    }
-    dataset = LeRobotDataset.create(
-        "tests/synthetic", FPS, features, root=root, robot_type="aloha", video_backend="pyav",
-        use_videos=camera_type == "video",
-    )  # fmt: skip
-    for episode, length in enumerate(LENGTHS):
-        states, actions = episode_table(episode)
-        for frame in range(length):
-            images = {camera: frame_image(episode, frame, camera) for camera in CAMERAS}
-            dataset.add_frame({STATE: states[frame], ACTION: actions[frame], "task": TASKS[episode % 2], **images})
-        dataset.save_episode(parallel_encoding=False)
-    dataset.finalize()
+
+def camera_features(kind: str = "video") -> dict:
+    """`kind`: "video", or "image" for images in the tables."""
+    names = ["height", "width", "channels"]
+    return {camera: {"dtype": kind, "shape": (*size, 3), "names": names} for camera, size in CAMERAS.items()}
+
+
+def write_dataset(root: Path, camera_type: str = "video", **options) -> Path:
+    """Writes the dataset to `root`. `camera_type`: as in `camera_features`; `options`: of DatasetWriter."""
+    features = FEATURES | camera_features(camera_type)
+    with DatasetWriter(root, FPS, features, robot_type="aloha", **options) as writer:
+        for episode, length in enumerate(LENGTHS):
+            images = {c: [frame_image(episode, frame, c) for frame in range(length)] for c in CAMERAS}
+            states, actions = episode_table(episode)
+            writer.add_episode({STATE: states, ACTION: actions, **images}, task=TASKS[episode % 2])
     return root

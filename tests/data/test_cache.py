@@ -1,16 +1,20 @@
 import dataclasses
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 import synthetic
 
+from wallx_jax.data import cache
 from wallx_jax.data.cache import CachedSource
+from wallx_jax.data.cameras import CameraReader
+from wallx_jax.data.errors import FrameError
 from wallx_jax.data.images import resize, target_size
 from wallx_jax.data.lerobot import LeRobotSource
+from wallx_jax.data.metadata import read_info
 from wallx_jax.data.processor import ProcessorConfig
-from wallx_jax.data.video import decode_in_order
 
 CAMERAS = tuple(synthetic.CAMERAS)
 RESOLUTIONS = (84, 56)
@@ -41,37 +45,95 @@ def test_gives_what_resizing_the_source_gives(source, tmp_path, monkeypatch):
         assert (sample.instruction, sample.episode, sample.frame) == (raw.instruction, raw.episode, raw.frame)
         assert sample.resized
 
-    monkeypatch.setattr(LeRobotSource, "__getitem__", lambda *_: pytest.fail("a kept frame was decoded again"))
+    monkeypatch.setattr(CameraReader, "read", lambda *_: pytest.fail("a kept frame was decoded again"))
     again = pickle.loads(pickle.dumps(CachedSource(source, CONFIG, tmp_path)))
     for i, sample in enumerate(first):
         for a, b in zip(again[i].images, sample.images, strict=True):
             np.testing.assert_array_equal(a, b)
 
 
-def test_filling_from_front_to_back_gives_the_same_frames(source, dataset_info, tmp_path, monkeypatch):
-    cached = CachedSource(source, CONFIG, tmp_path)
+@pytest.mark.parametrize("kind", ["video", "image"])
+def test_filling_gives_the_same_frames(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(cache, "RUN", 3)  # of frames: several pieces of each file
+    root = synthetic.write_dataset(tmp_path / kind, camera_type=kind, video_files_size_in_mb=1e-6)
+    everything = LeRobotSource(read_info(root), 3, CAMERAS)
+    CachedSource(everything, CONFIG, tmp_path).fill()
+    monkeypatch.setattr(CameraReader, "read", lambda *_: pytest.fail("a kept frame was decoded again"))
+    monkeypatch.setattr(CameraReader, "read_in_order", lambda *_: pytest.fail("a kept frame was decoded again"))
+    cached = CachedSource(everything, CONFIG, tmp_path)
     cached.fill()
-    everything = LeRobotSource(dataset_info, 3, CAMERAS)
-    for camera, kept, resolution in zip(range(2), cached._open(), RESOLUTIONS, strict=False):
-        for index in range(len(everything)):
-            np.testing.assert_array_equal(kept[index], resize(everything[index].images[camera], resolution))
-    monkeypatch.setattr(LeRobotSource, "__getitem__", lambda *_: pytest.fail("a kept frame was decoded again"))
-    assert cached[1].resized
+    images = [sample.images for sample in map(cached.select(np.arange(26)[::-1]).__getitem__, range(26))][::-1]
+    monkeypatch.undo()
+    for index, sample in enumerate(map(everything.__getitem__, range(26))):
+        for image, original, resolution in zip(images[index], sample.images, RESOLUTIONS, strict=True):
+            np.testing.assert_array_equal(image, resize(original, resolution))
+
+
+def test_filling_goes_on_where_it_was_interrupted(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "RUN", 2)
+    decoded = []
+    real = CameraReader.read_in_order
+
+    def read(self, camera, frames):
+        for frame, image in real(self, camera, frames):
+            if len(decoded) == 9:
+                raise KeyboardInterrupt
+            decoded.append((camera, frame))
+            yield frame, image
+
+    monkeypatch.setattr(CameraReader, "read_in_order", read)
+    with pytest.raises(KeyboardInterrupt):
+        CachedSource(source, CONFIG, tmp_path).fill()
+    monkeypatch.setattr(
+        CameraReader, "read_in_order", lambda self, *a: (decoded.append((a[0], x[0])) or x for x in real(self, *a))
+    )
     CachedSource(source, CONFIG, tmp_path).fill()
+    assert len(decoded) == len(set(decoded)) == 2 * 26
 
 
-def test_a_short_video_file_is_named(dataset_info):
-    lengths = dataset_info.episode_lengths + np.array([0, 0, 0, 1])
-    longer = dataclasses.replace(dataset_info, episode_lengths=lengths)
-    with pytest.raises(ValueError, match="file-000.mp4 lacks 1 of the frames"):
-        list(decode_in_order(longer, CAMERAS[0]))
+def test_frames_that_cannot_be_decoded(dataset_dir, tmp_path):
+    root = shutil.copytree(dataset_dir, tmp_path / "damaged")
+    info = read_info(root)
+    file = root / info.video_file(CAMERAS[1], 0, 0)
+    file.write_bytes(file.read_bytes()[:-40])
+    source = LeRobotSource(info, 3, CAMERAS)
+    cached = CachedSource(source, CONFIG, tmp_path / "cache")
+    with pytest.raises(
+        FrameError, match=f"damaged: episode [0-3], frame [0-9]+: {CAMERAS[1]} cannot be read from {file}"
+    ):
+        cached.fill()
+    cached.fill(skip_unreadable=True)
+    assert cached._map("done_0.uint8").all() and not cached._map("done_1.uint8").all()
+    with pytest.raises(FrameError):
+        cached[25]
 
 
-def test_other_sizes_or_another_dataset_have_another_cache(source, tmp_path):
+def test_other_sizes_have_another_cache(source, tmp_path):
     a = CachedSource(source, CONFIG, tmp_path)
     sizes = tuple((56, 56) for _ in CAMERAS)
     b = CachedSource(source, dataclasses.replace(CONFIG, image_sizes=sizes), tmp_path)
     assert a.folder != b.folder
+
+
+def test_another_dataset_at_the_same_path_has_another_cache(dataset_dir, tmp_path):
+    """Of the same age, and of the same size."""
+
+    def folder(episodes=None):
+        for file in root.rglob("*"):
+            os.utime(file, (1e9, 1e9))
+        return CachedSource(
+            LeRobotSource(read_info(root, episodes=episodes), 3, CAMERAS), CONFIG, tmp_path / "c"
+        ).folder
+
+    root = shutil.copytree(dataset_dir, tmp_path / "dataset")
+    first = folder()
+    video = next((root / "videos").rglob("*.mp4"))
+    content = bytearray(video.read_bytes())
+    content[len(content) // 2] ^= 255
+    video.write_bytes(content)
+    assert len({first, folder(), folder("0:3")}) == 3
+    video.write_bytes(next((dataset_dir / "videos").rglob("*.mp4")).read_bytes())
+    assert folder() == first
 
 
 def test_a_full_disk_is_one_error_and_leaves_nothing(source, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
-import dataclasses
-import importlib.util
-import json
+"""Frames with their action chunks; test_reference.py compares them with lerobot's."""
+
 import pickle
 import shutil
 import subprocess
@@ -10,10 +9,10 @@ import numpy as np
 import pytest
 import synthetic
 
-from wallx_jax.data.lerobot import LeRobotSource, read_info, to_uint8, torch_permutation
+from wallx_jax.data.errors import FrameError
+from wallx_jax.data.lerobot import LeRobotSource, read_info
 
 CAMERAS = list(synthetic.CAMERAS)
-pytestmark = pytest.mark.filterwarnings("ignore:The video decoding and encoding capabilities of torchvision")
 
 
 @pytest.fixture(scope="module")
@@ -21,63 +20,14 @@ def source(dataset_info):
     return LeRobotSource(dataset_info, 4, CAMERAS)
 
 
-def edit_info(root, **changes):
-    file = root / "meta" / "info.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
-
 @pytest.fixture
 def copied(dataset_dir, tmp_path):
     return shutil.copytree(dataset_dir, tmp_path / "copied")
 
 
-def test_info(dataset_info):
-    assert dataset_info.camera_keys == tuple(CAMERAS)
-    assert [dataset_info.frame_size(c) for c in CAMERAS] == list(synthetic.CAMERAS.values())
-    assert (dataset_info.num_episodes, dataset_info.num_frames) == (4, sum(synthetic.LENGTHS))
-    assert (dataset_info.fps, dataset_info.robot_type) == (synthetic.FPS, "aloha")
-    assert dataset_info.tasks == list(synthetic.TASKS)
-    assert dataset_info.episode_lengths.tolist() == list(synthetic.LENGTHS)
-    assert dataset_info.dims("action") == synthetic.DIMS
-
-
-@pytest.mark.parametrize("names", [["channels", "height", "width"], None])
-def test_channel_first_shapes(dataset_info, names):
-    features = {"x": {"dtype": "video", "shape": [3, 480, 640], "names": names}}
-    assert dataclasses.replace(dataset_info, features=features, camera_keys=("x",)).frame_size("x") == (480, 640)
-
-
-@pytest.mark.parametrize("version", ["v2.0", "v2.1"])
-def test_old_format_names_the_conversion(copied, version):
-    edit_info(copied, codebase_version=version)
-    with pytest.raises(ValueError, match=f"format {version}.*python -m (lerobot[a-z0-9_.]+)") as error:
-        read_info(copied)
-    module = str(error.value).split("python -m ")[1].split()[0]
-    assert importlib.util.find_spec(module) is not None
-
-
-def test_newer_format(copied):
-    edit_info(copied, codebase_version="v4.0")
-    with pytest.raises(ValueError, match="v4.0; this package reads v3.0"):
-        read_info(copied)
-
-
-def test_not_a_dataset(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no meta/info.json"):
-        read_info(tmp_path)
-
-
-def test_half_copied_dataset(copied):
-    edit_info(copied, total_episodes=5)
-    with pytest.raises(ValueError, match="counts 5 episodes and 26 frames, meta/episodes 4 and 26"):
-        read_info(copied)
-    shutil.rmtree(copied / "meta" / "episodes")
-    with pytest.raises(FileNotFoundError, match="meta/episodes is missing"):
-        read_info(copied)
-
-
-def test_reading_info_imports_no_torch(dataset_dir):
-    code = f"""import sys; from wallx_jax.data.lerobot import read_info; read_info({str(dataset_dir)!r})
+def test_reading_imports_no_torch_and_no_jax(dataset_dir):
+    code = f"""import sys; from wallx_jax.data.lerobot import LeRobotSource, read_info
+LeRobotSource(read_info({str(dataset_dir)!r}), 4, {CAMERAS!r})[0]
 assert not {{"torch", "lerobot", "jax"}} & set(sys.modules)"""
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -133,61 +83,48 @@ def test_camera_order_and_subset(dataset_info):
     assert len(LeRobotSource(dataset_info, 4, CAMERAS[1:])[0].images) == 1
 
 
-def test_split_and_pickle(dataset_info, source):
-    part = LeRobotSource(dataset_info, 4, CAMERAS, frames=np.array([9, 3]))
-    assert len(part) == 2
+def test_a_split_and_its_pickled_copy(source):
+    part = source.select(np.array([9, 3]))
+    assert len(part) == 2 and len(source) == 26 and part.table is source.table
     part[0]
     again = pickle.loads(pickle.dumps(part))
     np.testing.assert_array_equal(again[0].images[0], source[9].images[0])
     assert again[1].frame == 3
+    with pytest.raises(ValueError, match="frames 0..26 asked for"):
+        source.select([0, 26])
 
 
-def test_bytes_survive_lerobots_float_images():
-    torch = pytest.importorskip("torch")
-    values = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).expand(3, -1, -1)
-    floats = values.type(torch.float32) / 255
-    expected = values.permute(1, 2, 0).numpy()
-    np.testing.assert_array_equal(to_uint8(floats), expected)
-    np.testing.assert_array_equal(to_uint8(values), expected)
-    # Upstream truncates instead of rounding; for bytes that went through float32 both are exact.
-    np.testing.assert_array_equal((floats * 255).to(torch.uint8).permute(1, 2, 0).numpy(), expected)
+def test_actions_of_frames(source):
+    expected = np.concatenate([synthetic.episode_table(e)[1] for e in range(4)])
+    np.testing.assert_array_equal(source.actions_at(np.array([25, 0, 7])), expected[[25, 0, 7]])
 
 
-def test_broken_video_names_the_frame(copied):
-    info = read_info(copied)
+def test_a_frame_that_cannot_be_read_is_named(copied):
     video = next((copied / "videos" / CAMERAS[0]).rglob("*.mp4"))
-    video.write_bytes(video.read_bytes()[:200])
-    with pytest.raises(RuntimeError, match="copied: episode 1, frame 3 \\(index 10\\) cannot be read"):
-        LeRobotSource(info, 4, CAMERAS)[10]
+    source = LeRobotSource(read_info(copied), 4, CAMERAS)
+    content = video.read_bytes()
+    for damage, reason in (
+        (lambda: video.write_bytes(content[:200]), "it has no video stream: it is cut off"),
+        (video.unlink, "it is missing"),
+        (lambda: video.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "git lfs pull"),
+    ):
+        damage()
+        fresh = pickle.loads(pickle.dumps(source))
+        with pytest.raises(FrameError, match=f"^copied: episode 1, frame 3: {CAMERAS[0]} cannot be read") as error:
+            fresh[10]
+        assert str(video) in str(error.value) and reason in str(error.value) and "\n" not in str(error.value)
+        assert fresh.low_dim(10).frame == 3, "which needs no images"
 
 
-def test_missing_video(copied):
-    info = read_info(copied)
-    next((copied / "videos" / CAMERAS[0]).rglob("*.mp4")).unlink()
-    with pytest.raises(RuntimeError, match="copied at .*videos/ there"):
-        LeRobotSource(info, 4, CAMERAS)[0]
-
-
-def test_permutation_is_torchs():
-    torch = pytest.importorskip("torch")
-    _, second = torch.utils.data.random_split(range(103), [0.95, 0.05], torch.Generator().manual_seed(42))
-    assert torch_permutation(103, 42)[-len(second) :].tolist() == list(second.indices)
-
-
-def test_repo_id_is_looked_up_in_lerobots_cache(dataset_dir, tmp_path, monkeypatch):
-    shutil.copytree(dataset_dir / "meta", tmp_path / "me" / "blocks" / "meta")
-    monkeypatch.setenv("HF_LEROBOT_HOME", str(tmp_path))
-    info = read_info("me/blocks")
-    assert (info.repo_id, info.root) == ("me/blocks", tmp_path / "me" / "blocks")
-
-
-def test_repo_id_found_nowhere(tmp_path, monkeypatch):
-    def resolve(repo, kind, revision, patterns):
-        assert (kind, revision, patterns) == ("dataset", "main", ["meta/*", "data/*"])
-        raise FileNotFoundError(f"dataset {repo} is nowhere")
-
-    monkeypatch.setenv("HF_LEROBOT_HOME", str(tmp_path))
-    monkeypatch.setattr("wallx_jax.hub.resolve", resolve)
-    message = f"^dataset me/blocks is nowhere \\(lerobot's cache {tmp_path} has no me/blocks either\\)$"
-    with pytest.raises(FileNotFoundError, match=message):
-        read_info("me/blocks", revision="main", download_videos=False)
+def test_episodes_can_be_chosen(dataset_dir, source):
+    some = LeRobotSource(read_info(dataset_dir, episodes="3,1:2"), 4, CAMERAS)
+    assert len(some) == 11 and not some.info.whole
+    for i, frame in enumerate([*range(7, 12), *range(20, 26)]):
+        a, b = some[i], source[frame]
+        assert (a.episode, a.frame, a.instruction) == (b.episode, b.frame, b.instruction)
+        for name in ("state", "actions", "action_is_pad"):
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+        for one, other in zip(a.images, b.images, strict=True):
+            np.testing.assert_array_equal(one, other)
+    with pytest.raises(ValueError, match="episodes = '2,7:9': '7:9' selects none of 0..3"):
+        read_info(dataset_dir, episodes="2,7:9")

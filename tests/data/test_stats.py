@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 import synthetic
 
-from wallx_jax.data.lerobot import DatasetInfo, LeRobotSource
+from wallx_jax.data.lerobot import LeRobotSource
+from wallx_jax.data.metadata import DatasetInfo
 from wallx_jax.data.stats import compute_stats
 
 
@@ -40,17 +41,32 @@ def test_unknown_key(dataset_info):
 
 
 def table_only(root, values, actions=None, lengths=None, files=1):
-    """A dataset of table files, without any meta files; the last file comes first by name."""
+    """A dataset of table files, without any meta files; the last file comes first by name, and holds whole episodes."""
     (root / "data" / "chunk-000").mkdir(parents=True)
     count, lengths = len(values), np.array([len(values)] if lengths is None else lengths)
     table = {"s": values, "a": values if actions is None else actions}
     columns = {key: pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), x.shape[1]) for key, x in table.items()}
-    columns |= {"episode_index": np.repeat(np.arange(len(lengths)), lengths), "index": np.arange(count)}
-    for number, rows in enumerate(np.array_split(np.arange(count), files)[::-1]):
-        part = pa.table(columns).take(rows)
+    starts = np.cumsum(lengths) - lengths
+    columns |= {
+        "episode_index": np.repeat(np.arange(len(lengths)), lengths),
+        "index": np.arange(count),
+        "frame_index": np.arange(count) - np.repeat(starts, lengths),
+        "task_index": np.zeros(count, np.int64),
+    }
+    for number, episodes in enumerate(np.array_split(np.arange(len(lengths)), files)[::-1]):
+        part = pa.table(columns).slice(starts[episodes[0]], lengths[episodes].sum())
         pq.write_table(part, root / "data" / "chunk-000" / f"file-{number:03d}.parquet")
-    features = {key: {"dtype": "float32", "shape": [x.shape[1]]} for key, x in table.items()}
-    return DatasetInfo("t", root, 10, len(lengths), count, None, features, (), ["do"], lengths)
+    return DatasetInfo(
+        repo_id="t",
+        root=root,
+        fps=10,
+        features={key: {"dtype": "float32", "shape": [x.shape[1]]} for key, x in table.items()},
+        tasks={0: "do"},
+        episode_numbers=np.arange(len(lengths)),
+        episode_lengths=lengths,
+        first_indices=starts,
+        data_path="data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+    )
 
 
 def expected(values):
@@ -132,11 +148,11 @@ def test_missing_and_infinite_values(tmp_path):
     got = compute_stats(table_only(tmp_path / "nan", values), "s", "a").state
     assert got.max.tolist() == [18, 0] and got.min.tolist() == [0, 0]
     values[0, 0] = np.inf
-    with pytest.raises(ValueError, match="t: dim 0 has infinite values"):
+    with pytest.raises(ValueError, match="t: dim 0 of the state has infinite values; scripts/check_dataset.py says"):
         compute_stats(table_only(tmp_path / "inf", values), "s", "a")
 
 
 def test_frames_that_are_missing(tmp_path):
     info = table_only(tmp_path, np.zeros((10, 2), np.float32))
-    with pytest.raises(ValueError, match="holds 10 frames, meta/ counts 12"):
-        compute_stats(dataclasses.replace(info, num_frames=12), "s", "a")
+    with pytest.raises(ValueError, match="lacks 2 of the 12 frames that meta/episodes counts"):
+        compute_stats(dataclasses.replace(info, episode_lengths=np.array([12])), "s", "a")

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from wallx_jax import vectors
-from wallx_jax.data.lerobot import LeRobotSource, read_columns, read_info
+from wallx_jax.data.lerobot import LeRobotSource, read_info
 from wallx_jax.data.stats import compute_stats
+from wallx_jax.data.writer import DatasetWriter
 
 LENGTHS, HORIZON = (4, 6), 3
 FEATURES = {"action.arm": 3, "action.grip": 1, "observation.pose": 4, "observation.grip": 1}
@@ -30,22 +31,12 @@ def joined(episode: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def info(tmp_path_factory):
-    """Written by lerobot, which stores features of one dim as plain numbers."""
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
-
     root = tmp_path_factory.mktemp("parts") / "parts"
     features = {key: {"dtype": "float32", "shape": (dims,), "names": None} for key, dims in FEATURES.items()}
     features["action.arm"]["names"] = ["x", "y", "z"]
-    dataset = LeRobotDataset.create("tests/parts", 10, features, root=root, use_videos=False)
-    for episode, length in enumerate(LENGTHS):
-        values = tables(episode)
-        for frame in range(length):
-            dataset.add_frame({key: values[key][frame] for key in FEATURES} | {"task": "go"})
-        for key, dims in FEATURES.items():
-            if dims == 1:  # what older releases of NumPy do by themselves when the table is made
-                dataset.episode_buffer[key] = values[key][:, 0]
-        dataset.save_episode()
-    dataset.finalize()
+    with DatasetWriter(root, 10, features) as writer:
+        for episode in range(len(LENGTHS)):
+            writer.add_episode(tables(episode), task="go")
     return read_info(root)
 
 
@@ -64,9 +55,10 @@ def test_both_ways_of_reading_give_the_parts_in_order(info):
 
 def test_columns_and_statistics_are_of_the_joined_vector(info):
     states, actions = (np.concatenate(rows) for rows in zip(*map(joined, range(len(LENGTHS))), strict=True))
-    read, episode = read_columns(info, [ACTION, "episode_index"])
-    np.testing.assert_array_equal(read, actions)
-    assert episode.tolist() == [0] * 4 + [1] * 6
+    source = LeRobotSource(info, 1, [], STATE, ACTION)
+    source.table.load()
+    np.testing.assert_array_equal(source.table.action, actions)
+    np.testing.assert_array_equal(source.table.state, states)
     stats = compute_stats(info, STATE, ACTION)
     np.testing.assert_array_equal(stats.state.max, states.max(axis=0))
     np.testing.assert_array_equal(stats.action.min, actions.min(axis=0))

@@ -31,7 +31,7 @@ VIEWS, SIZES = ("face_view", "left_wrist_view"), ((56, 84), (56, 56))
 @pytest.fixture(scope="module")
 def policy(wallx_dir, dataset_info):
     tokenizer = Tokenizer.from_dir(wallx_dir)
-    length = required_prompt_length(tokenizer, dataset_info.tasks, VIEWS, (6, 4))
+    length = required_prompt_length(tokenizer, list(dataset_info.tasks.values()), VIEWS, (6, 4))
     layout = ProcessorConfig(VIEWS, dataset_info.camera_keys, (84, -1), SIZES, 4, length)
     config, params = load_params(wallx_dir)
     # Larger than at the start of training, so that attention and positions matter.

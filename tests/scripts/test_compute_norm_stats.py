@@ -15,7 +15,7 @@ from absl.testing import flagsaver
 
 from wallx_jax.command_line import CommandLineError
 from wallx_jax.config import ConfigError, resolve
-from wallx_jax.data.lerobot import read_columns, read_info
+from wallx_jax.data.lerobot import LeRobotSource, read_info
 from wallx_jax.data.mixture import open_parts
 from wallx_jax.data.normalize import load_norm_stats
 from wallx_jax.data.setup import load_stats
@@ -47,8 +47,9 @@ def run(tmp_path, capsys):
 
 def test_of_a_dataset(run, tables, tmp_path):
     out, err = run(dataset=str(tables))
-    info = read_info(tables)
-    states, actions = read_columns(info, ["observation.state", "action"])
+    table = LeRobotSource(read_info(tables), 1, []).table
+    table.load()
+    states, actions = table.state, table.action
     read = load_norm_stats(tmp_path)
     for part, values in ((read.state, states), (read.action, actions)):
         values = values.astype(np.float64)
@@ -75,10 +76,10 @@ def test_of_a_configuration_as_training_reads_it(run, dataset_dir, tmp_path):
     out, _ = run(config)
     assert "joint_7" in out and "minus the state's joint_7" in out and "never moves" in out
     (part,) = open_parts(resolve(config))
-    computed = load_stats(part.settings, part.info)
+    computed = load_stats(part.settings, part.source)
     config.norm_stats_path = str(tmp_path / "norm_stats.json")
     (part,) = open_parts(resolve(config))
-    read = load_stats(part.settings, part.info)
+    read = load_stats(part.settings, part.source)
     np.testing.assert_array_equal(read.action.q01, computed.action.q01)
     assert read.relative_to == (*range(7), -1) and read.horizon == 4
     _, actions = synthetic.episode_table(0)

@@ -1,19 +1,29 @@
-"""Decoded, resized frames kept on disk: with them, reading a sample costs no video decoding and no resizing."""
+"""Decoded, resized frames kept on disk: with them, reading a sample costs no decoding and no resizing."""
 
+import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from wallx_jax.data.errors import FrameError
+from wallx_jax.data.fetch import data_files, video_files
 from wallx_jax.data.images import resize
 from wallx_jax.data.lerobot import LeRobotSource, RawSample
+from wallx_jax.data.metadata import DatasetInfo
 from wallx_jax.data.processor import ProcessorConfig
-from wallx_jax.data.video import decode_in_order, is_video
+from wallx_jax.data.tables import FrameTable
+
+RUN = 256  # frames that a thread decodes at a stretch
+SAMPLES, SAMPLE = 8, 16 * 1024  # of a large file so many pieces of so many bytes are hashed
 
 
 class CachedSource:
@@ -35,31 +45,73 @@ class CachedSource:
     def __init__(self, source: LeRobotSource, config: ProcessorConfig, folder: str | Path):
         if config.camera_keys != source.cameras:
             raise ValueError(f"the processor has cameras {config.camera_keys}, the source {source.cameras}")
-        self.source, self.resolutions, self.sizes, self.views = (
-            source,
-            config.resolutions,
-            config.image_sizes,
-            config.views,
-        )
+        self.source = source
+        self._layout = tuple(zip(source.cameras, config.resolutions, config.views, config.image_sizes, strict=True))
         self.folder = Path(folder).expanduser().absolute() / self._fingerprint()
         self.folder.mkdir(parents=True, exist_ok=True)
-        frames = source.info.num_frames
-        for name, row in self._rows():
-            _allocate(self.folder / name, frames * int(np.prod(row, dtype=np.int64)))
-        self._maps: list[np.ndarray] | None = None
+        for name, shape in self._files():
+            _allocate(self.folder / name, int(np.prod(shape, dtype=np.int64)))
+        self._maps: dict[str, np.ndarray] = {}
 
-    def fill(self) -> None:
-        """Puts every frame of the dataset's videos into the cache, with a progress bar, unless they are all there."""
-        info, (*images, done) = self.source.info, self._open()
-        if done.all() or not all(is_video(info, camera) for camera in self.source.cameras):
+    @property
+    def info(self) -> DatasetInfo:
+        return self.source.info
+
+    @property
+    def frames(self) -> np.ndarray:
+        return self.source.frames
+
+    @property
+    def table(self) -> FrameTable:
+        return self.source.table
+
+    def select(self, frames: np.ndarray | Sequence[int]) -> "CachedSource":
+        """Returns a source of these frames of the dataset, with the same cache."""
+        other = copy.copy(self)
+        other.source = self.source.select(frames)
+        return other
+
+    def fill(self, skip_unreadable: bool = False) -> None:
+        """Puts every frame of the dataset that is missing into the cache, on all cores and with a progress bar.
+
+        Args:
+            skip_unreadable: leave out frames that cannot be decoded.
+
+        Raises:
+            FrameError: naming dataset, episode, frame and file, if one cannot be decoded.
+        """
+        images, todo = self.source.images, []
+        for number, (camera, *_) in enumerate(self._layout):
+            missing = self._map(f"done_{number}.uint8") == 0
+            if missing.any():
+                runs = (run[missing[run]] for run in images.runs(camera, RUN))
+                todo += [(number, run) for run in runs if len(run)]
+        if not todo:
             return
-        cameras = zip(self.source.cameras, images, self.resolutions, self.views, strict=True)
-        with tqdm(total=len(images) * info.num_frames, desc=f"decoding {info.repo_id}", unit="frame") as bar:
-            for camera, kept, resolution, view in cameras:
-                for index, frame in decode_in_order(info, camera):
-                    kept[index] = resize(frame, resolution, view)
-                    bar.update()
-        done[:] = 1  # last: a frame that is marked is whole
+
+        def decode(task: tuple[int, np.ndarray]) -> int:
+            number, frames = task
+            try:
+                self._keep_run(number, frames)
+            except FrameError:
+                if not skip_unreadable:
+                    raise
+                for frame in frames:  # those that can be read
+                    with contextlib.suppress(FrameError):
+                        self._keep_run(number, np.array([frame]))
+            return len(frames)
+
+        total = sum(len(frames) for _, frames in todo)
+        with (
+            tqdm(total=total, desc=f"decoding {self.info.repo_id}", unit="frame") as bar,
+            ThreadPoolExecutor(os.cpu_count() or 1) as pool,
+        ):
+            try:
+                for count in pool.map(decode, todo):
+                    bar.update(count)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
     def __len__(self) -> int:
         return len(self.source)
@@ -68,44 +120,71 @@ class CachedSource:
         return f"CachedSource({self.source!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": None}
+        return self.__dict__ | {"_maps": {}}
 
     def __getitem__(self, i: int) -> RawSample:
-        """As the source's, with images resized and `resized` set."""
-        index = int(self.source.frames[i])
-        *images, done = self._open()
-        if not done[index]:
-            raw = self.source[i]
-            for image, kept, resolution, view in zip(raw.images, images, self.resolutions, self.views, strict=True):
-                kept[index] = resize(image, resolution, view)
-            done[index] = 1
-        else:
-            raw = self.source.low_dim(i)
-        return dataclasses.replace(raw, images=tuple(np.array(kept[index]) for kept in images), resized=True)
+        """Returns the source's i-th frame with images resized and `resized` set; raises as the source does."""
+        frame, images = int(self.source.frames[i]), []
+        for number, (camera, *_) in enumerate(self._layout):
+            if not self._map(f"done_{number}.uint8")[frame]:
+                self._keep(number, frame, self.source.images.read(camera, frame))
+            images.append(np.array(self._map(f"camera_{number}.uint8")[frame]))
+        return dataclasses.replace(self.source.low_dim(i), images=tuple(images), resized=True)
 
     def low_dim(self, i: int) -> RawSample:
         return self.source.low_dim(i)
 
-    def _rows(self) -> list[tuple[str, tuple[int, ...]]]:
-        """(file, shape of one frame's entry): a file per camera, then one byte that says whether they are filled."""
-        return [(f"camera_{n}.uint8", (*size, 3)) for n, size in enumerate(self.sizes)] + [("done.uint8", ())]
+    def _keep_run(self, number: int, frames: np.ndarray) -> None:
+        for frame, image in self.source.images.read_in_order(self._layout[number][0], frames):
+            self._keep(number, frame, image)
 
-    def _open(self) -> list[np.ndarray]:
-        if self._maps is None:
-            frames = self.source.info.num_frames
-            self._maps = [
-                np.memmap(self.folder / name, np.uint8, "r+", shape=(frames, *row)) for name, row in self._rows()
-            ]
-        return self._maps
+    def _keep(self, number: int, frame: int, image: np.ndarray) -> None:
+        """Writes a frame into the cache."""
+        _, resolution, view, _ = self._layout[number]
+        self._map(f"camera_{number}.uint8")[frame] = resize(image, resolution, view)
+        self._map(f"done_{number}.uint8")[frame] = 1  # last: a frame that is marked is whole
+
+    def _files(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(file, shape) of the uint8 arrays: per camera the images, and one byte per frame that says whether it is
+        there."""
+        frames = self.info.num_frames
+        for number, (*_, size) in enumerate(self._layout):
+            yield f"camera_{number}.uint8", (frames, *size, 3)
+            yield f"done_{number}.uint8", (frames,)
+
+    def _map(self, name: str) -> np.ndarray:
+        if name not in self._maps:
+            self._maps[name] = np.memmap(self.folder / name, np.uint8, "r+", shape=dict(self._files())[name])
+        return self._maps[name]
 
     def _fingerprint(self) -> str:
-        root = self.source.info.root
-        files = sorted(path for path in root.rglob("*") if path.suffix in (".mp4", ".parquet", ".png", ".json"))
+        """Hash of what the cached images depend on: the files with images, which frames they hold, and the sizes."""
+        info = self.info
+        names = {str(path.relative_to(info.root)) for path in (info.root / "meta" / "episodes").rglob("*.parquet")}
+        for camera in self.source.cameras:
+            names |= set(video_files(info, camera) if info.is_video(camera) else data_files(info))
         facts = {
-            "files": [(str(path.relative_to(root)), path.stat().st_size, path.stat().st_mtime_ns) for path in files],
-            "images": [self.source.cameras, self.resolutions, self.sizes],
+            "fps": info.fps,
+            "episodes": hashlib.sha256(info.episode_numbers.tobytes()).hexdigest(),
+            "files": [(name, *_identity(info.root / name)) for name in sorted(names)],
+            "images": self._layout,
         }
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _identity(path: Path) -> tuple[int, int, str]:
+    """Size, time of the last change, and a hash of all of a small file or of pieces of a large one: archives set all
+    times alike."""
+    if not path.is_file():
+        return 0, 0, "missing"  # the error comes when a frame of it is read
+    status = path.stat()
+    digest = hashlib.sha256()
+    starts = np.linspace(0, max(status.st_size - SAMPLE, 0), SAMPLES).astype(int)
+    with path.open("rb") as file:
+        for start in starts:
+            file.seek(start)
+            digest.update(file.read(SAMPLE))
+    return status.st_size, status.st_mtime_ns, digest.hexdigest()
 
 
 def _allocate(path: Path, size: int) -> None:

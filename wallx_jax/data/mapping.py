@@ -4,7 +4,7 @@ import dataclasses
 
 from wallx_jax import vectors
 from wallx_jax.config import ConfigError, nearest
-from wallx_jax.data.lerobot import DatasetInfo
+from wallx_jax.data.metadata import DatasetInfo, is_depth
 from wallx_jax.run_config import Camera, RunConfig
 
 IMAGE_PREFIX = "observation.images."
@@ -50,7 +50,7 @@ def check_dataset(run: RunConfig, info: DatasetInfo) -> RunConfig:
                 f"relative_action_keys: {key!r} has {actions[key]} dims in dof_config and {states[key]} in "
                 "agent_pos_config; an action is relative to a state of as many dims"
             )
-    if not any(task.strip() for task in info.tasks):
+    if not any(task.strip() for task in info.tasks.values()):
         errors.append(f"{info.repo_id} has no instructions: every sample needs a task text")
     if errors:
         raise ConfigError(*errors, offer=offer(info))
@@ -65,8 +65,9 @@ def offer(info: DatasetInfo) -> str:
     """What a dataset has to choose from: cameras with their sizes, vectors with the names of their dims."""
     lines = [f"{info.repo_id} offers"]
     for camera in info.camera_keys:
-        height, width = info.frame_size(camera)
-        lines.append(f"  camera {camera}: {height} x {width} (height x width)")
+        if not is_depth(info.features[camera]):
+            height, width = info.frame_size(camera)
+            lines.append(f"  camera {camera}: {height} x {width} (height x width)")
     for feature, dims in vectors.widths(info.features).items():
         names = info.dim_names(feature) if info.features[feature].get("names") else []
         lines.append(f"  vector {feature}: {dims} dims{': ' if names else ''}{', '.join(names)}")
@@ -97,6 +98,8 @@ def check_horizon(run: RunConfig, prompt_length: int) -> None:
 def _camera(camera: Camera, info: DatasetInfo, errors: list[str]) -> Camera:
     for key in (camera.key, IMAGE_PREFIX + camera.key):
         if key in info.camera_keys:
+            if is_depth(info.features[key]):
+                errors.append(f"camera_views.{camera.view} = {key!r}: it holds depth maps; choose a color camera")
             return dataclasses.replace(camera, key=key)
     offered = list(info.camera_keys)
     hint = nearest(camera.key, offered) or nearest(IMAGE_PREFIX + camera.key, offered)

@@ -6,43 +6,70 @@ The first is the one that the settings describe by themselves; `datasets` names 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from wallx_jax.config import ConfigError
-from wallx_jax.data.lerobot import DatasetInfo, read_info
+from wallx_jax.data.fetch import fetch
+from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.mapping import check_dataset
+from wallx_jax.data.metadata import DatasetInfo, read_info
 from wallx_jax.data.processor import Processor
 from wallx_jax.run_config import RunConfig
 
 
 @dataclass(frozen=True)
 class Part:
-    """One dataset of a run. `settings`: as if it were the only one, completed by check_dataset."""
+    """One dataset of a run.
+
+    Attributes:
+        name: what it is called in the run.
+        weight: its samples for one of the first dataset's.
+        settings: as if it were the only one, completed by check_dataset.
+        source: all of its frames.
+    """
 
     name: str
     weight: float
     settings: RunConfig
-    info: DatasetInfo
+    source: LeRobotSource
+
+    @property
+    def info(self) -> DatasetInfo:
+        return self.source.info
 
 
-def open_parts(run: RunConfig) -> tuple[Part, ...]:
-    """Reads what the datasets say about themselves and checks each against its settings.
+def open_parts(run: RunConfig, videos: Literal["all", "first", "none"] = "all") -> tuple[Part, ...]:
+    """Opens the datasets of a run: reads their metadata, checks each against its settings, fetches the files that are
+    used from the hub where they are missing, and checks the tables.
+
+    Args:
+        videos: which videos to fetch: all, of each camera the one with the first episode, or none. With
+            download_videos=False none.
 
     Raises:
         ConfigError: everything that does not fit, for the datasets after the first with their names.
-        FileNotFoundError, ValueError: what is missing.
+        FileNotFoundError, DatasetError: what is missing, or contradicts itself.
     """
-    parts, errors, offers = [], [], []
+    found, errors, offers = [], [], []
     for number, (name, weight, settings) in enumerate(run.datasets()):
         data, with_name = settings.data, f"datasets.{name}: " if number else ""
-        info = read_info(data.location, data.revision, data.download_videos)
+        info = read_info(data.location, data.revision, data.episodes)
         try:
-            parts.append(Part(name, weight, check_dataset(settings, info), info))
+            found.append((name, weight, check_dataset(settings, info), info))
         except ConfigError as error:
             errors += [with_name + text for text in error.errors]
             offers.append(error.offer)
     if errors:
         raise ConfigError(*errors, offer="\n".join(dict.fromkeys(offers)))
-    return tuple(parts)
+    return tuple(Part(name, weight, settings, _open(settings, info, videos)) for name, weight, settings, info in found)
+
+
+def _open(settings: RunConfig, info: DatasetInfo, videos: str) -> LeRobotSource:
+    data = settings.data
+    cameras = [camera.key for camera in data.cameras]
+    fetched = cameras if videos != "none" and data.download_videos else []
+    fetch(info, fetched, first_only=videos == "first")
+    return LeRobotSource(info, data.action_horizon, cameras, data.state_key, data.action_key)
 
 
 def in_one_layout(parts: Sequence[Part], processors: Sequence[Processor]) -> tuple[Processor, ...]:

@@ -14,8 +14,11 @@ from absl import flags
 
 from wallx_jax.data.augment import Augment
 from wallx_jax.data.batch import Batch
-from wallx_jax.data.lerobot import DatasetInfo, LeRobotSource, RawSample, torch_permutation
+from wallx_jax.data.lerobot import RawSample
+from wallx_jax.data.metadata import DatasetInfo
 from wallx_jax.data.processor import Processor
+from wallx_jax.data.source import FrameSource
+from wallx_jax.data.torch_random import randperm
 from wallx_jax.data.workers import start_worker
 
 UPSTREAM_SHARES = (0.95, 0.05)
@@ -44,7 +47,7 @@ def split_frames(
         return np.arange(cut), np.arange(cut, info.num_frames)
     if mode == "frame":
         count = int(info.episode_lengths[:train_episodes].sum())
-        order = torch_permutation(count, seed)
+        order = randperm(count, seed)
         # random_split floors both shares and gives what is left over to the first, then the second.
         sizes = [int(count * share) for share in UPSTREAM_SHARES]
         cut = sizes[0] + (count - sum(sizes) + 1) // 2
@@ -96,7 +99,7 @@ class Batches(Iterator[Batch]):
             self._reader = None
 
     def _read_from(self, place: int) -> grain.DatasetIterator:
-        # One thread: lerobot's dataset is not made for several. Two batches ahead, since an element here is a batch.
+        # Two batches ahead, since an element here is a batch.
         dataset = self._batches[place:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
         if self._num_workers:
             if not flags.FLAGS.is_parsed():  # Grain hands its own absl flags to the workers, also outside of app.run.
@@ -106,13 +109,13 @@ class Batches(Iterator[Batch]):
         return iter(dataset)
 
 
-def shuffled(source: LeRobotSource, seed: int) -> grain.MapDataset:
+def shuffled(source: FrameSource, seed: int) -> grain.MapDataset:
     """The frames in the order in which training meets them, without end; each pass in another order."""
     return grain.MapDataset.source(source).shuffle(seed=seed).repeat()
 
 
 def samples(
-    source: LeRobotSource,
+    source: FrameSource,
     processor: Processor,
     seed: int,
     augment: Augment | None = None,
@@ -136,7 +139,7 @@ def mixed(streams: Sequence[grain.MapDataset], weights: Sequence[float]) -> grai
 
 
 def eval_batches(
-    source: LeRobotSource,
+    source: FrameSource,
     processor: Processor,
     batch_size: int,
     limit: int | None = None,

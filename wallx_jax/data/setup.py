@@ -13,13 +13,15 @@ from wallx_jax.data.augment import Augment
 from wallx_jax.data.batch import Batch
 from wallx_jax.data.cache import CachedSource
 from wallx_jax.data.fast import FastTokenizer
-from wallx_jax.data.lerobot import DatasetInfo, LeRobotSource
+from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.mapping import check_horizon
+from wallx_jax.data.metadata import DatasetInfo
 from wallx_jax.data.normalize import NormStats, load_norm_stats
 from wallx_jax.data.pipeline import split_frames
 from wallx_jax.data.processor import Processor, ProcessorConfig, required_prompt_length
 from wallx_jax.data.stats import compute_stats
 from wallx_jax.data.tokenizer import Tokenizer
+from wallx_jax.data.unreadable import SkipUnreadable
 from wallx_jax.run_config import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -32,20 +34,22 @@ def load_fast_tokenizer(run: RunConfig) -> FastTokenizer | None:
     return FastTokenizer.from_dir(hub.resolve(run.model.action_tokenizer_path, kind="model"))
 
 
-Source = LeRobotSource | CachedSource
+Source = LeRobotSource | CachedSource | SkipUnreadable
 
 
-def split_sources(run: RunConfig, info: DatasetInfo, config: ProcessorConfig) -> tuple[Source, Source]:
-    """(training frames, held-out frames) in the layout of the processor; the second may be empty."""
-    data = run.data
-    sources = [
-        LeRobotSource(info, config.horizon, config.camera_keys, config.state_key, config.action_key, frames)
-        for frames in split_frames(info, data.train_test_split, data.split_mode, data.split_seed)
-    ]
+def split_sources(run: RunConfig, source: LeRobotSource, config: ProcessorConfig) -> tuple[Source, Source]:
+    """Returns (training frames, held-out frames) of a dataset, read as `run` says; the second may be empty.
+
+    With a frame cache it is filled here.
+    """
+    data, skip = run.data, run.data.unreadable_frames == "skip"
+    frames = split_frames(source.info, data.train_test_split, data.split_mode, data.split_seed)
+    splits: list[Source] = [source.select(chosen) for chosen in frames]
     if data.frame_cache is not None:
-        sources = [CachedSource(source, config, data.frame_cache) for source in sources]
-        sources[0].fill()  # of the whole dataset: both splits read it
-    return tuple(sources)
+        cached = CachedSource(source, config, data.frame_cache)
+        cached.fill(skip_unreadable=skip)
+        splits = [cached.select(chosen) for chosen in frames]
+    return tuple(SkipUnreadable(split) if skip else split for split in splits)
 
 
 def build_augment(run: RunConfig) -> Augment | None:
@@ -54,16 +58,16 @@ def build_augment(run: RunConfig) -> Augment | None:
     return None if data.augment is None else Augment(data.augment, tuple(camera.view for camera in data.cameras))
 
 
-def load_stats(run: RunConfig, info: DatasetInfo) -> NormStats:
+def load_stats(run: RunConfig, source: LeRobotSource) -> NormStats:
     """Statistics from norm_stats_path, or computed from the dataset's tables.
 
     Raises:
         FileNotFoundError, ValueError: the file is not there, or of another robot.
     """
-    data, relative_to = run.data, run.robot.relative_to()
+    data, info, relative_to = run.data, source.info, run.robot.relative_to()
     if data.norm_stats_path is None:
         start = time.perf_counter()
-        stats = dataset_stats(run, info)
+        stats = dataset_stats(run, source)
         logger.info("%s", _report(run, info, stats, time.perf_counter() - start))
         return stats
     stats = load_norm_stats(Path(data.norm_stats_path), data.state_key, data.action_key)
@@ -83,16 +87,10 @@ def load_stats(run: RunConfig, info: DatasetInfo) -> NormStats:
     return stats
 
 
-def dataset_stats(run: RunConfig, info: DatasetInfo, progress: bool = False) -> NormStats:
-    """Statistics of a dataset's state and of what `run` trains of its actions. `progress`: show bars."""
-    data = run.data
+def dataset_stats(run: RunConfig, source: LeRobotSource, progress: bool = False) -> NormStats:
+    """Computes statistics of a dataset's state and of what `run` trains of its actions. `progress`: show bars."""
     return compute_stats(
-        info,
-        data.state_key,
-        data.action_key,
-        relative_to=run.robot.relative_to(),
-        horizon=data.action_horizon,
-        progress=progress,
+        source, relative_to=run.robot.relative_to(), horizon=run.data.action_horizon, progress=progress
     )
 
 
@@ -134,14 +132,15 @@ def build_processor(
     image_tokens = [images.image_token_count(*size) for size in sizes]
     budget = run.data.max_fast_tokens if fast is not None else 0
     template = run.data.prompt
-    check_horizon(run, required_prompt_length(tokenizer, info.tasks, views, image_tokens, template=template))
+    tasks = list(info.tasks.values())
+    check_horizon(run, required_prompt_length(tokenizer, tasks, views, image_tokens, template=template))
     config = ProcessorConfig(
         views=views,
         camera_keys=tuple(camera.key for camera in cameras),
         resolutions=tuple(camera.resolution for camera in cameras),
         image_sizes=sizes,
         horizon=run.data.action_horizon,
-        prompt_length=required_prompt_length(tokenizer, info.tasks, views, image_tokens, budget, template),
+        prompt_length=required_prompt_length(tokenizer, tasks, views, image_tokens, budget, template),
         label_window=budget + 2 if budget else 0,
         state_dim=state_dim,
         action_dim=action_dim,

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from wallx_jax.data.lerobot import DatasetInfo, LeRobotSource, read_columns, read_info
+from wallx_jax.data.fetch import fetch
+from wallx_jax.data.lerobot import LeRobotSource
+from wallx_jax.data.metadata import DatasetInfo, read_info
 from wallx_jax.data.normalize import NormStats, Stats
 
 
@@ -29,9 +31,10 @@ def compute_stats(
     one dim, 8 bytes each.
 
     Args:
-        dataset: a local folder, a repo id, what `read_info` returned, or a source, whose own keys are then used.
+        dataset: a local folder, a repo id, what `read_info` returned, or a source of the whole dataset, whose own keys
+            are then used.
         state_key, action_key: vectors, see wallx_jax.vectors.
-        episodes: episodes to use; None for all.
+        episodes: numbers (`episode_index`) of the episodes to use; None for all.
         relative_to: per action dim the state dim that it is relative to, or -1; empty: none.
         horizon: steps of a chunk of actions; of no effect where none is relative.
         progress: show bars over the table files and the dims.
@@ -40,14 +43,20 @@ def compute_stats(
         ValueError: for a key the dataset does not have, an unknown episode, or an infinite value.
     """
     if isinstance(dataset, LeRobotSource):
-        dataset, state_key, action_key = dataset.info, dataset.state_key, dataset.action_key
-    info = dataset if isinstance(dataset, DatasetInfo) else read_info(dataset, download_videos=False)
-    states, actions, episode = read_columns(info, [state_key, action_key, "episode_index"], progress)
+        source = dataset
+    else:
+        info = dataset if isinstance(dataset, DatasetInfo) else read_info(dataset)
+        fetch(info)
+        source = LeRobotSource(info, 1, (), state_key, action_key)
+    info, state_key, action_key = source.info, source.state_key, source.action_key
+    source.table.load(progress=progress)
+    states, actions = source.table.state, source.table.action
     left = np.repeat(info.episode_starts + info.episode_lengths, info.episode_lengths) - np.arange(info.num_frames)
     if episodes is not None:
-        if unknown := sorted(set(map(int, episodes)) - set(range(info.num_episodes))):
-            raise ValueError(f"{info.repo_id} has episodes 0..{info.num_episodes - 1}, not {unknown}")
-        chosen = np.isin(episode, list(episodes))
+        numbers = info.episode_numbers
+        if unknown := sorted(set(map(int, episodes)) - set(numbers.tolist())):
+            raise ValueError(f"{info.repo_id} has episodes {numbers[0]}..{numbers[-1]}, not {unknown}")
+        chosen = np.repeat(np.isin(numbers, list(episodes)), info.episode_lengths)
         states, actions, left = states[chosen], actions[chosen], left[chosen]
     if not len(states):
         raise ValueError(f"{info.repo_id}: no frames to compute statistics from")
@@ -63,7 +72,7 @@ def compute_stats(
     )
     try:
         with tqdm(total=states.shape[1] + actions.shape[1], desc="statistics", unit="dim", disable=not progress) as bar:
-            parts = _stats(states.T, bar), _stats(targets, bar)
+            parts = _stats("state", states.T, bar), _stats("action", targets, bar)
         return NormStats(*parts, state_key, action_key, relative_to, horizon if relative_to else None)
     except ValueError as error:
         raise ValueError(f"{info.repo_id}: {error}") from error
@@ -104,14 +113,16 @@ def _differences(actions: np.ndarray, states: np.ndarray, left: np.ndarray, hori
     return found
 
 
-def _stats(columns: Iterable[np.ndarray], bar: tqdm) -> Stats:
+def _stats(what: str, columns: Iterable[np.ndarray], bar: tqdm) -> Stats:
     """[N] of each dim -> statistics. NaN marks a missing value and is left out; a dim with nothing else gets zeros."""
     rows = []
     for column in columns:
         x = column[~np.isnan(column)].astype(np.float64, copy=False)
         del column  # the differences of a dim are large: two such arrays are held at a time, no more
         if np.isinf(x).any():
-            raise ValueError(f"dim {len(rows)} has infinite values")
+            raise ValueError(
+                f"dim {len(rows)} of the {what} has infinite values; scripts/check_dataset.py says in which frames"
+            )
         x = x if len(x) else np.zeros(1)
         row = [x.mean(), x.std(), x.min(), x.max()]
         rows.append([*row[:2], *np.quantile(x, [0.01, 0.99], overwrite_input=True), *row[2:]])

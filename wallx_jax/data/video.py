@@ -1,100 +1,232 @@
-"""Video files read from front to back: tens of times cheaper than seeking every frame on its own. And one frame of one
-camera, where that is what is wanted."""
+"""Frames of a dataset's video files, with a bounded number of open decoders."""
 
-import io
-from collections.abc import Iterator
+import itertools
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import av
 import numpy as np
 import pyarrow.parquet as pq
-from PIL import Image
+from av.video.reformatter import VideoReformatter
 
-from wallx_jax.data.lerobot import DatasetInfo, read_episodes
+from wallx_jax.data.errors import unreadable
+from wallx_jax.data.metadata import DatasetInfo
+from wallx_jax.data.pictures import decode
+from wallx_jax.data.spans import VideoSpans, read_spans
+from wallx_jax.files import is_lfs_pointer
 
-
-def is_video(info: DatasetInfo, camera: str) -> bool:
-    """Are a camera's frames in video files (rather than images in the tables)?"""
-    return info.features[camera]["dtype"] == "video"
-
-
-def decode_in_order(info: DatasetInfo, camera: str) -> Iterator[tuple[int, np.ndarray]]:
-    """(frame index in the dataset, uint8 RGB [H, W, 3]) for every frame of a camera, file by file.
-
-    Raises:
-        ValueError: a file lacks frames of the episodes that the meta files place in it.
-    """
-    import av
-
-    chunks, files, starts = _places(info, camera)
-    for chunk, file in sorted(set(zip(chunks.tolist(), files.tolist(), strict=True))):
-        index_of = {}  # number of a frame in the file -> its index in the dataset
-        for episode in np.flatnonzero((chunks == chunk) & (files == file)):
-            first = round(starts[episode] * info.fps)
-            length, index = info.episode_lengths[episode], info.episode_starts[episode]
-            index_of |= {first + n: int(index) + n for n in range(length)}
-        path = _file(info, camera, chunk, file)
-        with av.open(str(path)) as video:
-            for frame in video.decode(video=0):
-                index = index_of.pop(round(float(frame.pts * frame.time_base) * info.fps), None)
-                if index is not None:
-                    yield index, frame.to_ndarray(format="rgb24")
-        if index_of:
-            raise ValueError(
-                f"{path} lacks {len(index_of)} of the frames that meta/episodes places there; copy the dataset again"
-            )
+OPEN_VIDEOS = 16  # decoders that a process keeps open, of all its readers together
+EARLIER_S = (0.0, 1.0, 10.0)  # how far before the wanted time to seek, in turn; then the start of the file
 
 
-def read_frame(info: DatasetInfo, camera: str, index: int) -> np.ndarray:
-    """uint8 RGB [H, W, 3]: one camera's frame, whatever state the other cameras are in.
+class VideoFile:
+    """One open video: frames by time, read forward where that is cheaper than seeking.
 
     Args:
-        index: of the frame in the dataset.
+        path: the file.
+        fps: frames per second of the dataset; a frame is found if it is less than half a frame away.
 
     Raises:
-        ValueError: the video ends before the frame. And what decoders raise: OSError, av.FFmpegError, ...
+        FileNotFoundError: if there is no such file.
+        ValueError: no video, or one that holds depth maps.
     """
-    if not is_video(info, camera):
-        table = pq.read_table(info.root / "data", columns=[camera], filters=[("index", "=", index)])
-        with Image.open(io.BytesIO(table[camera][0].as_py()["bytes"])) as image:
-            return np.asarray(image.convert("RGB"))
-    import av
 
-    episode = int(np.searchsorted(info.episode_starts, index, side="right")) - 1
-    chunk, file, start = (column[episode] for column in _places(info, camera))
-    path = _file(info, camera, chunk, file)
-    seconds = start + (index - info.episode_starts[episode]) / info.fps
-    with av.open(str(path)) as video:
-        stream = video.streams.video[0]
-        video.seek(int(seconds / stream.time_base), stream=stream)
-        for frame in video.decode(stream):
-            if abs(float(frame.pts * frame.time_base) - seconds) < 0.5 / info.fps:
-                return frame.to_ndarray(format="rgb24")
-    raise ValueError(f"{path} has no frame at {seconds:.3f} s")
+    def __init__(self, path: Path, fps: float):
+        self.path, self._half_frame, self._fps = path, 0.5 / fps, fps
+        self._container = open_video(path)
+        self._stream = self._container.streams.video[0]
+        context = self._stream.codec_context
+        if context.pix_fmt and context.pix_fmt.startswith("gray") and context.pix_fmt != "gray":
+            self._container.close()
+            raise ValueError(f"{path} holds depth maps ({context.pix_fmt}); choose a color camera")
+        # Random access decodes a frame or two at a time: more threads would only add frames in flight.
+        context.thread_count = 1
+        self._reformatter = VideoReformatter()
+        self._frames: Iterator[av.VideoFrame] = iter(())  # what follows
+        self._last: av.VideoFrame | None = None  # decoded last
+        self._reach = 2  # frames that a seek may cost: up to so many ahead, decoding them is not slower
+
+    def read(self, seconds: float) -> np.ndarray:
+        """Returns the frame that is shown at this time, uint8 RGB [H, W, 3].
+
+        Raises:
+            ValueError: there is none within half a frame, or it is damaged.
+            av.FFmpegError: it cannot be decoded.
+        """
+        frame = self._near(seconds)
+        for earlier in (*EARLIER_S, math.inf):
+            if frame is not None:
+                break
+            self._seek(seconds - earlier)
+            frame, started_late = self._search(seconds)
+            if not started_late:
+                break
+        if frame is None:
+            raise ValueError(f"{self.path} has no frame at {seconds:.3f} s")
+        if frame.is_corrupt:
+            raise ValueError(f"{self.path}: the frame at {seconds:.3f} s is damaged")
+        return self._reformatter.reformat(frame, format="rgb24").to_ndarray()
+
+    def _time(self, frame: av.VideoFrame) -> float:
+        return float(frame.pts * self._stream.time_base)
+
+    def _near(self, seconds: float) -> av.VideoFrame | None:
+        """The frame, if it was decoded last or follows soon after that."""
+        if self._last is None:
+            return None
+        distance = (seconds - self._time(self._last)) * self._fps
+        if abs(distance) < 0.25:
+            return self._last
+        return self._search(seconds)[0] if 0 < distance < self._reach + 0.5 else None
+
+    def _seek(self, seconds: float) -> None:
+        """Goes to the last key frame that is not later."""
+        # A key frame that is less than half of the video's own frames later still is the wanted one.
+        margin = 0.5 / max(self._fps, float(self._stream.average_rate or self._fps))
+        ticks = int((seconds + margin) / self._stream.time_base) - 1 if seconds > 0 else 0
+        self._container.seek(ticks, stream=self._stream, backward=True)
+        self._frames = (frame for frame in self._container.decode(self._stream) if frame.pts is not None)
+        self._last = None
+
+    def _search(self, seconds: float) -> tuple[av.VideoFrame | None, bool]:
+        """Decodes until the frame is found or passed; tells also whether the first frame was too late already."""
+        nearest, least, started_late = None, self._half_frame, False
+        for count, frame in enumerate(self._frames):
+            self._last, offset = frame, self._time(frame) - seconds
+            if abs(offset) < least:
+                nearest, least = frame, abs(offset)
+                self._reach = max(self._reach, count)
+            started_late |= count == 0 and offset > self._half_frame
+            # Where the video has more frames than the dataset, the next one may be nearer still.
+            if offset >= 0 or least < 0.5 * self._half_frame:
+                break
+        return nearest, started_late
 
 
-def _places(info: DatasetInfo, camera: str) -> list[np.ndarray]:
-    """Of each episode the chunk and the file of its video, and the second at which it starts there."""
-    return read_episodes(info, [f"videos/{camera}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")])
+class VideoReader:
+    """Frames of many video files. All readers of a process share OPEN_VIDEOS decoders; safe to use from threads."""
+
+    _open: OrderedDict[tuple[int, Path], tuple[VideoFile, threading.Lock]] = OrderedDict()
+    _open_lock = threading.Lock()
+    _numbers = itertools.count()
+
+    def __init__(self, fps: float):
+        self._fps = fps
+        # A file that was replaced since another reader opened it is opened anew.
+        self._number = next(self._numbers)
+
+    def read(self, path: Path, seconds: float) -> np.ndarray:
+        """Returns the frame that is shown at this time, uint8 RGB [H, W, 3]; raises as `VideoFile`."""
+        video, lock = self._get(path)
+        with lock:
+            return video.read(seconds)
+
+    def _get(self, path: Path) -> tuple[VideoFile, threading.Lock]:
+        key = (self._number, path)
+        with self._open_lock:
+            if key not in self._open:
+                while len(self._open) >= OPEN_VIDEOS:
+                    self._open.popitem(last=False)  # closed as soon as no other thread reads from it
+                self._open[key] = VideoFile(path, self._fps), threading.Lock()
+            self._open.move_to_end(key)
+            return self._open[key]
 
 
-def _file(info: DatasetInfo, camera: str, chunk: int, file: int) -> Path:
-    return info.root / f"videos/{camera}/chunk-{chunk:03d}/file-{file:03d}.mp4"
+def place_in_video(info: DatasetInfo, camera: str, spans: VideoSpans, frame: int) -> tuple[Path, float]:
+    """Returns the video file that shows a frame, and the seconds at which it does."""
+    episode, place = info.locate(frame)
+    file = info.root / info.video_file(camera, spans.chunk[episode], spans.file[episode])
+    return file, float(spans.start[episode] + place / info.fps)
+
+
+def video_runs(info: DatasetInfo, spans: VideoSpans) -> Iterator[np.ndarray]:
+    """Yields for each video file of a camera its frames in the order in which it shows them, int [n]."""
+    order = np.lexsort((spans.start, spans.file, spans.chunk))
+    files = np.stack([spans.chunk, spans.file])[:, order]
+    for episodes in np.split(order, np.flatnonzero(np.diff(files).any(axis=0)) + 1):
+        yield np.concatenate([info.episode_starts[e] + np.arange(info.episode_lengths[e]) for e in episodes])
+
+
+def decode_in_order(
+    info: DatasetInfo, camera: str, frames: Iterable[int] | None = None, spans: VideoSpans | None = None
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Decodes frames of a camera's videos from front to back, which costs a fraction of random access.
+
+    Args:
+        frames: which ones, in the order of `video_runs`; None: all.
+        spans: what `read_spans` gives.
+
+    Yields:
+        the frame and its image, uint8 RGB [H, W, 3].
+
+    Raises:
+        FrameError: naming dataset, episode, frame and file.
+    """
+    spans = read_spans(info, camera) if spans is None else spans
+    video = None
+    for frame in itertools.chain.from_iterable(video_runs(info, spans)) if frames is None else frames:
+        file, seconds = place_in_video(info, camera, spans, frame)
+        try:
+            if video is None or video.path != file:
+                video = VideoFile(file, info.fps)
+            image = video.read(seconds)
+        except Exception as error:  # decoders raise what they like
+            raise unreadable(camera, file, info.repo_id, info.describe(frame), error) from error
+        yield int(frame), image
+
+
+def read_frame(info: DatasetInfo, camera: str, frame: int) -> np.ndarray:
+    """Reads the image of one frame, uint8 RGB [H, W, 3], whatever state the rest of the dataset is in.
+
+    Raises:
+        ValueError: the dataset has no such camera or no such frame.
+        FrameError: naming dataset, episode, frame and file.
+    """
+    info.check_camera(camera)
+    if info.is_video(camera):
+        return next(decode_in_order(info, camera, [frame]))[1]
+    episode, place = info.locate(frame)
+    keys = [("episode_index", "=", info.episode_numbers[episode]), ("frame_index", "=", place)]
+    folder = info.root / "data"
+    try:
+        return decode(pq.read_table(folder, columns=[camera], filters=keys)[camera][0].as_py(), info.root)
+    except Exception as error:
+        raise unreadable(camera, folder, info.repo_id, info.describe(frame), error) from error
+
+
+def open_video(path: Path) -> av.container.InputContainer:
+    """Opens a file that has a video stream.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it is a Git LFS pointer or no video.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    if is_lfs_pointer(path):
+        raise ValueError(f"{path} is a Git LFS pointer, not the video; fetch it with `git lfs pull`")
+    try:
+        container = av.open(str(path))
+    except (av.FFmpegError, OSError) as error:
+        raise ValueError(f"{path} cannot be opened as a video: {error.strerror or error}") from None
+    if not container.streams.video:
+        container.close()
+        raise ValueError(f"{path} has no video stream: it is cut off or no video")
+    return container
 
 
 def read_video(file: Path, fps: float) -> tuple[list[np.ndarray], float]:
-    """Frames of a video file, uint8 RGB [H, W, 3], at about `fps` per second, and how many a second has.
+    """Reads the frames of a video file, uint8 RGB [H, W, 3], at about `fps` per second.
 
-    A file with fewer frames per second than asked for gives all it has.
+    Returns:
+        the frames, and how many of them a second has: a file with fewer frames per second than asked for gives all.
 
     Raises:
         ValueError: no such file, not a video, or an fps that is not above 0.
-        ImportError: PyAV is not installed.
     """
-    try:
-        import av
-    except ImportError:
-        raise ImportError("reading videos needs PyAV: pip install av") from None
-
     if not fps > 0:
         raise ValueError(f"fps is {fps}; it must be above 0")
     try:

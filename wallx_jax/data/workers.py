@@ -5,8 +5,6 @@ import os
 import signal
 import threading
 
-from wallx_jax.data.lerobot import use_one_thread
-
 
 def start_worker(worker: int, workers: int) -> None:
     """Worker `worker` of `workers`.
@@ -18,7 +16,6 @@ def start_worker(worker: int, workers: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    use_one_thread(worker, workers)
 
 
 def _end_with_parent() -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wallx_jax.data.lerobot import DatasetInfo, LeRobotSource, read_columns
+from wallx_jax.data.lerobot import LeRobotSource
+from wallx_jax.data.metadata import DatasetInfo
 from wallx_jax.data.mixture import Part
 from wallx_jax.data.normalize import Stats
 from wallx_jax.data.setup import load_stats
@@ -19,20 +20,42 @@ from wallx_jax.evaluation.signals import Following
 
 
 @dataclass(frozen=True, eq=False)
-class Report:
-    """What was found. `task_index`: int [N], the number of each frame's instruction. `task_counts`: (frames,
-    episodes) of each instruction. `pairs`: (state dim, action dim) of each entry of `following`."""
+class Tables:
+    """What the tables of a dataset hold.
 
-    info: DatasetInfo
-    horizon: int
+    Attributes:
+        task_counts: (frames, episodes) of each instruction.
+        pairs: (state dim, action dim) of each entry of `following`.
+        findings: what that means for training.
+    """
+
     state: Vector
     action: Vector
     pairs: list[tuple[int, int]]
     following: Following
-    task_index: np.ndarray
     task_counts: list[tuple[int, int]]
+    findings: list[Finding]
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What was found in a dataset.
+
+    Attributes:
+        horizon: action_horizon of the settings.
+        look: a sample of the frames.
+        findings: of tables, videos and frames; errors first.
+    """
+
+    source: LeRobotSource
+    horizon: int
+    tables: Tables
     look: Look
     findings: list[Finding]
+
+    @property
+    def info(self) -> DatasetInfo:
+        return self.source.info
 
     @property
     def failed(self) -> bool:
@@ -40,9 +63,8 @@ class Report:
         return any(finding.severity == findings.ERROR for finding in self.findings)
 
     def instruction(self, episode: int) -> str:
-        """At the episode's first frame; empty where the dataset lacks it."""
-        number = self.task_index[self.info.episode_starts[episode]]
-        return (self.info.tasks[number] or "") if 0 <= number < len(self.info.tasks) else ""
+        """At the first frame of the episode with this `episode_index`."""
+        return self.info.tasks[int(self.source.table.task[self.info.start_of(episode)])]
 
 
 def check(part: Part, decode: int | None) -> Report:
@@ -51,46 +73,50 @@ def check(part: Part, decode: int | None) -> Report:
     Raises:
         ValueError, FileNotFoundError: the tables cannot be read, or norm_stats_path does not fit.
     """
-    info, run, data = part.info, part.settings, part.settings.data
-    cameras = [camera.key for camera in data.cameras]
-    # One action: for the others lerobot reads the images of the frames that follow, where these are in the tables.
-    source = LeRobotSource(info, 1, cameras, data.state_key, data.action_key)
-    states, actions, times, task_index = read_columns(
-        info, [data.state_key, data.action_key, "timestamp", "task_index"]
-    )
-    _, episodes, frame = source.locate(np.arange(info.num_frames))
+    info, tables = part.info, check_tables(part)
+    chosen = frames.sample(info, decode)
+    look = frames.look(part.source, chosen, frames.first_middle_last(chosen, episodes=3))
+    found = [*tables.findings, *findings.of_videos(part.source), *findings.of_frames(info, look)]
+    found.sort(key=lambda finding: findings.SEVERITIES.index(finding.severity))
+    return Report(part.source, part.settings.data.action_horizon, tables, look, found)
 
-    stats = load_stats(run, info) if data.norm_stats_path else None
+
+def check_tables(part: Part) -> Tables:
+    """The part of `check` that decodes nothing; raises likewise."""
+    source, info, run, data = part.source, part.info, part.settings, part.settings.data
+    source.table.load()
+    states, actions = source.table.state, source.table.action
+    episodes = np.repeat(info.episode_numbers, info.episode_lengths)
+
+    stats = load_stats(run, source) if data.norm_stats_path else None
     robot, vectors = run.robot, []
     for what, key, groups, used, values in (
         ("state", data.state_key, robot.agent_pos, robot.observed(), states),
         ("action", data.action_key, robot.dof, robot.predicted(), actions),
     ):
-        bounds = (
-            None if stats is None else _bounds(getattr(stats, what), robot.relative_to() if what == "action" else ())
-        )
+        relative_to = robot.relative_to() if what == "action" else ()
+        bounds = None if stats is None else _bounds(getattr(stats, what), relative_to)
         spread = signals.spread(values, bounds)
         names, jumps = _names(info, key, groups), signals.jumps(values, episodes)
-        vectors.append(Vector(what, key, names, np.array(used), values, spread, jumps, stats is not None))
+        needed = np.array(used)
+        if what == "state":
+            needed[[dim for dim in robot.relative_to() if dim >= 0]] = True
+        vectors.append(Vector(what, key, names, np.array(used), needed, values, spread, jumps, stats is not None))
     state, action = vectors
     pairs = signals.pairs(state.names, action.names)
     left, right = ([pair[side] for pair in pairs] for side in (0, 1))
     following = signals.following(states[:, left], actions[:, right], episodes, longest=max(round(info.fps), 1))
-
-    chosen = frames.sample(info, decode)
-    look = frames.look(source, chosen, frames.first_middle_last(chosen, episodes=3))
-    task_counts = _count_tasks(info, task_index, episodes)
+    counts = _count_tasks(info, source.table.task, episodes)
+    cameras = [camera.key for camera in data.cameras]
     found = [
         *findings.of_lengths(info, data.action_horizon),
-        *findings.of_vector(state, episodes, frame),
-        *findings.of_vector(action, episodes, frame),
+        *findings.of_vector(state, info),
+        *findings.of_vector(action, info),
         *findings.of_following(info, state, action, pairs, following),
-        *findings.of_times(info, cameras, times, episodes, frame),
-        *findings.of_tasks(info, task_index, task_counts),
-        *findings.of_frames(info, look),
+        *findings.of_times(info, cameras, source.table.read("timestamp")),
+        *findings.of_tasks(info, [frames for frames, _ in counts]),
     ]
-    found.sort(key=lambda finding: findings.SEVERITIES.index(finding.severity))
-    return Report(info, data.action_horizon, state, action, pairs, following, task_index, task_counts, look, found)
+    return Tables(state, action, pairs, following, counts, found)
 
 
 def _bounds(stats: Stats, relative_to: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -106,9 +132,10 @@ def _names(info: DatasetInfo, key: str, groups: Sequence[tuple[str, int]]) -> li
     return [name if dims == 1 else f"{name}.{i}" for name, dims in groups for i in range(dims)]
 
 
-def _count_tasks(info: DatasetInfo, task_index: np.ndarray, episodes: np.ndarray) -> list[tuple[int, int]]:
-    number = len(info.tasks)
-    known = (task_index >= 0) & (task_index < number)
-    frames_of = np.bincount(task_index[known], minlength=number)
-    spans = np.unique(episodes[known] * number + task_index[known]) % number
-    return list(zip(frames_of.tolist(), np.bincount(spans, minlength=number).tolist(), strict=True))
+def _count_tasks(info: DatasetInfo, task: np.ndarray, episodes: np.ndarray) -> list[tuple[int, int]]:
+    """(frames, episodes) of each of the dataset's tasks. `task`, `episodes`: int [N], the numbers of each frame's."""
+    numbers = np.array(list(info.tasks))
+    position = np.searchsorted(numbers, task)
+    frames_of = np.bincount(position, minlength=len(numbers))
+    spans = np.unique(episodes * len(numbers) + position) % len(numbers)
+    return list(zip(frames_of.tolist(), np.bincount(spans, minlength=len(numbers)).tolist(), strict=True))

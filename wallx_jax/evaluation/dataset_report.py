@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from wallx_jax.data.lerobot import DatasetInfo
+from wallx_jax.data.metadata import DatasetInfo
 from wallx_jax.evaluation import signals
 from wallx_jax.evaluation.dataset_check import Report
 from wallx_jax.evaluation.findings import Vector
@@ -17,7 +17,7 @@ SHOWN_TASKS = 20  # in the text: the most frequent
 def as_json(report: Report) -> dict[str, Any]:
     """All figures and findings, as JSON holds them (null where a number is not finite)."""
     info, look = report.info, report.look
-    lag = report.following
+    lag = report.tables.following
     return _plain(
         {
             "dataset": info.repo_id,
@@ -28,7 +28,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "episode_lengths": _lengths(report),
             "tasks": [
                 {"task": text, "frames": frames, "episodes": episodes}
-                for text, (frames, episodes) in zip(info.tasks, report.task_counts, strict=True)
+                for text, (frames, episodes) in zip(info.tasks.values(), report.tables.task_counts, strict=True)
             ],
             "cameras": {
                 camera: {
@@ -42,17 +42,17 @@ def as_json(report: Report) -> dict[str, Any]:
             },
             "frames_looked_at": look.frames,
             "undecodable": [dataclasses.asdict(one) for one in look.undecodable],
-            **{vector.what: _vector_json(vector) for vector in (report.state, report.action)},
+            **{vector.what: _vector_json(vector) for vector in (report.tables.state, report.tables.action)},
             "action_to_state": [
                 {
-                    "state": report.state.names[s],
-                    "action": report.action.names[a],
+                    "state": report.tables.state.names[s],
+                    "action": report.tables.action.names[a],
                     "lag_frames": lag.lag[i] if lag.related[i] else None,
                     "correlation": lag.correlation[i],
                     "action_is_state": lag.holds[i],
                     "action_is_next_state": lag.leads[i],
                 }
-                for i, (s, a) in enumerate(report.pairs)
+                for i, (s, a) in enumerate(report.tables.pairs)
             ],
             "findings": [dataclasses.asdict(finding) for finding in report.findings],
         }
@@ -76,8 +76,8 @@ def as_text(report: Report) -> str:
             ],
         ),
         _task_table(report),
-        *(_vector_table(vector) for vector in (report.state, report.action)),
-        *([_following_table(report)] if report.pairs else []),
+        *(_vector_table(vector) for vector in (report.tables.state, report.tables.action)),
+        *([_following_table(report)] if report.tables.pairs else []),
         "\n".join(map(str, report.findings)),
     ]
     return "\n\n".join(parts)
@@ -105,7 +105,8 @@ def _vector_json(vector: Vector) -> dict[str, Any]:
 
 
 def _task_table(report: Report) -> str:
-    counted = sorted(zip(report.info.tasks, report.task_counts, strict=True), key=lambda entry: -entry[1][0])
+    tasks = report.info.tasks.values()
+    counted = sorted(zip(tasks, report.tables.task_counts, strict=True), key=lambda entry: -entry[1][0])
     rows = [[repr(text), str(frames), str(episodes)] for text, (frames, episodes) in counted[:SHOWN_TASKS]]
     more = f"\n... and {len(counted) - len(rows)} more" if len(counted) > len(rows) else ""
     return _table(["instruction", "frames", "episodes"], rows) + more
@@ -124,11 +125,11 @@ def _vector_table(vector: Vector) -> str:
 
 
 def _following_table(report: Report) -> str:
-    lag = report.following
+    lag = report.tables.following
     rows = [
-        [report.action.names[a], str(lag.lag[i]) if lag.related[i] else "-", f"{lag.correlation[i]:.2f}",
+        [report.tables.action.names[a], str(lag.lag[i]) if lag.related[i] else "-", f"{lag.correlation[i]:.2f}",
          f"{lag.holds[i]:.0%}", f"{lag.leads[i]:.0%}"]
-        for i, (_, a) in enumerate(report.pairs)
+        for i, (_, a) in enumerate(report.tables.pairs)
     ]  # fmt: skip
     heads = ["the state follows the action", "by frames", "correlation", "action is state", "is next state"]
     return _table(heads, rows)

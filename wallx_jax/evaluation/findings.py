@@ -4,13 +4,14 @@ Legend: N frames, D robot dims.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
 
-from wallx_jax.data.lerobot import DatasetInfo
-from wallx_jax.data.video import is_video
+from wallx_jax.data.lerobot import LeRobotSource
+from wallx_jax.data.metadata import DatasetInfo
+from wallx_jax.evaluation import videos
 from wallx_jax.evaluation.frames import Look, Undecodable
 from wallx_jax.evaluation.signals import Following, Jump, Spread
 
@@ -26,13 +27,20 @@ CONTROL = re.compile(r"<\|[^|<>]*\|>|</?tool_call>")  # what Qwen's tokenizer ta
 
 @dataclass(frozen=True)
 class Finding:
-    """severity: "error" (training fails or learns nonsense), "warning" or "ok". about: what it was found in. remedy:
-    what to do, in a clause; empty if ok."""
+    """Something that was found in a dataset.
+
+    Attributes:
+        severity: "error" (training fails or learns nonsense), "warning" or "ok".
+        about: what it was found in.
+        remedy: what to do, in a clause; empty if ok.
+        stops_training: whether a run would end with an error.
+    """
 
     severity: str
     about: str
     message: str
     remedy: str = ""
+    stops_training: bool = False
 
     def __str__(self) -> str:
         return f"{self.severity:7}  {self.about}: {self.message}" + (f"; {self.remedy}" if self.remedy else "")
@@ -40,13 +48,22 @@ class Finding:
 
 @dataclass(frozen=True, eq=False)
 class Vector:
-    """State or action: `values` [N, D] as recorded, the names of its dims, and which of them are used (bool [D]:
-    observed or predicted). `given`: the spread is measured against given statistics."""
+    """A dataset's state or action.
+
+    Attributes:
+        what: "state" or "action".
+        names: of its dims.
+        used: bool [D], which dims are observed or predicted.
+        needed: bool [D], which dims must have a value: also those of the state that actions are relative to.
+        values: [N, D] as recorded.
+        given: whether the spread is measured against given statistics.
+    """
 
     what: str
     key: str
     names: list[str]
     used: np.ndarray
+    needed: np.ndarray
     values: np.ndarray
     spread: Spread
     jumps: list[Jump]
@@ -61,31 +78,30 @@ def of_lengths(info: DatasetInfo, horizon: int) -> Iterator[Finding]:
         yield Finding(OK, "episodes", f"all are as long as the horizon of {horizon} frames, or longer")
 
 
-def of_vector(vector: Vector, episodes: np.ndarray, frame: np.ndarray) -> Iterator[Finding]:
-    """`episodes`, `frame`: int [N], of each frame, where it is."""
+def of_vector(vector: Vector, info: DatasetInfo) -> Iterator[Finding]:
     what, spread, values, used = vector.what, vector.spread, vector.values, vector.used
     moving = used & ~spread.constant
-    missing = used & (spread.nans > 0)
+    missing = vector.needed & (spread.nans > 0)
     found = []
 
-    def note(severity: str, message: str, remedy: str) -> None:
-        found.append(Finding(severity, what, message, remedy))
+    def note(severity: str, message: str, remedy: str, stops_training: bool = False) -> None:
+        found.append(Finding(severity, what, message, remedy, stops_training))
 
     def names(dims: np.ndarray) -> str:
         return _listed(vector.names, dims)
 
     def first(bad: np.ndarray) -> str:
-        place = np.flatnonzero(bad.any(axis=1))[0]
-        return f"the first at episode {episodes[place]}, frame {frame[place]}"
+        return f"the first at {info.describe(int(np.flatnonzero(bad.any(axis=1))[0]))}"
 
+    repair = "repair these frames, or leave their episodes out with the setting `episodes`"
     if (infinite := spread.infinities > 0).any():
         text = f"infinite values in {names(infinite)}, {first(np.isinf(values))}"
-        note(ERROR, text, "repair these frames or cut their episodes: no statistics can be computed")
+        note(ERROR, text, f"{repair}: no statistics can be computed", stops_training=True)
     if missing.any():
         count, where = int(spread.nans[missing].sum()), first(np.isnan(values) & missing)
         text = f"NaN in {count} values of {names(missing)}, {where}"
         if what == "state":
-            note(ERROR, text, "repair these frames or cut their episodes: training stops at them")
+            note(ERROR, text, f"{repair}: training stops at them", stops_training=True)
         else:
             note(WARNING, text, "repair them if they are not meant: such actions are left out of the loss")
     if used.any() and not moving.any():
@@ -151,40 +167,39 @@ def of_following(
         yield Finding(OK, about, f"the state follows the action ({seconds}){exact}")
 
 
-def of_times(
-    info: DatasetInfo, cameras: Sequence[str], times: np.ndarray, episodes: np.ndarray, frame: np.ndarray
-) -> Iterator[Finding]:
-    """`times`: [N], seconds since the episode's start, as recorded."""
-    times = np.asarray(times, np.float64)
+def of_times(info: DatasetInfo, cameras: Sequence[str], times: np.ndarray) -> Iterator[Finding]:
+    """`times`: float64 [N], seconds since the episode's start, as recorded."""
+    frame = info.locate(np.arange(info.num_frames))[1]
     slack = TOLERANCE_S + np.finfo(np.float32).eps * abs(times)
     if not (off := ~(abs(times - frame / info.fps) <= slack)).any():  # in this form NaN is off
         yield Finding(OK, "timestamps", f"regular, {info.fps:g} per second")
         return
     place = np.flatnonzero(off)[0]
     text = (
-        f"{int(off.sum())} of {len(off)} are not frame / {info.fps:g}, the first is episode {episodes[place]}, "
-        f"frame {frame[place]}: {times[place]:.4f} s"
+        f"{int(off.sum())} of {len(off)} are not frame / {info.fps:g}, the first is {info.describe(place)}: "
+        f"{times[place]:.4f} s"
     )
-    if any(is_video(info, camera) for camera in cameras):
-        yield Finding(ERROR, "timestamps", text, "write frame / fps: lerobot finds frames of a video by these times")
-    else:
-        yield Finding(WARNING, "timestamps", text, "write frame / fps, or resample the recording to a steady rate")
+    remedy = "write frame / fps, or resample the recording to a steady rate"
+    if any(map(info.is_video, cameras)):
+        remedy = "write frame / fps: within half a frame they are understood here, but not by lerobot"
+    yield Finding(WARNING, "timestamps", text, remedy)
 
 
-def of_tasks(info: DatasetInfo, task_index: np.ndarray, counts: Sequence[tuple[int, int]]) -> Iterator[Finding]:
-    """`task_index`: int [N], of each frame. `counts`: (frames, episodes) of each instruction."""
-    used = {text or "": frames for text, (frames, _) in zip(info.tasks, counts, strict=True) if frames}
+def of_tasks(info: DatasetInfo, frames: Sequence[int]) -> Iterator[Finding]:
+    """`frames`: how many have each of the instructions."""
+    used: dict[str, int] = {}
+    for text, count in zip(info.tasks.values(), frames, strict=True):
+        if count:
+            used[text] = used.get(text, 0) + count
     spellings: dict[str, list[str]] = {}
     for text in used:
         spellings.setdefault(" ".join(text.split()).casefold(), []).append(text)
     found = []
 
     def note(severity: str, message: str, remedy: str) -> None:
-        found.append(Finding(severity, "instructions", message, remedy))
+        found.append(Finding(severity, "instructions", message, remedy, stops_training=severity == ERROR))
 
-    if unknown := int(((task_index < 0) | (task_index >= len(info.tasks))).sum()):
-        note(ERROR, f"{unknown} frames have a task_index that meta/tasks.parquet lacks", "add the instructions there")
-    if empty := sum(frames for text, frames in used.items() if not text.strip()):
+    if empty := sum(count for text, count in used.items() if not text.strip()):
         note(ERROR, f"empty for {empty} frames", "write an instruction: training stops at these")
     if control := [repr(text) for text in used if CONTROL.search(text)]:
         note(ERROR, f"control tokens in {_listed(control)}", "remove them from the text: training stops at these")
@@ -193,18 +208,21 @@ def of_tasks(info: DatasetInfo, task_index: np.ndarray, counts: Sequence[tuple[i
     yield from found or [Finding(OK, "instructions", f"{len(used)} different")]
 
 
+def of_videos(source: LeRobotSource, only_present: bool = False) -> Iterator[Finding]:
+    """`only_present`: as in `videos.problems`."""
+    for camera, problem in videos.problems(source, only_present):
+        remedy = "copy the file again, or leave its episodes out with the setting `episodes`"
+        yield Finding(ERROR, camera, problem, remedy, stops_training=True)
+
+
 def of_frames(info: DatasetInfo, look: Look) -> Iterator[Finding]:
-    if look.unopened:
-        yield Finding(ERROR, "frames", look.unopened, "copy the missing files")
-    by_camera: dict[str | None, list[Undecodable]] = {}
+    by_camera: dict[str, list[Undecodable]] = {}
     for lost in look.undecodable:
         by_camera.setdefault(lost.camera, []).append(lost)
     for camera, lost in by_camera.items():
         first = f"the first is episode {lost[0].episode}, frame {lost[0].frame}: {lost[0].reason}"
         text = f"{len(lost)} of {look.frames} frames cannot be read, {first}"
-        yield Finding(
-            ERROR, camera or "frames", text, "copy the file again, or cut the episodes; report.json lists all"
-        )
+        yield Finding(ERROR, camera, text, "copy the file again, or cut the episodes; report.json lists all")
     for camera, seen in look.cameras.items():
         if seen.dark:
             text = f"black in {seen.dark} of {seen.frames} frames"
@@ -213,12 +231,17 @@ def of_frames(info: DatasetInfo, look: Look) -> Iterator[Finding]:
             which = _listed(map(str, seen.frozen))
             text = f"the same picture all through {len(seen.frozen)} of the episodes looked at: {which}"
             yield Finding(WARNING, camera, text, "see contact_sheet.png: if the camera hung, cut these episodes")
-        if other := seen.sizes - {tuple(info.frame_size(camera))}:
-            sizes, said = (", ".join(f"{h}x{w}" for h, w in sorted(x)) for x in (other, [info.frame_size(camera)]))
-            text = f"there are frames of {sizes} (height x width), meta/info.json says {said}"
-            yield Finding(ERROR, camera, text, "correct meta/info.json, or encode the camera anew")
-    if look.frames and not look.undecodable and not look.unopened:
+        yield from of_size(info, camera, seen.sizes)
+    if look.frames and not look.undecodable:
         yield Finding(OK, "frames", f"{look.frames} of {info.num_frames} were decoded, of every camera")
+
+
+def of_size(info: DatasetInfo, camera: str, sizes: Set[tuple[int, int]]) -> Iterator[Finding]:
+    """`sizes`: the (height, width) that decoded frames had."""
+    if other := sizes - {tuple(info.frame_size(camera))}:
+        found, said = (", ".join(f"{h}x{w}" for h, w in sorted(x)) for x in (other, [info.frame_size(camera)]))
+        text = f"there are frames of {found} (height x width), meta/info.json says {said}"
+        yield Finding(ERROR, camera, text, "correct meta/info.json, or encode the camera anew", stops_training=True)
 
 
 def _listed(items: Iterable[str], chosen: np.ndarray | None = None, most: int = 8) -> str:

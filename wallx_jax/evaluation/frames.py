@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
-from wallx_jax.data.lerobot import DatasetInfo, DatasetOpenError, LeRobotSource
-from wallx_jax.data.video import read_frame
+from wallx_jax.data.errors import FrameError
+from wallx_jax.data.lerobot import LeRobotSource
+from wallx_jax.data.metadata import DatasetInfo
 
 PER_EPISODE = 5  # frames of an episode in a sample, the first and the last among them
 BLACK = 5.0  # mean brightness, of 255
@@ -19,11 +20,11 @@ STILL = 0.05  # mean difference, of 255, up to which two frames are the same pic
 
 @dataclass(frozen=True)
 class Undecodable:
-    """A frame that cannot be read. `camera` is None where each camera by itself can be read."""
+    """A frame of a camera that cannot be read."""
 
     episode: int
     frame: int
-    camera: str | None
+    camera: str
     reason: str
 
 
@@ -41,13 +42,12 @@ class Seen:
 
 @dataclass
 class Look:
-    """frames: how many were looked at. cameras: by key. unopened: why lerobot does not open the dataset, if it does
-    not. shown: the frames that were to be kept, {(episode, frame, camera): image}."""
+    """frames: how many were looked at. cameras: by key. shown: the frames that were to be kept, {(episode, frame,
+    camera): image}."""
 
     frames: int
     cameras: dict[str, Seen]
     undecodable: list[Undecodable]
-    unopened: str | None
     shown: dict[tuple[int, int, str], np.ndarray]
 
 
@@ -77,66 +77,30 @@ def look(source: LeRobotSource, chosen: Sequence[np.ndarray], show: Sequence[np.
         show: the frames to keep, see `first_middle_last`.
     """
     cameras = {camera: Seen() for camera in source.cameras}
-    result = Look(sum(map(len, chosen)), cameras, [], _why_unopened(source) if chosen else None, {})
-    read = _read_together if result.unopened is None else _read_one_by_one
+    result = Look(sum(map(len, chosen)), cameras, [], {})
     keep = set(np.concatenate([*show, []]).astype(int).tolist())
     with tqdm(total=result.frames, desc=f"decoding {source.info.repo_id}", unit="frame", disable=None) as bar:
-        for indices in chosen:
+        for frames in chosen:
             before: dict[str, np.ndarray] = {}
             alike = dict.fromkeys(cameras, 0)
-            for index in indices.tolist():
-                _, episode, frame = map(int, source.locate(index))
-                images, failed = read(source, index)
-                result.undecodable.extend(Undecodable(episode, frame, *failure) for failure in failed)
-                for camera, image in images.items():
-                    _note(cameras[camera], image)
+            for number in frames.tolist():
+                _, episode, frame = map(int, source.locate(number))
+                for camera, seen in cameras.items():
+                    try:
+                        image = source.images.read(camera, number)
+                    except FrameError as error:
+                        result.undecodable.append(Undecodable(episode, frame, camera, str(error.__cause__ or error)))
+                        continue
+                    _note(seen, image)
                     alike[camera] += _same(before.get(camera), image)
-                    if index in keep:
+                    before[camera] = image
+                    if number in keep:
                         result.shown[episode, frame, camera] = image
-                before |= images
                 bar.update()
             for camera, seen in cameras.items():
-                if len(indices) > 1 and alike[camera] == len(indices) - 1:
+                if len(frames) > 1 and alike[camera] == len(frames) - 1:
                     seen.frozen.append(episode)
     return result
-
-
-def _why_unopened(source: LeRobotSource) -> str | None:
-    """Trying again for every frame would ask the hub for the missing files every time."""
-    try:
-        source[0]
-    except DatasetOpenError as error:
-        return _one_line(error)
-    except RuntimeError:
-        pass  # of the frame
-    return None
-
-
-def _read_together(source: LeRobotSource, index: int) -> tuple[dict[str, np.ndarray], list[tuple[str | None, str]]]:
-    """Images by camera, and (camera, reason) of what cannot be read. Training reads all cameras of a frame at once;
-    only when that fails is each read by itself, to tell which it is."""
-    try:
-        return dict(zip(source.cameras, source[index].images, strict=True)), []
-    except RuntimeError as error:
-        images, failed = _read_one_by_one(source, index)
-        return images, failed or [(None, _one_line(error.__cause__ or error))]
-
-
-def _read_one_by_one(source: LeRobotSource, index: int) -> tuple[dict[str, np.ndarray], list[tuple[str, str]]]:
-    images, failed = {}, []
-    for camera in source.info.camera_keys:  # lerobot decodes those that are not trained on as well
-        try:
-            image = read_frame(source.info, camera, index)
-        except Exception as error:  # whatever decoders raise is the reason
-            failed.append((camera, _one_line(error)))
-        else:
-            images |= {camera: image} if camera in source.cameras else {}
-    return images, failed
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
 
 
 def _note(seen: Seen, image: np.ndarray) -> None:

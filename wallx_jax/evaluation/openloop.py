@@ -70,7 +70,7 @@ def collect(samples: Sequence[RawSample], source: LeRobotSource) -> Recorded:
         ],
         actions=np.stack([sample.actions for sample in samples]),
         valid=~np.stack([sample.action_is_pad for sample in samples]),
-        previous=source.actions_at(source.info.episode_starts[episodes] + np.maximum(frames - 1, 0)),
+        previous=source.actions_at(source.info.start_of(episodes) + np.maximum(frames - 1, 0)),
         episodes=episodes,
         frames=frames,
     )

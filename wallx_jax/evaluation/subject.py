@@ -12,8 +12,10 @@ from ml_collections import ConfigDict
 
 from wallx_jax.config import ConfigError, default_config, resolve
 from wallx_jax.data import processor as processors
-from wallx_jax.data.lerobot import DatasetInfo, LeRobotSource, read_info
+from wallx_jax.data.fetch import fetch
+from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.mapping import check_dataset
+from wallx_jax.data.metadata import DatasetInfo, read_info
 from wallx_jax.data.pipeline import split_frames
 from wallx_jax.inference.load import load_policy
 from wallx_jax.inference.policy import Policy
@@ -72,15 +74,20 @@ def open_subject(arguments: argparse.Namespace, numerics: Mapping[str, Any] | No
     if len(known := processors.robots(files)) > 1:
         if arguments.robot not in known:
             raise ValueError(f"--robot {arguments.robot}: {folder} was trained on several, choose one of {known}")
-        first_only = {"dataset_root": None, "dataset_revision": None}
+        first_only = {"dataset_root": None, "dataset_revision": None, "episodes": None}
         stored |= first_only | stored["datasets"][arguments.robot] if arguments.robot in stored["datasets"] else {}
     location = arguments.dataset or stored.get("dataset_root") or stored.get("repo_id")
     if location is None:
         raise ValueError(f"{folder} does not say what it was trained on; give --dataset")
-    info = read_info(location, None if arguments.dataset else stored.get("dataset_revision"))
+    if arguments.dataset:
+        stored |= {"dataset_revision": None, "episodes": None}
+    info = read_info(location, stored.get("dataset_revision"), stored.get("episodes"))
     policy = load_policy(folder, numerics=numerics, robot=arguments.robot)
     split = {key: stored.get(key, default_config()[key]) for key in ("train_test_split", "split_mode", "split_seed")}
-    return Subject(policy, info, _held_out(policy, info, *split.values()), folder)
+    layout = policy.processor.config
+    fetch(info, layout.camera_keys)
+    source = LeRobotSource(info, layout.horizon, layout.camera_keys, layout.state_key, layout.action_key)
+    return Subject(policy, info, _held_out(source, *split.values()), folder)
 
 
 def _open_model_directory(folder: Path, arguments: argparse.Namespace, numerics: Mapping[str, Any] | None) -> Subject:
@@ -93,21 +100,22 @@ def _open_model_directory(folder: Path, arguments: argparse.Namespace, numerics:
     for name, value in (numerics or {}).items():
         config.numerics[name] = value
     settings = resolve(config)
-    info = read_info(settings.data.location, settings.data.revision)
+    info = read_info(settings.data.location, settings.data.revision, settings.data.episodes)
     settings = check_dataset(settings, info)
-    origin, processor = start.plan(settings, info)
-    policy = Policy(origin.config, start.load_origin(origin, settings.loop.seed), processor)
     data = settings.data
-    return Subject(
-        policy, info, _held_out(policy, info, data.train_test_split, data.split_mode, data.split_seed), folder
-    )
+    cameras = [camera.key for camera in data.cameras]
+    fetch(info, cameras)
+    source = LeRobotSource(info, data.action_horizon, cameras, data.state_key, data.action_key)
+    origin, processor = start.plan(settings, source)
+    policy = Policy(origin.config, start.load_origin(origin, settings.loop.seed), processor)
+    held_out = _held_out(source, data.train_test_split, data.split_mode, data.split_seed)
+    return Subject(policy, info, held_out, folder)
 
 
-def _held_out(policy: Policy, info: DatasetInfo, ratio: float, mode: str, seed: int) -> LeRobotSource:
-    layout = policy.processor.config
-    frames = split_frames(info, ratio, mode, seed)[1]
-    keys = (layout.camera_keys, layout.state_key, layout.action_key)
-    return LeRobotSource(info, layout.horizon, *keys, frames=frames if len(frames) else None)
+def _held_out(source: LeRobotSource, ratio: float, mode: str, seed: int) -> LeRobotSource:
+    """The frames that training did not see; all where none were held out."""
+    frames = split_frames(source.info, ratio, mode, seed)[1]
+    return source.select(frames) if len(frames) else source
 
 
 def _read_config(argument: str) -> ConfigDict:

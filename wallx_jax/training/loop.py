@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from wallx_jax.data.batch import Batch, describe
+from wallx_jax.data.unreadable import SkippedFrames
 from wallx_jax.models.wallx import LossSums
 from wallx_jax.run_config import LoopConfig
 from wallx_jax.training import flops
@@ -74,6 +75,7 @@ def run_loop(
     progress: Progress,
     save: Callable[[int, TrainState, float | None], None],
     stop: Callable[[], bool] = lambda: False,
+    skipped_frames: SkippedFrames | None = None,
 ) -> TrainState:
     """Trains from state.step to `total_steps`, or until `stop`; the last step is always saved.
 
@@ -82,6 +84,7 @@ def run_loop(
         held_out: the validation batches, anew at every call.
         save: writes a checkpoint of (step, state, last logged loss).
         stop: asked after each update whether it shall be the last.
+        skipped_frames: what the data workers could not decode and skipped.
 
     Raises:
         NonFiniteError: after `max_nonfinite_steps` skipped updates; the batch that came last is kept in save_path.
@@ -124,6 +127,10 @@ def run_loop(
                 scalars["skipped"] = float(state.skipped)
                 scalars |= watch.summary(step - logged, samples_per_step * (step - logged))
                 scalars |= flops.rates(steps.flops_per_sample * scalars["samples_per_s"], mesh)
+                for message in skipped_frames.new() if skipped_frames else ():
+                    progress.note(message)
+                if skipped_frames and skipped_frames.count:
+                    scalars["skipped_frames"] = float(skipped_frames.count)
                 loss, window, logged = scalars["loss"], [], step
                 writer.write(step, scalars)
                 eta_s = watch.eta_s(total_steps - step)

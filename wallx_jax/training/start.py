@@ -19,7 +19,7 @@ from wallx_jax import tree
 from wallx_jax.config import ConfigError
 from wallx_jax.data import processor as processors
 from wallx_jax.data.fast import FastTokenizer
-from wallx_jax.data.lerobot import DatasetInfo
+from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.mixture import Part, in_one_layout
 from wallx_jax.data.processor import Processor, ProcessorConfig
 from wallx_jax.data.setup import build_processor, load_fast_tokenizer, load_stats
@@ -163,9 +163,9 @@ def _check_adapters(config: WallXConfig, fresh: bool) -> None:
         )
 
 
-def plan(settings: RunConfig, info: DatasetInfo) -> tuple[Origin, Processor]:
+def plan(settings: RunConfig, source: LeRobotSource) -> tuple[Origin, Processor]:
     """`plan_parts` for one dataset."""
-    origin, (processor,) = plan_parts([Part("", 1.0, settings, info)])
+    origin, (processor,) = plan_parts([Part("", 1.0, settings, source)])
     return origin, processor
 
 
@@ -189,7 +189,7 @@ def plan_parts(parts: Sequence[Part]) -> tuple[Origin, tuple[Processor, ...]]:
         return origin, kept
     action, fresh = origin.config.action, []
     for part in parts:
-        stats = load_stats(part.settings, part.info)
+        stats = load_stats(part.settings, part.source)
         channels = (action.state_dim, action.action_dim)
         fresh.append(build_processor(part.settings, part.info, origin.tokenizer, fast, stats, *channels))
     return origin, in_one_layout(parts, fresh)
@@ -255,6 +255,7 @@ def data_order(parts: Sequence[Part], frames: Sequence[int], global_batch: int, 
         "global_batch": global_batch,
         "seed": seed,
         "frames": list(frames),
+        "episodes": [part.settings.data.episodes for part in parts],
         "weights": [part.weight for part in parts],
     }
 

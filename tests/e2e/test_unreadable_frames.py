@@ -1,0 +1,76 @@
+"""A frame that cannot be decoded in mid-run: one line that names it, or, if so set, another frame in its place."""
+
+import json
+import shutil
+
+import edits
+import numpy as np
+import pytest
+import synthetic
+import tiny_run
+
+import wallx_jax.train
+from wallx_jax.data.errors import DatasetError, FrameError
+
+BAD = (4, 9, 10, 17)
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    tiny_run.use_devices(monkeypatch, 1)
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    root = synthetic.write_dataset(tmp_path_factory.mktemp("damaged") / "damaged", camera_type="image")
+    (camera, *_) = synthetic.CAMERAS
+    images = edits.column(root, edits.DATA, camera)
+    for frame in BAD:
+        images[frame] = {"bytes": images[frame]["bytes"][:50], "path": None}
+    edits.set_column(root, edits.DATA, camera, images)
+    return root
+
+
+def train(model, dataset, folder, **changes):
+    config = tiny_run.run_config(model, dataset, folder, eval_interval=0, **changes)
+    wallx_jax.train.run(config)
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.multiprocess])])
+def test_the_run_ends_with_one_line(model_dir, damaged, tmp_path, workers):
+    with pytest.raises(FrameError, match="^damaged: episode [0-3], frame [0-9]: .*cam_high cannot be read") as error:
+        train(model_dir, damaged, tmp_path / "run", num_workers=workers, num_training_steps=40)
+    assert "\n" not in str(error.value) and "file-000.parquet" in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.multiprocess])])
+def test_skipped_frames_are_counted_and_a_resumed_run_is_the_same(model_dir, damaged, tmp_path, capsys, workers):
+    settings = {"unreadable_frames": "skip", "num_workers": workers, "save_interval": 6, "log_interval": 6}
+    whole = train(model_dir, damaged, tmp_path / "whole", num_training_steps=12, **settings)
+    assert whole[-1]["skipped_frames"] == len(BAD)
+    err = capsys.readouterr().err
+    assert err.count("frame skipped: damaged: episode") == len(BAD) and "episode 0, frame 4: " in err
+    parted = tmp_path / "parted"
+    shutil.copytree(tmp_path / "whole", parted)
+    shutil.rmtree(parted / "checkpoints" / "12")
+    again = train(model_dir, damaged, parted, num_training_steps=12, resume__ckpt="latest", **settings)
+    assert again[-1]["loss"] == whole[-1]["loss"] and np.isfinite(again[-1]["loss"])
+
+
+def test_what_a_run_would_stop_at_is_said_before(model_dir, damaged, dataset_dir, tmp_path):
+    """The first frame of a camera, and values that are missing."""
+    first = shutil.copytree(damaged, tmp_path / "first")
+    (camera, *_) = synthetic.CAMERAS
+    images = edits.column(first, edits.DATA, camera)
+    edits.set_column(first, edits.DATA, camera, [{"bytes": b"no image", "path": None}, *images[1:]])
+    with pytest.raises(DatasetError, match=f"first cannot be trained on:\n  - {camera}: .*episode 0, frame 0"):
+        train(model_dir, first, tmp_path / "run")
+    states = edits.column(damaged, edits.DATA, synthetic.STATE)
+    states[20][3] = float("nan")
+    edits.set_column(first, edits.DATA, synthetic.STATE, states)
+    message = "  - state: NaN in 1 values of joint_3, the first at episode 3, frame 0; repair these frames"
+    with pytest.raises(DatasetError, match=message) as error:
+        train(model_dir, first, tmp_path / "run", unreadable_frames="skip")
+    assert "cam_high" not in str(error.value)
+    assert not (tmp_path / "run").exists()

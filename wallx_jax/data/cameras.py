@@ -1,0 +1,82 @@
+"""The images of a dataset's cameras by frame, whether they are in videos or in the tables."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wallx_jax.data.errors import unreadable
+from wallx_jax.data.metadata import DatasetInfo
+from wallx_jax.data.pictures import ImageColumns
+from wallx_jax.data.spans import read_spans
+from wallx_jax.data.tables import FrameTable
+from wallx_jax.data.video import VideoReader, decode_in_order, place_in_video, video_runs
+
+
+class CameraReader:
+    """Reads images of the named cameras; safe to use from threads. A pickled copy opens files of its own.
+
+    Args:
+        info: the dataset.
+        cameras: keys.
+        table: the dataset's tables.
+
+    Raises:
+        ValueError: the dataset has no such camera, or it holds depth maps.
+        DatasetError: the spans of a camera's videos contradict the episodes.
+    """
+
+    def __init__(self, info: DatasetInfo, cameras: Sequence[str], table: FrameTable):
+        for camera in cameras:
+            info.check_camera(camera)
+        self._info, self._table = info, table
+        self._spans = {camera: read_spans(info, camera) for camera in cameras if info.is_video(camera)}
+        self._open()
+
+    def _open(self) -> None:
+        self._videos, self._images = VideoReader(self._info.fps), ImageColumns(self._info.root)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_videos", "_images")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def read(self, camera: str, frame: int) -> np.ndarray:
+        """Returns the image of a frame, uint8 RGB [H, W, 3].
+
+        Raises:
+            FrameError: naming dataset, episode, frame and file, if it cannot be read or decoded.
+        """
+        info, file = self._info, self.file_of(camera, frame)
+        try:
+            if camera in self._spans:
+                return self._videos.read(*place_in_video(info, camera, self._spans[camera], frame))
+            self._table.load(frame)
+            return self._images.read(file, camera, int(self._table.row[frame]))
+        except Exception as error:  # decoders raise what they like
+            raise unreadable(camera, file, info.repo_id, info.describe(frame), error) from error
+
+    def file_of(self, camera: str, frame: int) -> Path:
+        """Returns the file that holds the image of a frame, a video or a table."""
+        if camera in self._spans:
+            return place_in_video(self._info, camera, self._spans[camera], frame)[0]
+        return self._table.file_of(frame)
+
+    def read_in_order(self, camera: str, frames: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields (frame, image) of many frames, cheapest in the order of `runs`; raises as `read`."""
+        if camera in self._spans:
+            yield from decode_in_order(self._info, camera, frames, self._spans[camera])
+        else:
+            yield from ((frame, self.read(camera, frame)) for frame in frames.tolist())
+
+    def runs(self, camera: str, most: int) -> Iterator[np.ndarray]:
+        """Yields all frames in the order in which a camera's files hold them, int [n], each run in one file.
+
+        Args:
+            most: frames of a run.
+        """
+        for frames in video_runs(self._info, self._spans[camera]) if camera in self._spans else self._table.runs():
+            yield from np.array_split(frames, -(-len(frames) // most))

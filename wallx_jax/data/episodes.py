@@ -1,0 +1,86 @@
+"""meta/episodes of a LeRobot dataset: the episodes, and which frames each has."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wallx_jax.data import parquet
+from wallx_jax.data.errors import REWRITE, DatasetError
+
+EPISODE_COLUMNS = ("episode_index", "length", "dataset_from_index", "dataset_to_index")
+
+
+def _episode_files(root: Path) -> list[Path]:
+    folder = root / "meta" / "episodes"
+    return sorted(folder.glob("*/*.parquet")) or [folder]
+
+
+def read_episode_columns(root: Path, columns: Iterable[str]) -> dict[str, np.ndarray]:
+    """Reads columns of meta/episodes, float64 or int64 [all episodes], by ascending episode_index.
+
+    Raises:
+        FileNotFoundError, DatasetError: a file or column is missing, damaged or holds nulls; an episode is there twice.
+    """
+    columns = ["episode_index", *columns]
+    parts: dict[str, list[np.ndarray]] = {column: [] for column in columns}
+    sources: list[Path] = []
+    for file in _episode_files(root):
+        table = parquet.read_columns(file, columns)
+        for column in columns:
+            times = column.endswith("_timestamp")
+            dtype = np.dtype(np.float64 if times else np.int64)
+            parts[column].append(parquet.matrix(table, column, file, 1, dtype)[:, 0])
+        sources += [file] * len(table)
+    found = {column: np.concatenate(values) for column, values in parts.items()}
+    numbers = found["episode_index"]
+    order = np.argsort(numbers, kind="stable")
+    if len(twice := np.flatnonzero(np.diff(numbers[order]) == 0)):
+        raise DatasetError(
+            f"{sources[order[twice[0] + 1]]}: episode_index {numbers[order][twice[0]]} is there twice; {REWRITE}"
+        )
+    return {column: values[order] for column, values in found.items()}
+
+
+def read_episodes(root: Path, repo_id: str, info: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Reads EPISODE_COLUMNS of all episodes, and checks them against meta/info.json and each other.
+
+    Args:
+        repo_id: what messages call the dataset.
+        info: what meta/info.json says.
+
+    Returns:
+        int64 [all episodes] of each column, by ascending episode_index.
+
+    Raises:
+        FileNotFoundError, DatasetError: as `read_episode_columns`; numbers that do not add up.
+    """
+    table = read_episode_columns(root, EPISODE_COLUMNS[1:])
+    numbers, lengths = table["episode_index"], table["length"]
+    first, stop = table["dataset_from_index"], table["dataset_to_index"]
+    where = f"{root / 'meta' / 'episodes'}"
+    if not len(numbers):
+        raise DatasetError(f"{repo_id} has no episodes: {where} has no rows")
+    if len(numbers) != info["total_episodes"] or lengths.sum() != info["total_frames"]:
+        raise DatasetError(
+            f"{repo_id}: meta/info.json counts {info['total_episodes']} episodes and {info['total_frames']} frames, "
+            f"meta/episodes {len(numbers)} and {lengths.sum()}; the dataset is not complete, copy it again"
+        )
+    for wrong, what in (
+        (lengths <= 0, "length is not above 0"),
+        (stop - first != lengths, "dataset_to_index - dataset_from_index is not length"),
+    ):
+        if wrong.any():
+            row = np.flatnonzero(wrong)[0]
+            values = ", ".join(f"{column} {table[column][row]}" for column in EPISODE_COLUMNS[1:])
+            raise DatasetError(
+                f"{where}: {what} for {wrong.sum()} episodes, the first is episode {numbers[row]} ({values}); {REWRITE}"
+            )
+    order = np.argsort(first)
+    if len(overlaps := np.flatnonzero(first[order][1:] < stop[order][:-1])):
+        one, other = numbers[order][overlaps[0]], numbers[order][overlaps[0] + 1]
+        raise DatasetError(
+            f"{where}: dataset_from_index and dataset_to_index of episodes {one} and {other} overlap; {REWRITE}"
+        )
+    return table

@@ -1,0 +1,93 @@
+"""meta/info.json of a LeRobot dataset: format, rate, features and file names, checked."""
+
+import importlib.metadata
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from packaging.version import Version
+
+from wallx_jax.data.errors import DatasetError
+from wallx_jax.files import read_json_object
+
+FIELDS = {"codebase_version": str, "fps": (int, float), "features": dict, "total_episodes": int, "total_frames": int,
+          "data_path": str}  # fmt: skip
+
+
+def read_info_json(file: Path, repo_id: str, local: bool) -> dict[str, Any]:
+    """Reads meta/info.json and checks its version, fields and features.
+
+    Args:
+        repo_id: what messages call the dataset.
+        local: whether it is a local folder, which the command to convert an old format then names.
+
+    Raises:
+        DatasetError: all that is wrong, with the remedy.
+    """
+    try:
+        info = read_json_object(file)
+    except ValueError as error:
+        raise DatasetError(str(error)) from None
+    version = str(info.get("codebase_version", "unknown"))
+    if version.lstrip("v").split(".")[0] in ("1", "2"):
+        command = _conversion_command(repo_id, file.parents[1] if local else None)
+        raise DatasetError(f"{repo_id} is in LeRobot format {version}; convert it to v3.0 with: {command}")
+    if not version.startswith("v3."):
+        raise DatasetError(f"{repo_id} is in LeRobot format {version}; this package reads v3.0")
+
+    errors = [
+        f"{field!r} is {json.dumps(info.get(field))}, expected {_name(kind)}"
+        for field, kind in FIELDS.items()
+        if not isinstance(info.get(field), kind) or isinstance(info[field], bool)
+    ]
+    if not errors:
+        if not 0 < info["fps"] < math.inf:
+            errors.append(f"'fps' is {info['fps']}, expected a number above 0")
+        for name, feature in info["features"].items():
+            errors += _feature_errors(name, feature)
+        errors = errors or list(_template_errors(info))
+    if errors:
+        raise DatasetError(f"{file}: {'; '.join(errors)}; repair it or copy it again")
+    return info
+
+
+def _feature_errors(name: str, feature: Any) -> Iterable[str]:
+    if not isinstance(feature, dict):
+        yield f"feature {name!r} is {json.dumps(feature)}, expected an object with dtype, shape and names"
+        return
+    dtype, shape = feature.get("dtype"), feature.get("shape")
+    if not isinstance(dtype, str):
+        yield f'feature {name!r} has dtype {json.dumps(dtype)}, expected a string such as "float32"'
+        return
+    is_shape = isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape)
+    if not is_shape or (dtype in ("image", "video") and len(shape) not in (2, 3)):
+        expected = "[height, width, channels]" if dtype in ("image", "video") else "a list of sizes such as [14]"
+        yield f"feature {name!r} has shape {json.dumps(shape)}, expected {expected}"
+
+
+def _template_errors(info: Mapping[str, Any]) -> Iterable[str]:
+    needs_video = any(feature["dtype"] == "video" for feature in info["features"].values())
+    fields = {"chunk_index": 0, "file_index": 0, "video_key": "observation.images.x"}
+    for key in ("data_path", *(["video_path"] if needs_video else [])):
+        try:
+            info[key].format(**fields)
+        except (AttributeError, KeyError, IndexError, ValueError):
+            yield f"{key!r} is {json.dumps(info.get(key))}, expected a path with {{chunk_index}} and {{file_index}}"
+
+
+def _name(kind: type | tuple[type, ...]) -> str:
+    return {str: "a string", dict: "an object", int: "a whole number"}.get(kind, "a number")
+
+
+def _conversion_command(repo_id: str, root: Path | None) -> str:
+    """What to type to convert a v2.1 dataset with the installed lerobot: the module moved in 0.5, and --root then
+    became the dataset's folder instead of the one around it."""
+    try:
+        moved, install = Version(importlib.metadata.version("lerobot")) >= Version("0.5"), ""
+    except importlib.metadata.PackageNotFoundError:
+        moved, install = True, "pip install 'wallx-jax[lerobot]' && "
+    module = "lerobot.scripts" if moved else "lerobot.datasets.v30"
+    folder = "" if root is None else f" --root={root.resolve() if moved else root.resolve().parent}"
+    return f"{install}python -m {module}.convert_dataset_v21_to_v30 --repo-id={repo_id}{folder} --push-to-hub=false"

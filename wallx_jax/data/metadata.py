@@ -1,0 +1,213 @@
+"""What the meta folder of a LeRobot v3.0 dataset says: episodes, instructions, features, and where its files are."""
+
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import constants
+from packaging.version import Version
+
+from wallx_jax import hub, ranges, vectors
+from wallx_jax.data.episodes import read_episodes
+from wallx_jax.data.errors import DatasetError
+from wallx_jax.data.info_json import read_info_json
+from wallx_jax.data.tasks import read_tasks
+from wallx_jax.vectors import Slice
+
+NEWEST = Version("3.0")  # format of datasets that is read
+
+
+@dataclass(frozen=True, eq=False)
+class DatasetInfo:
+    """A dataset's metadata, for all of its episodes or for those that were chosen.
+
+    Frames are numbered from 0 to num_frames - 1 through the episodes in the order of `episode_index`; wherever a frame
+    is asked for, this is its number. In the tables it has `first_indices[episode] + frame_index` as its `index`.
+
+    Attributes:
+        repo_id: hub repo id, or the name of the local folder.
+        root: the dataset's folder.
+        fps: frames per second.
+        features: {key: {"dtype", "shape", "names"}}, as in meta/info.json.
+        tasks: {task_index: instruction}.
+        episode_numbers: int64 [E], `episode_index` of each episode, ascending.
+        episode_lengths: int64 [E], frames of each episode.
+        first_indices: int64 [E], `index` of each episode's first frame in the tables.
+        data_path: path of a table file below root, with {chunk_index} and {file_index}.
+        video_path: path of a video file below root, with {video_key} too; None without videos.
+        whole: whether these are all of the dataset's episodes.
+        commit: what missing files are fetched with from the hub; None for a local folder.
+    """
+
+    repo_id: str
+    root: Path
+    fps: float
+    features: dict[str, dict[str, Any]]
+    tasks: dict[int, str]
+    episode_numbers: np.ndarray
+    episode_lengths: np.ndarray
+    first_indices: np.ndarray
+    data_path: str
+    video_path: str | None = None
+    whole: bool = True
+    commit: str | None = None
+
+    @property
+    def num_episodes(self) -> int:
+        return len(self.episode_numbers)
+
+    @functools.cached_property
+    def num_frames(self) -> int:
+        return int(self.episode_lengths.sum())
+
+    @functools.cached_property
+    def episode_starts(self) -> np.ndarray:
+        """int64 [E]: the first frame of each episode."""
+        return np.cumsum(self.episode_lengths) - self.episode_lengths
+
+    def locate(self, frames: Any) -> tuple[Any, Any]:
+        """Returns of frames, one or int [n], the episode (0 to E - 1) and the place in it (`frame_index`)."""
+        starts = self.episode_starts
+        episodes = np.searchsorted(starts, frames, side="right") - 1
+        return episodes, frames - starts[episodes]
+
+    def start_of(self, number: Any) -> Any:
+        """Returns the first frame of the episode with this `episode_index`, one or int [n]."""
+        return self.episode_starts[np.searchsorted(self.episode_numbers, number)]
+
+    def frames_of(self, number: int) -> np.ndarray:
+        """Returns the frames of the episode with this `episode_index`, int64 [length]."""
+        length = self.episode_lengths[np.searchsorted(self.episode_numbers, number)]
+        return self.start_of(number) + np.arange(length)
+
+    def describe(self, frame: int) -> str:
+        """Names a frame as messages do."""
+        episode, place = self.locate(frame)
+        return f"episode {self.episode_numbers[episode]}, frame {place}"
+
+    @property
+    def camera_keys(self) -> tuple[str, ...]:
+        return tuple(key for key, feature in self.features.items() if feature["dtype"] in ("image", "video"))
+
+    def is_video(self, camera: str) -> bool:
+        """Tells whether a camera's frames are in video files, rather than images in the tables."""
+        return self.features[camera]["dtype"] == "video"
+
+    def check_camera(self, camera: str) -> None:
+        """Raises ValueError if there is no such camera, or if it holds depth maps."""
+        if camera not in self.camera_keys:
+            raise ValueError(f"{self.repo_id} has no camera {camera!r}; it has {list(self.camera_keys)}")
+        if is_depth(self.features[camera]):
+            raise ValueError(f"{self.repo_id}: camera {camera!r} holds depth maps; choose a color camera")
+
+    def frame_size(self, camera: str) -> tuple[int, int]:
+        """Returns (height, width) of a camera's frames in pixels.
+
+        Raises:
+            ValueError: as `check_camera`.
+        """
+        self.check_camera(camera)
+        shape, names = self.features[camera]["shape"], list(self.features[camera].get("names") or ())
+        if len(names) == len(shape) and {"height", "width"} <= set(names):
+            return shape[names.index("height")], shape[names.index("width")]
+        channels_first = len(shape) == 3 and shape[0] in (1, 3, 4) and shape[2] not in (1, 3, 4)
+        return tuple(shape[1:]) if channels_first else tuple(shape[:2])
+
+    def parts(self, vector: str) -> tuple[Slice, ...]:
+        """Returns where the dims of a state or action are found; `vector` as in wallx_jax.vectors.
+
+        Raises:
+            ValueError: if the dataset has no such dims; lists the vectors that it has.
+        """
+        try:
+            return vectors.locate(vector, self.features)
+        except ValueError as error:
+            raise ValueError(f"{self.repo_id}: {error}; it has {list(vectors.widths(self.features))}") from None
+
+    def dims(self, vector: str) -> int:
+        """Returns the width of a state or action."""
+        return sum(part.stop - part.start for part in self.parts(vector))
+
+    def dim_names(self, vector: str) -> list[str]:
+        """Returns what the dataset calls the dims of a state or action, their numbers where it has no names."""
+        self.parts(vector)
+        return vectors.dim_names(vector, self.features)
+
+    def data_file(self, chunk: int, file: int) -> str:
+        """Returns the path of a table file below the dataset's folder."""
+        return self.data_path.format(chunk_index=chunk, file_index=file)
+
+    def video_file(self, camera: str, chunk: int, file: int) -> str:
+        """Returns the path of a video file below the dataset's folder."""
+        return self.video_path.format(video_key=camera, chunk_index=chunk, file_index=file)
+
+
+def is_depth(feature: Mapping[str, Any]) -> bool:
+    """Tells whether a camera records distances; lerobot has marked that in three places over time."""
+    info, video_info = feature.get("info") or {}, feature.get("video_info") or {}
+    marks = (info.get("is_depth_map"), info.get("video.is_depth_map"), video_info.get("video.is_depth_map"))
+    return any(mark is True for mark in marks)
+
+
+def read_info(repo_id_or_path: str | Path, revision: str | None = None, episodes: str | None = None) -> DatasetInfo:
+    """Reads and checks the metadata of a LeRobot v3.0 dataset.
+
+    Args:
+        repo_id_or_path: a local folder, or a hub repo id, which is looked up in lerobot's and the hub's cache and then
+            on the hub. Of a hub dataset only the meta folder is fetched; see `data.fetch`.
+        revision: git revision on the hub; None: the newest tag that this package reads.
+        episodes: which episodes to use, as "0:50,60"; None: all.
+
+    Raises:
+        FileNotFoundError: in one line, if it is nowhere to be found or the folder is no LeRobot dataset.
+        DatasetError: for another format version (with the command that converts it), damaged files, or metadata that
+            contradicts itself.
+    """
+    root = Path(repo_id_or_path).expanduser()
+    repo_id, commit = root.resolve().name, None
+    if not root.is_dir():
+        repo_id = str(repo_id_or_path)
+        root, commit = _find_repo(repo_id, revision)
+    if not (root / "meta" / "info.json").is_file():
+        raise FileNotFoundError(f"{root} is not a LeRobot dataset: it has no meta/info.json")
+    info = read_info_json(root / "meta" / "info.json", repo_id, local=commit is None)
+    table = read_episodes(root, repo_id, info)
+    selected = np.ones(len(table["episode_index"]), bool)
+    if episodes is not None:
+        try:
+            selected = ranges.select(episodes, table["episode_index"])
+        except ValueError as error:
+            raise DatasetError(f"{repo_id}: episodes = {episodes!r}: {error}") from None
+    return DatasetInfo(
+        repo_id=repo_id,
+        root=root,
+        fps=info["fps"],
+        features=info["features"],
+        tasks=read_tasks(root / "meta" / "tasks.parquet"),
+        episode_numbers=table["episode_index"][selected],
+        episode_lengths=table["length"][selected],
+        first_indices=table["dataset_from_index"][selected],
+        data_path=info["data_path"],
+        video_path=info.get("video_path"),
+        whole=bool(selected.all()),
+        commit=commit,
+    )
+
+
+def _find_repo(repo_id: str, revision: str | None) -> tuple[Path, str | None]:
+    """Looks for a dataset in lerobot's own cache, where `lerobot-record` writes, then in the hub's cache, then on the
+    hub. Returns its folder, with the meta files, and the commit if it is the hub's."""
+    home = Path(os.environ.get("HF_LEROBOT_HOME", Path(constants.HF_HOME) / "lerobot")).expanduser()
+    if revision is None and (home / repo_id / "meta" / "info.json").is_file():
+        return home / repo_id, None
+    try:
+        if revision is None and hub.REPO_ID.fullmatch(repo_id):
+            revision = hub.newest_version(repo_id, "dataset", NEWEST)
+        root = hub.resolve(repo_id, kind="dataset", revision=revision, patterns=["meta/*"])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} (lerobot's cache {home} has no {repo_id} either)") from None
+    return root, root.name  # the hub's cache names a snapshot's folder after the commit

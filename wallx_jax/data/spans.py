@@ -1,0 +1,55 @@
+"""Where the episodes of a LeRobot dataset are in its video files."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from wallx_jax.data.episodes import read_episode_columns
+from wallx_jax.data.errors import REWRITE, DatasetError
+from wallx_jax.data.metadata import DatasetInfo
+
+COLUMNS = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
+
+
+@dataclass(frozen=True, eq=False)
+class VideoSpans:
+    """Where the episodes are in the video files of a camera.
+
+    Attributes:
+        chunk: int32 [E].
+        file: int32 [E], within the chunk.
+        start: float64 [E], seconds at which each episode's first frame is shown.
+    """
+
+    chunk: np.ndarray
+    file: np.ndarray
+    start: np.ndarray
+
+
+def read_spans(info: DatasetInfo, camera: str) -> VideoSpans:
+    """Reads where the episodes are in a camera's videos, and checks that against their lengths and each other.
+
+    Raises:
+        DatasetError: a span is not as long as its episode, or two spans of a file overlap.
+    """
+    columns = {column: f"videos/{camera}/{column}" for column in COLUMNS}
+    table = read_episode_columns(info.root, columns.values())
+    rows = np.isin(table["episode_index"], info.episode_numbers)
+    chunk, file, start, stop = (table[columns[column]][rows] for column in COLUMNS)
+    numbers, half_frame = info.episode_numbers, 0.5 / info.fps
+    where = f"{info.root / 'meta' / 'episodes'}: videos/{camera}/from_timestamp and to_timestamp"
+    remedy = f"images would not belong to their states: {REWRITE}, or leave these episodes out (setting `episodes`)"
+    wrong = ~(abs(stop - start - info.episode_lengths / info.fps) < half_frame)  # in this form NaN is wrong
+    if wrong.any():
+        row = np.flatnonzero(wrong)[0]
+        raise DatasetError(
+            f"{where} span other than the episode for {wrong.sum()} episodes, the first is episode {numbers[row]}: "
+            f"{start[row]:g} to {stop[row]:g} s for {info.episode_lengths[row]} frames at {info.fps:g} fps; {remedy}"
+        )
+    order = np.lexsort((start, file, chunk))
+    same = (np.diff(chunk[order]) == 0) & (np.diff(file[order]) == 0)
+    overlap = np.flatnonzero(same & (start[order][1:] < stop[order][:-1] - half_frame))
+    if len(overlap):
+        one, other = numbers[order][overlap[0]], numbers[order][overlap[0] + 1]
+        raise DatasetError(f"{where} overlap for episodes {one} and {other}, in the same file; {remedy}")
+    return VideoSpans(chunk.astype(np.int32), file.astype(np.int32), start)

@@ -1,0 +1,317 @@
+"""The table files of a dataset: which rows are which frames, and their numbers in memory-mapped arrays.
+
+Rows are found by `episode_index` and `frame_index`, wherever they stand.
+"""
+
+import contextlib
+import os
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from wallx_jax.data import parquet
+from wallx_jax.data.errors import DatasetError
+from wallx_jax.data.metadata import DatasetInfo
+from wallx_jax.data.scratch import ScratchFolder
+from wallx_jax.vectors import Slice
+
+KEYS = ("episode_index", "frame_index", "index", "task_index")
+REPAIR = "repair the dataset or write it again"
+
+
+class FrameTable:
+    """State, action and task of every frame.
+
+    A table file is converted when a frame of it is first wanted: its columns go, in the order of the frames, into
+    arrays in a temporary folder that all processes map into memory. A pickled copy reads and fills the same arrays, so
+    data workers share one copy of the tables.
+
+    Args:
+        info: the dataset.
+        state, action: the dims of state and action (`DatasetInfo.parts`).
+        check_times: whether a frame's timestamp must be its place in the episode, as videos need it.
+
+    Attributes:
+        state: float or int [N, D of the state], in dataset units; valid after `load` for the frames that it loaded.
+        action: the same of the action.
+        task: int64 [N], task_index.
+        row: int64 [N], place in the table file.
+        unreadable: uint8 [N], 1 for the frames that `mark_unreadable` was called with, in any process.
+
+    Raises:
+        FileNotFoundError, DatasetError: the rows are not exactly the frames that meta/episodes lists.
+    """
+
+    def __init__(self, info: DatasetInfo, state: Sequence[Slice], action: Sequence[Slice], check_times: bool = False):
+        self.info, self._state, self._action = info, tuple(state), tuple(action)
+        self._check_times = check_times
+        self._files, self._file_of_episode = self._find_rows()
+        self._scratch: ScratchFolder | None = None
+        self._folder: Path | None = None
+        self._arrays: dict[str, np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._prepare()  # for all copies
+        return {k: v for k, v in self.__dict__.items() if k != "_lock"} | {"_scratch": None, "_arrays": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    @property
+    def state(self) -> np.ndarray:
+        return self._map("state")
+
+    @property
+    def action(self) -> np.ndarray:
+        return self._map("action")
+
+    @property
+    def task(self) -> np.ndarray:
+        return self._map("task")[:, 0]
+
+    @property
+    def row(self) -> np.ndarray:
+        return self._map("row")[:, 0]
+
+    @property
+    def unreadable(self) -> np.ndarray:
+        return self._map("unreadable")[:, 0]
+
+    def mark_unreadable(self, frame: int) -> None:
+        self._write("unreadable", np.array([frame]), np.ones((1, 1), np.uint8))
+
+    def file_of(self, frame: int) -> Path:
+        """Returns the table file that holds a frame."""
+        return self._files[self._file_of_episode[self.info.locate(frame)[0]]]
+
+    def runs(self) -> Iterator[np.ndarray]:
+        """Yields for each table file its frames in the order of the dataset, int [n]."""
+        starts, lengths = self.info.episode_starts, self.info.episode_lengths
+        for number in range(len(self._files)):
+            episodes = np.flatnonzero(self._file_of_episode == number)
+            yield np.concatenate([starts[e] + np.arange(lengths[e]) for e in episodes])
+
+    def load(self, frames: Any = None, progress: bool = False) -> None:
+        """Makes the attributes valid for these frames, one or int [n]; None: for all.
+
+        Args:
+            progress: show a bar over the files.
+
+        Raises:
+            DatasetError: nulls, rows of another width, numbers of another type.
+            OSError: there is no room in the temporary directory.
+        """
+        done = self._map("done")[:, 0]
+        wanted = range(len(self._files)) if frames is None else self._file_of_episode[self.info.locate(frames)[0]]
+        missing = [int(number) for number in np.unique(wanted) if not done[number]]
+        if not missing:
+            return
+        bar = tqdm(total=len(missing), desc=f"reading {self.info.repo_id}", unit="file", disable=not progress)
+        with bar, ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as pool:
+            for _ in pool.map(self._convert, missing):
+                bar.update()
+
+    def read(self, column: str) -> np.ndarray:
+        """Reads a column of single numbers that is none of the attributes, float64 [N]."""
+        values = np.empty(self.info.num_frames)
+        for path in self._files:
+            frames = self._frames_of(path)
+            read = parquet.matrix(parquet.read_columns(path, [column]), column, path, 1, np.dtype(np.float64))[:, 0]
+            values[frames[frames >= 0]] = read[frames >= 0]
+        return values
+
+    def _find_rows(self) -> tuple[list[Path], np.ndarray]:
+        """The table files with frames, and the number of each episode's file; checks the keys of every row."""
+        info = self.info
+        paths = [path for path in sorted(info.root.glob(_pattern(info.data_path))) if _may_hold(path, info)]
+        files: list[Path] = []
+        file_of_episode = np.full(info.num_episodes, -1, np.int32)
+        seen = np.zeros(info.num_frames, bool)
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            for path, frames in zip(paths, pool.map(self._frames_of, paths), strict=True):
+                frames = frames[frames >= 0]
+                if not (np.diff(frames) > 0).all():
+                    frames = np.sort(frames)
+                if (twice := frames[seen[frames] | (np.diff(frames, append=-1) == 0)]).size:
+                    raise DatasetError(
+                        f"{path}: {len(twice)} frames are in more than one row, the first is "
+                        f"{info.describe(twice[0])}; {REPAIR}"
+                    )
+                seen[frames] = True
+                episodes = np.unique(info.locate(frames)[0])
+                if (split := episodes[file_of_episode[episodes] >= 0]).size:
+                    number, other = info.episode_numbers[split[0]], files[file_of_episode[split[0]]]
+                    raise DatasetError(f"{path}: some rows of episode {number} are in {other}; {REPAIR}")
+                if len(frames):
+                    file_of_episode[episodes] = len(files)
+                    files.append(path)
+        if (missing := np.flatnonzero(~seen)).size:
+            raise DatasetError(
+                f"{info.root / 'data'} lacks {len(missing)} of the {info.num_frames} frames that meta/episodes counts, "
+                f"the first is {info.describe(missing[0])}; the dataset is not complete, copy it again"
+            )
+        return files, file_of_episode
+
+    def _frames_of(self, path: Path) -> np.ndarray:
+        """The frame in each row of a file, int64 [n]; -1 where its episode is not used.
+
+        Raises:
+            DatasetError: keys that contradict each other or the metadata.
+        """
+        info = self.info
+        columns = [*KEYS, "timestamp"] if self._check_times else [*KEYS]
+        table = parquet.read_columns(path, columns)
+        number, place, index, task = (parquet.integers(table, key, path) for key in KEYS)
+        episode = np.minimum(np.searchsorted(info.episode_numbers, number), info.num_episodes - 1)
+        used = info.episode_numbers[episode] == number
+
+        def refuse(wrong: np.ndarray, column: str, values: np.ndarray, what: str) -> None:
+            if (rows := np.flatnonzero(wrong & used)).size:
+                row = rows[0]
+                raise DatasetError(
+                    f"{path}: column {column!r} is not {what} in {len(rows)} of {len(used)} rows, the first is row "
+                    f"{row} (episode {number[row]}, frame {place[row]}): {values[row]}; {REPAIR}"
+                )
+
+        if info.whole and not used.all():
+            strangers = ", ".join(map(str, np.unique(number[~used])[:5]))
+            raise DatasetError(
+                f"{path}: {int((~used).sum())} rows are of episodes that meta/episodes does not have (episode_index "
+                f"{strangers}); {REPAIR}"
+            )
+        length, first = info.episode_lengths[episode], info.first_indices[episode]
+        refuse((place < 0) | (place >= length), "frame_index", place, "within the length of the episode")
+        refuse(index != first + place, "index", index, "dataset_from_index of meta/episodes + frame_index")
+        refuse(~np.isin(task, list(info.tasks)), "task_index", task, "one of meta/tasks.parquet")
+        if self._check_times:
+            time = parquet.matrix(table, "timestamp", path, 1, np.dtype(np.float64))[:, 0]
+            off = ~(abs(time - place / info.fps) < 0.5 / info.fps)  # in this form NaN is off
+            refuse(off, "timestamp", time, f"frame_index / {info.fps:g} fps, its time in the video,")
+        return np.where(used, info.episode_starts[episode] + place, -1)
+
+    def _convert(self, number: int) -> None:
+        """Copies a table file's columns into the arrays."""
+        path, info = self._files[number], self.info
+        frames = self._frames_of(path)
+        rows = np.flatnonzero(frames >= 0)
+        rows = rows[np.argsort(frames[rows], kind="stable")]
+        features = list(dict.fromkeys(part.feature for part in (*self._state, *self._action)))
+        table = parquet.read_columns(path, [*features, "task_index"])
+
+        def describe_row(row: int) -> str:
+            return f"row {row}" + (f" ({info.describe(frames[row])})" if frames[row] >= 0 else "")
+
+        values = {
+            feature: parquet.matrix(table, feature, path, *self._layout(feature), describe_row) for feature in features
+        }
+        columns = {
+            "state": _join(self._state, values),
+            "action": _join(self._action, values),
+            "task": parquet.matrix(table, "task_index", path, 1, np.dtype(np.int64)),
+            "row": np.arange(len(frames))[:, None],
+        }
+        for name, column in columns.items():
+            self._write(name, frames[rows], column[rows])
+        self._write("done", np.array([number]), np.ones((1, 1), np.uint8))  # last: what is marked is whole
+
+    def _layout(self, feature: str) -> tuple[int, np.dtype]:
+        """(dims, dtype) of a feature, as meta/info.json says."""
+        described = self.info.features[feature]
+        return int(described["shape"][0]), np.dtype(described["dtype"])
+
+    def _shapes(self) -> dict[str, tuple[int, int, np.dtype]]:
+        """(rows, columns, dtype) of the arrays."""
+
+        def dtype(parts: Sequence[Slice]) -> np.dtype:
+            return np.result_type(*(self._layout(part.feature)[1] for part in parts))
+
+        def width(parts: Sequence[Slice]) -> int:
+            return sum(part.stop - part.start for part in parts)
+
+        frames = self.info.num_frames
+        return {
+            "state": (frames, width(self._state), dtype(self._state)),
+            "action": (frames, width(self._action), dtype(self._action)),
+            "task": (frames, 1, np.dtype(np.int64)),
+            "row": (frames, 1, np.dtype(np.int64)),
+            "unreadable": (frames, 1, np.dtype(np.uint8)),
+            "done": (len(self._files), 1, np.dtype(np.uint8)),
+        }
+
+    def _prepare(self) -> None:
+        """Makes the folder with empty arrays, which take no room before they are written to."""
+        with self._lock:
+            if self._folder is not None:
+                return
+            self._scratch = ScratchFolder()
+            for name, (rows, width, dtype) in self._shapes().items():
+                with (self._scratch.path / name).open("wb") as file:
+                    file.truncate(rows * width * dtype.itemsize)
+            self._folder = self._scratch.path
+
+    def _map(self, name: str) -> np.ndarray:
+        if name not in self._arrays:
+            self._prepare()
+            rows, width, dtype = self._shapes()[name]
+            self._arrays[name] = np.memmap(self._folder / name, dtype, "r", shape=(rows, width))
+        return self._arrays[name]
+
+    def _write(self, name: str, rows: np.ndarray, values: np.ndarray) -> None:
+        """Writes rows (int [n], ascending) of an array. Through the file: a full disk would kill a process that writes
+        to mapped memory."""
+        _, width, dtype = self._shapes()[name]
+        values = np.ascontiguousarray(values, dtype)
+        starts = np.r_[0, np.flatnonzero(np.diff(rows) != 1) + 1, len(rows)]
+        with self._room(), (self._folder / name).open("r+b") as file:
+            for start, stop in zip(starts[:-1], starts[1:], strict=True):
+                file.seek(int(rows[start]) * width * dtype.itemsize)
+                file.write(values[start:stop])
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            size = sum(rows * width * dtype.itemsize for rows, width, dtype in self._shapes().values())
+            raise OSError(
+                f"{self.info.repo_id}: no room for {size / 2**30:.2f} GiB of tables in {self._folder.parent}: "
+                f"{error.strerror}; set TMPDIR to a folder on a larger disk"
+            ) from error
+
+
+def _pattern(template: str) -> str:
+    """ "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet" -> "data/chunk-*/file-*.parquet"."""
+    return re.sub(r"\{[^{}]*\}", "*", template)
+
+
+def _may_hold(path: Path, info: DatasetInfo) -> bool:
+    """Tells from the statistics in a file's footer whether it may have rows of the used episodes."""
+    if info.whole:
+        return True
+    with parquet.open_parquet(path) as table:
+        metadata = table.metadata
+        columns = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+        if "episode_index" not in columns:
+            return True
+        for group in range(metadata.num_row_groups):
+            statistics = metadata.row_group(group).column(columns.index("episode_index")).statistics
+            if statistics is None or not statistics.has_min_max:
+                return True
+            first = np.searchsorted(info.episode_numbers, statistics.min)
+            if first < np.searchsorted(info.episode_numbers, statistics.max, side="right"):
+                return True
+    return False
+
+
+def _join(parts: Sequence[Slice], values: dict[str, np.ndarray]) -> np.ndarray:
+    """[n, D]: the parts of a vector side by side."""
+    columns = [values[part.feature][:, part.start : part.stop] for part in parts]
+    return columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)

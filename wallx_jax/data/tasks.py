@@ -1,0 +1,57 @@
+"""meta/tasks.parquet of a LeRobot dataset: the instructions."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+
+from wallx_jax.data import parquet
+from wallx_jax.data.errors import DatasetError
+
+
+def read_tasks(file: Path) -> dict[int, str]:
+    """Reads {task_index: instruction}, by ascending number; a null instruction is empty.
+
+    Raises:
+        FileNotFoundError, DatasetError: the file is missing or damaged, a number is there twice, or it is not clear
+            which column has the instructions.
+    """
+    with parquet.open_parquet(file) as opened:
+        schema = opened.schema_arrow
+        if "task_index" not in schema.names:
+            raise DatasetError(f"{file} lacks the column 'task_index'; it has {schema.names}")
+        column = _task_column(schema, file)
+        table = opened.read([column, "task_index"])
+    numbers, texts = parquet.integers(table, "task_index", file), table[column].to_pylist()
+    if len(set(numbers.tolist())) != len(numbers):
+        twice = sorted({int(n) for n in numbers if (numbers == n).sum() > 1})
+        raise DatasetError(f"{file}: task_index {twice} is there more than once; give each instruction its own number")
+    return {int(number): text or "" for number, text in sorted(zip(numbers, texts, strict=True))}
+
+
+def _task_column(schema: pa.Schema, file: Path) -> str:
+    """The column with the instructions: pandas' index, which is what lerobot writes, or "task"."""
+    columns = [field.name for field in schema if _holds_text(field.type)]
+    index = [name for name in _pandas_index(schema) if name in columns]
+    likely = list(dict.fromkeys([*index, *(name for name in ("task", "__index_level_0__") if name in columns)]))
+    found = likely or columns
+    if not found:
+        raise DatasetError(f"{file} has no column with the instructions, only {schema.names}; add the column 'task'")
+    if len(found) > 1:
+        raise DatasetError(f"{file}: any of the columns {found} may hold the instructions; keep one and call it 'task'")
+    return found[0]
+
+
+def _holds_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _pandas_index(schema: pa.Schema) -> list[str]:
+    """Names of the columns that a pandas frame had as its index."""
+    try:
+        index = json.loads((schema.metadata or {})[b"pandas"])["index_columns"]
+    except (KeyError, ValueError, TypeError):
+        return []
+    return [name for name in index if isinstance(name, str)]

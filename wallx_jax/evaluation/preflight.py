@@ -1,0 +1,50 @@
+"""What would stop a run after its weights are loaded, found in its datasets before."""
+
+from collections.abc import Sequence
+
+from wallx_jax.data.errors import DatasetError, FrameError
+from wallx_jax.data.mixture import Part
+from wallx_jax.evaluation import findings
+from wallx_jax.evaluation.dataset_check import check_tables
+from wallx_jax.evaluation.findings import ERROR, OK, Finding
+
+
+def check(parts: Sequence[Part]) -> list[tuple[str, Finding]]:
+    """Checks the tables of a run's datasets, the headers of their videos, and the first frame of each camera.
+
+    Videos that are not fetched yet are passed over. With unreadable_frames="skip" a frame that cannot be decoded stops
+    nothing.
+
+    Returns:
+        (dataset, finding) of what does not stop training, and should be known all the same.
+
+    Raises:
+        DatasetError: all that stops training, each with its remedy.
+    """
+    noted = []
+    for part in parts:
+        videos = list(findings.of_videos(part.source, only_present=part.info.commit is not None))
+        frames, sizes = _first_frames(part)
+        found = [*check_tables(part).findings, *sizes, *videos, *frames]
+        skipped = [*videos, *frames] if part.settings.data.unreadable_frames == "skip" else []
+        if fatal := [finding for finding in found if finding.stops_training and finding not in skipped]:
+            lines = [f"  - {finding.about}: {finding.message}; {finding.remedy}" for finding in fatal]
+            raise DatasetError("\n".join([f"{part.settings.data.location} cannot be trained on:", *lines]))
+        noted += [(part.name, finding) for finding in found if finding.severity != OK]
+    return noted
+
+
+def _first_frames(part: Part) -> tuple[list[Finding], list[Finding]]:
+    """Decodes the first frame of each camera: those that cannot be read, and those of another size than promised."""
+    images, unreadable, sizes = part.source.images, [], []
+    for camera in part.source.cameras:
+        if part.info.commit is not None and not images.file_of(camera, 0).is_file():
+            continue
+        try:
+            image = images.read(camera, 0)
+        except FrameError as error:
+            remedy = "scripts/check_dataset.py looks at the others"
+            unreadable.append(Finding(ERROR, camera, str(error), remedy, stops_training=True))
+        else:
+            sizes += findings.of_size(part.info, camera, {image.shape[:2]})
+    return unreadable, sizes
