@@ -35,8 +35,8 @@ def main() -> None:
     args.workdir.mkdir(parents=True, exist_ok=True)
 
     say(start, f"recording {args.episodes} demonstrations in {dataset}")
-    make_assets("dataset", dataset, args.workdir / "dataset.log", "--episodes", str(args.episodes))
-    make_assets("model", model, args.workdir / "model.log")
+    make_assets("dataset", dataset, "--episodes", str(args.episodes))
+    make_assets("model", model)
 
     say(start, "training")
     overrides = {"pretrained_wallx_path": model, "repo_id": dataset, "frame_cache": cache}
@@ -57,19 +57,18 @@ def say(start: float, what: str) -> None:
     print(f"[{time.perf_counter() - start:4.0f} s] {what}", flush=True)
 
 
-def make_assets(what: str, folder: Path, log: Path, *options: str) -> None:
-    """Runs demo_assets.py; the encoders' chatter goes to `log`, which is shown if it fails."""
+def make_assets(what: str, folder: Path, *options: str) -> None:
+    """Runs demo_assets.py."""
     command = [sys.executable, str(ROOT / "scripts/demo_assets.py"), what, str(folder), *options]
-    with log.open("w") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
-    if code:
-        sys.exit(f"{log.read_text(errors='replace')[-3000:]}\nerror: {' '.join(command)} failed; the whole log: {log}")
+    if subprocess.run(command).returncode:
+        sys.exit(f"error: {' '.join(command)} failed")
 
 
 def evaluate(model: Path, run: Path, figure: Path) -> dict:
     """Errors and success rates of the trained policy, with inputs blanked, and of the untrained one."""
     # Imported here, when the commands before are through: this process would only hold memory that they need.
     import demo_evaluate as ev
+    from tqdm import tqdm
 
     from wallx_jax.evaluation import openloop
     from wallx_jax.evaluation.subject import open_subject
@@ -90,7 +89,9 @@ def evaluate(model: Path, run: Path, figure: Path) -> dict:
 
     open_loop, closed_loop, kept = {}, {}, {}
     open_loop["hold still"] = error(openloop.baselines(recorded, policy.processor)["hold_still"])
-    for name, (actor, blank) in cases.items():
+    bar = tqdm(cases.items(), desc="evaluating", unit="policy")
+    for name, (actor, blank) in bar:
+        bar.set_postfix_str(name)
         chunks = openloop.predict(actor, [blank(o) for o in recorded.observations], ev.BATCH)
         rollouts = ev.roll_out(actor, layouts, blank)
         kept[name] = chunks, rollouts

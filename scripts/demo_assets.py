@@ -10,19 +10,18 @@ Qwen's files, so the commands that read them know nothing of the demo.
 import argparse
 import dataclasses
 import re
-import shutil
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import tabletop
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
 
 from wallx_jax import tree
 from wallx_jax.data.prompt import prompt_text
 from wallx_jax.data.tokenizer import Tokenizer
+from wallx_jax.data.writer import DatasetWriter
 from wallx_jax.models.config import ActionConfig, Numerics, TextConfig, VisionConfig, WallXConfig
 from wallx_jax.models.wallx import init_params
 from wallx_jax.robots import ALOHA_DOF
@@ -37,7 +36,7 @@ PLAIN_TOKENS = [
     "<tool_call>", "</tool_call>",
     *(f"<|{name}|>" for name in ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")),
 ]  # fmt: skip
-REPO_ID = "demo/tabletop"
+STATE, ACTION = "observation.state", "action"
 VIEWS = ("face_view", "left_wrist_view")
 WIDTH = 64
 MODEL = WallXConfig(
@@ -50,42 +49,20 @@ MODEL = WallXConfig(
 )  # fmt: skip
 
 
-def write_dataset(folder: Path, episodes: int, seed: int = 0, processes: int = 2) -> None:
-    """Writes `episodes` demonstrations as a LeRobot v3.0 dataset; `folder` must not exist.
-
-    An episode of so few small frames costs bookkeeping rather than encoding, so several processes share the work: each
-    writes a dataset of its own, and lerobot joins them.
-    """
-    from lerobot.datasets.aggregate import aggregate_datasets
-
-    parts = [folder.with_name(f"{folder.name}.part{i}") for i in range(processes)]
-    counts = [episodes * (i + 1) // processes - episodes * i // processes for i in range(processes)]
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        list(pool.map(write_part, parts, counts, [(seed, i) for i in range(processes)]))
-    aggregate_datasets([REPO_ID] * processes, REPO_ID, parts, folder)
-    for part in parts:
-        shutil.rmtree(part)
-
-
-def write_part(folder: Path, episodes: int, seed: tuple[int, ...]) -> None:
-    """Writes `episodes` demonstrations, of layouts drawn with `seed`, in one process."""
-    import datasets
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
-
-    datasets.disable_progress_bars()
+def write_dataset(folder: Path, episodes: int, seed: int = 0, progress: bool = False) -> None:
+    """Writes `episodes` demonstrations as a LeRobot v3.0 dataset; `folder` must not exist. `progress`: show a bar."""
     vector = {"dtype": "float32", "shape": (tabletop.DIMS,), "names": list(ALOHA_DOF)}
-    features = {"observation.state": vector, "action": vector}
+    features = {STATE: vector, ACTION: vector}
     for camera, (height, width) in tabletop.CAMERAS.items():
         features[camera] = {"dtype": "video", "shape": (height, width, 3), "names": ["height", "width", "channels"]}
-    dataset = LeRobotDataset.create(REPO_ID, tabletop.FPS, features, folder, robot_type="aloha", use_videos=True)
     rng = np.random.default_rng(seed)
-    for _ in range(episodes):
-        layout = tabletop.sample_layout(rng)
-        for observation, action in zip(*tabletop.demonstrate(layout), strict=True):
-            vectors = {"observation.state": observation["state"], "action": action}
-            dataset.add_frame({**observation["images"], **vectors, "task": observation["instruction"]})
-        dataset.save_episode(parallel_encoding=False)  # a pool of processes costs more than such small videos
-    dataset.finalize()
+    with DatasetWriter(folder, tabletop.FPS, features, robot_type="aloha", codec="h264") as writer:
+        for _ in tqdm(range(episodes), desc="recording", unit="episode", disable=not progress):
+            layout = tabletop.sample_layout(rng)
+            observations, actions = tabletop.demonstrate(layout)
+            images = {camera: [each["images"][camera] for each in observations] for camera in tabletop.CAMERAS}
+            vectors = {STATE: np.stack([each["state"] for each in observations]), ACTION: np.stack(actions)}
+            writer.add_episode(images | vectors, task=tabletop.instruction(layout.target))
 
 
 def write_tokenizer(folder: Path) -> Tokenizer:
@@ -141,6 +118,6 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.what == "dataset":
-        write_dataset(args.folder, args.episodes, args.seed)
+        write_dataset(args.folder, args.episodes, args.seed, progress=True)
     else:
         write_model(args.folder, args.seed)

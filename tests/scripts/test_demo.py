@@ -150,8 +150,8 @@ def test_dataset_holds_what_the_expert_did(tmp_path):
     demo_assets.write_dataset(tmp_path / "dataset", episodes=3, seed=7)
     info = read_info(tmp_path / "dataset")
     assert info.num_episodes == 3 and info.fps == tabletop.FPS and info.camera_keys == tuple(tabletop.CAMERAS)
-    first, second = (np.random.default_rng((7, part)) for part in range(2))
-    layouts = [tabletop.sample_layout(rng) for rng in (first, second, second)]
+    rng = np.random.default_rng(7)
+    layouts = [tabletop.sample_layout(rng) for _ in range(3)]
     demonstrations = [(each, *tabletop.demonstrate(each)) for each in layouts]
     assert info.episode_lengths.tolist() == [len(actions) for _, _, actions in demonstrations]
     source = LeRobotSource(info, 4, tuple(tabletop.CAMERAS))

@@ -58,7 +58,7 @@ class CachedSource:
         return self.source.info
 
     @property
-    def frames(self) -> np.ndarray:
+    def frames(self) -> Sequence[int] | np.ndarray:
         return self.source.frames
 
     @property

@@ -53,6 +53,7 @@ class LeRobotSource:
         frames: the split's frames, int [n]; None for all.
 
     Attributes:
+        frames: the split's frames; consecutive ones as a range, which takes no memory.
         table: the tables of the whole dataset.
         images: the images of the whole dataset.
 
@@ -77,12 +78,18 @@ class LeRobotSource:
         from_videos = any(map(info.is_video, cameras))
         self.table = FrameTable(info, info.parts(state_key), info.parts(action_key), check_times=from_videos)
         self.images = CameraReader(info, cameras, self.table)
-        self._set_frames(np.arange(info.num_frames) if frames is None else frames)
+        self._set_frames(range(info.num_frames) if frames is None else frames)
 
     def _set_frames(self, frames: np.ndarray | Sequence[int]) -> None:
-        self.frames = np.asarray(frames, np.int64)
-        if len(self.frames) and not 0 <= self.frames.min() <= self.frames.max() < self.info.num_frames:
-            first, last = self.frames.min(), self.frames.max()
+        if not isinstance(frames, range):
+            frames = np.asarray(frames, np.int64)
+            if len(frames) and (np.diff(frames) == 1).all():
+                frames = range(int(frames[0]), int(frames[-1]) + 1)
+        self.frames: range | np.ndarray = frames
+        if not len(frames):
+            return
+        first, last = (frames[0], frames[-1]) if isinstance(frames, range) else (frames.min(), frames.max())
+        if first < 0 or last >= self.info.num_frames:
             raise ValueError(
                 f"{self.info.repo_id}: frames {first}..{last} asked for, but it has {self.info.num_frames}"
             )
@@ -128,7 +135,7 @@ class LeRobotSource:
     def locate(self, places: Any) -> tuple[Any, Any, Any]:
         """Returns of places in the split, one or int [n]: the frame of the dataset, its `episode_index` and its
         `frame_index`."""
-        frames = self.frames[places]
+        frames = self.frames.start + places if isinstance(self.frames, range) else self.frames[places]
         episodes, within = self.info.locate(frames)
         return frames, self.info.episode_numbers[episodes], within
 

@@ -24,7 +24,8 @@ def open_parquet(file: Path) -> pq.ParquetFile:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; the dataset is not complete, copy it again")
     try:
-        return pq.ParquetFile(file, memory_map=True)
+        # Without a read-ahead buffer, which is for remote files and copies what is mapped.
+        return pq.ParquetFile(file, memory_map=True, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise DatasetError(_unreadable(file, error)) from error
 
@@ -95,7 +96,7 @@ def matrix(
     elif width != 1:
         raise DatasetError(f"{file}: column {column!r} has single numbers of type {values.type}, not lists of {width}")
     try:
-        numbers = values.cast(pa.from_numpy_dtype(dtype)).to_numpy(zero_copy_only=False)
+        numbers = values.cast(pa.from_numpy_dtype(dtype)).to_numpy(zero_copy_only=False)  # the same type is not copied
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise DatasetError(
             f"{file}: column {column!r} of type {values.type} does not convert to {dtype} ({error}); write {dtype}"

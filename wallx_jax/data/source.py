@@ -1,5 +1,6 @@
 """What the pipeline reads frames from."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,12 +15,12 @@ class FrameSource(Protocol):
 
     Attributes:
         info: the dataset.
-        frames: int64 [n], the frames of the dataset that the split has.
+        frames: the frames of the dataset that the split has, int64 [n] or a range.
         table: the tables of the whole dataset.
     """
 
     info: DatasetInfo
-    frames: np.ndarray
+    frames: Sequence[int] | np.ndarray
     table: FrameTable
 
     def __len__(self) -> int: ...

@@ -146,7 +146,7 @@ class FrameTable:
                         f"{info.describe(twice[0])}; {REPAIR}"
                     )
                 seen[frames] = True
-                episodes = np.unique(info.locate(frames)[0])
+                episodes = _distinct(info.locate(frames)[0], info.num_episodes)
                 if (split := episodes[file_of_episode[episodes] >= 0]).size:
                     number, other = info.episode_numbers[split[0]], files[file_of_episode[split[0]]]
                     raise DatasetError(f"{path}: some rows of episode {number} are in {other}; {REPAIR}")
@@ -170,8 +170,15 @@ class FrameTable:
         columns = [*KEYS, "timestamp"] if self._check_times else [*KEYS]
         table = parquet.read_columns(path, columns)
         number, place, index, task = (parquet.integers(table, key, path) for key in KEYS)
-        episode = np.minimum(np.searchsorted(info.episode_numbers, number), info.num_episodes - 1)
-        used = info.episode_numbers[episode] == number
+        # Rows of an episode mostly stand together: what is the same for all of them is looked up once.
+        runs = np.flatnonzero(np.diff(number, prepend=-1))
+        counts = np.diff(runs, append=len(number))
+        episode = np.minimum(np.searchsorted(info.episode_numbers, number[runs]), info.num_episodes - 1)
+
+        def of_rows(of_episodes: np.ndarray) -> np.ndarray:
+            return np.repeat(of_episodes[episode], counts)
+
+        used = of_rows(info.episode_numbers) == number
 
         def refuse(wrong: np.ndarray, column: str, values: np.ndarray, what: str) -> None:
             if (rows := np.flatnonzero(wrong & used)).size:
@@ -187,15 +194,16 @@ class FrameTable:
                 f"{path}: {int((~used).sum())} rows are of episodes that meta/episodes does not have (episode_index "
                 f"{strangers}); {REPAIR}"
             )
-        length, first = info.episode_lengths[episode], info.first_indices[episode]
-        refuse((place < 0) | (place >= length), "frame_index", place, "within the length of the episode")
-        refuse(index != first + place, "index", index, "dataset_from_index of meta/episodes + frame_index")
+        outside = (place < 0) | (place >= of_rows(info.episode_lengths))
+        refuse(outside, "frame_index", place, "within the length of the episode")
+        expected = of_rows(info.first_indices) + place
+        refuse(index != expected, "index", index, "dataset_from_index of meta/episodes + frame_index")
         refuse(~np.isin(task, list(info.tasks)), "task_index", task, "one of meta/tasks.parquet")
         if self._check_times:
             time = parquet.matrix(table, "timestamp", path, 1, np.dtype(np.float64))[:, 0]
             off = ~(abs(time - place / info.fps) < 0.5 / info.fps)  # in this form NaN is off
             refuse(off, "timestamp", time, f"frame_index / {info.fps:g} fps, its time in the video,")
-        return np.where(used, info.episode_starts[episode] + place, -1)
+        return np.where(used, of_rows(info.episode_starts) + place, -1)
 
     def _convert(self, number: int) -> None:
         """Copies a table file's columns into the arrays."""
@@ -309,6 +317,13 @@ def _may_hold(path: Path, info: DatasetInfo) -> bool:
             if first < np.searchsorted(info.episode_numbers, statistics.max, side="right"):
                 return True
     return False
+
+
+def _distinct(numbers: np.ndarray, count: int) -> np.ndarray:
+    """The different ones of int [n] numbers from 0 to count - 1, ascending."""
+    there = np.zeros(count, bool)
+    there[numbers] = True
+    return np.flatnonzero(there)
 
 
 def _join(parts: Sequence[Slice], values: dict[str, np.ndarray]) -> np.ndarray:
