@@ -1,5 +1,6 @@
 """A strict environment for every test: CPU, four virtual devices, exact float32 products, no network."""
 
+import gc
 import os
 import socket
 
@@ -48,6 +49,15 @@ def no_network():
     patch.setattr(socket, "getaddrinfo", lookup)
     yield
     patch.undo()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def release_programs():
+    """Forgets the compiled programs of a module. Each takes some memory maps, of which Linux gives a process 65,530;
+    beyond them XLA cannot compile and the process dies."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
-import torch
 import torch_qwen
+from torch_qwen import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from wallx_jax.conversion.to_checkpoint import convert_model
@@ -46,6 +46,7 @@ def test_transformers_loads_an_exported_qwen(tmp_path, tied, shard_bytes):
     ids = torch.tensor([[1, torch_qwen.VISION_START, *[torch_qwen.IMAGE] * 4, torch_qwen.VISION_END, 5, 6]])
     pixels = torch.randn(16, 1176, generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    inputs |= torch_qwen.token_types(theirs, ids)
     with torch.no_grad():
         assert torch.equal(ours(**inputs).logits, theirs(**inputs).logits)
 

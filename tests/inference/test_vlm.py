@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 import tiny_run
-import torch
 from PIL import Image
-from torch_qwen import qwen_config, random_model
+from torch_qwen import qwen_config, random_model, token_types, torch
 from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
 import wallx_jax
@@ -58,6 +57,7 @@ def torch_answers(model, vlm: VLM, conversations: list) -> list[list[int]]:
     inputs = {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask)}
     images = [v for prompt in prompts for v in prompt.visuals if v.ndim == 3]
     videos = [(v, s) for prompt in prompts for v, s in zip(prompt.visuals, prompt.seconds, strict=True) if v.ndim == 4]
+    inputs |= token_types(model, inputs["input_ids"])
     if images:
         found = [Qwen2VLImageProcessor()(Image.fromarray(v), return_tensors="pt") for v in images]
         inputs["pixel_values"] = torch.cat([f["pixel_values"] for f in found])

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from torch_qwen import IMAGE, PAD, VISION_END, VISION_START, qwen_config, random_model
+from torch_qwen import IMAGE, PAD, VISION_END, VISION_START, qwen_config, random_model, token_types, torch
 
 from wallx_jax.models.vision import patchify
 from wallx_jax.models.wallx import bind
@@ -51,6 +50,7 @@ def test_forward(tmp_path, heads, kv_heads, depth, full, layers, grids):
             pixel_values=torch.tensor(np.asarray(patches).reshape(-1, config.vision.patch_dim)),
             image_grid_thw=torch.tensor(grids * batch),
             output_hidden_states=True,
+            **token_types(torch_model, torch.tensor(tokens)),
         )
 
     @jax.jit
