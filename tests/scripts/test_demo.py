@@ -147,7 +147,6 @@ def test_model_directory_loads(model_dir):
 
 
 def test_dataset_holds_what_the_expert_did(tmp_path):
-    pytest.importorskip("lerobot")
     demo_assets.write_dataset(tmp_path / "dataset", episodes=3, seed=7)
     info = read_info(tmp_path / "dataset")
     assert info.num_episodes == 3 and info.fps == tabletop.FPS and info.camera_keys == tuple(tabletop.CAMERAS)
@@ -174,7 +173,6 @@ def test_configuration_resolves():
 
 @pytest.mark.slow
 def test_the_whole_demo_in_short(tmp_path):
-    pytest.importorskip("lerobot")
     command = [sys.executable, "scripts/demo.py", f"--workdir={tmp_path}", "--episodes=20", "--steps=3"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -188,7 +186,6 @@ def test_the_whole_demo_in_short(tmp_path):
 @pytest.mark.slow
 def test_bfloat16_training_follows_float32(model_dir, tmp_path):
     """The demo's first updates with parameters and moments in bfloat16, rounded at random, and in float32."""
-    pytest.importorskip("lerobot")
     demo_assets.write_dataset(tmp_path / "dataset", episodes=12, seed=3)
 
     def losses(param_dtype: str) -> np.ndarray:
