@@ -213,6 +213,7 @@ def test_key_masks():
         ({"camera_views": {"overhead": "cam"}}, ["resolution.overhead", "missing"]),
         ({"camera_views": {"face_view": "cam", "top_view": "cam"}}, ["camera_views", "two views"]),
         ({"camera_views": {"face_view": 3}}, ["camera_views.face_view", "3"]),
+        ({"frame_cache": ""}, ["frame_cache", "empty"]),
         ({"numerics__remat": "some"}, ["numerics.remat", "some", "full"]),
         ({"mesh__fsdp": -1}, ["mesh", "-1"]),
         ({"mesh__fsdp": 0}, ["mesh", "0"]),
@@ -303,6 +304,13 @@ def test_augmentation_is_off_until_enabled():
 def test_all_errors_come_at_once():
     errors = errors_of(resolve, usable(repo_id=None, learning_rate=-1.0, min_lr=-2.0, numerics__flow_loss="sum"))
     assert len(errors) == 4
+
+
+def test_none_on_the_command_line_is_none():
+    given = usable(frame_cache="None", norm_stats_path="None", repo_id="None")
+    assert errors_of(resolve, given) == ["repo_id: required; set it in the file or with --config.repo_id=..."]
+    run = resolve(usable(frame_cache="None", resume__ckpt="None"))
+    assert run.data.frame_cache is None and run.loop.resume_ckpt is None
 
 
 def test_unused_placeholders_do_no_harm():

@@ -350,8 +350,14 @@ def _read(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         errors.append(f"{key} = {given[key]!r}: no such setting{hint}")
     values = known | {key: value for key, value in given.items() if key in known}
     for key, default in known.items():
+        if default is None and values[key] == "None":  # how the command line says it of a text
+            values[key] = None
         value, kind = values[key], _type(defaults, key)
         if value is None and default is None:
+            continue
+        if value == "" and default is None and key not in REQUIRED:
+            errors.append(f"{key} = '': is empty; leave it out, or give None, where no value is meant")
+            values[key] = default
             continue
         number_is_bool = isinstance(value, bool) and kind is not bool
         if number_is_bool or not isinstance(value, (int, float) if kind is float else kind):

@@ -269,7 +269,8 @@ class FrameTable:
         if name not in self._arrays:
             self._prepare()
             rows, width, dtype = self._shapes()[name]
-            self._arrays[name] = np.memmap(self._folder / name, dtype, "r", shape=(rows, width))
+            mapped = np.memmap(self._folder / name, dtype, "r", shape=(rows, width))
+            self._arrays[name] = np.asarray(mapped)  # whose slices are ordinary arrays
         return self._arrays[name]
 
     def _write(self, name: str, rows: np.ndarray, values: np.ndarray) -> None:

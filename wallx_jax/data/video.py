@@ -215,6 +215,9 @@ def open_video(path: Path) -> av.container.InputContainer:
     if not container.streams.video:
         container.close()
         raise ValueError(f"{path} has no video stream: it is cut off or no video")
+    if container.streams.video[0].codec_context is None:
+        container.close()
+        raise ValueError(f"{path} is of a codec that the installed PyAV does not decode, or damaged")
     return container
 
 

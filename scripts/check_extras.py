@@ -1,0 +1,113 @@
+"""Resolves every combination of the package's extras, and fails if PyTorch or a second CUDA comes into one.
+
+    python scripts/check_extras.py [--python 3.11 3.12] [--json OUT]
+
+Asks the package registry through uv, which must be installed; nothing is installed or built. PyTorch may come with the
+extras lerobot and test alone. Without it, the only CUDA is the one that is asked for: a second one costs gigabytes, and
+its cuDNN may be the one that is loaded.
+"""
+
+import argparse
+import itertools
+import json
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+EXTRAS = ("train", "wandb", "lerobot", "test-core")
+ALL_OF_THEM = (("test",), ("wandb", "test"))  # test brings the others along
+ACCELERATORS = ("", "cuda12", "cuda13", "tpu")  # one of them
+WITH_TORCH = {"lerobot", "test"}
+PARALLEL = 4
+
+
+def combinations() -> list[tuple[str, ...]]:
+    """Every set of extras that differs in what it brings."""
+    subsets = (subset for count in range(len(EXTRAS) + 1) for subset in itertools.combinations(EXTRAS, count))
+    chosen = itertools.chain(subsets, ALL_OF_THEM)
+    return [(*subset, *filter(None, [device])) for subset in chosen for device in ACCELERATORS]
+
+
+def resolve(extras: tuple[str, ...], python: str) -> dict[str, str]:
+    """Returns {package: version} that a fresh environment would get.
+
+    Raises:
+        RuntimeError: there is no such environment; in uv's words.
+    """
+    command = [
+        "uv",
+        "pip",
+        "compile",
+        str(ROOT / "pyproject.toml"),
+        "--python-version",
+        python,
+        "--no-python-downloads",
+    ]
+    command += ["--quiet", "--no-header", "--no-annotate", *(f"--extra={extra}" for extra in extras)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip())
+    return dict(re.findall(r"^([\w.-]+)==(\S+)", done.stdout, re.MULTILINE))
+
+
+def cuda_versions(packages: dict[str, str]) -> set[int]:
+    """The major versions of CUDA among the packages of NVIDIA and JAX; since 13 NVIDIA's names do not say it."""
+    found = set()
+    for name in packages:
+        if match := re.search(r"-cu(?:da)?(1\d)\b", name):
+            found.add(int(match[1]))
+        elif name.startswith("nvidia-cuda-runtime"):
+            found.add(int(packages[name].split(".")[0]))
+    return found
+
+
+def problems(extras: tuple[str, ...], packages: dict[str, str]) -> list[str]:
+    wanted = {int(extra.removeprefix("cuda")) for extra in extras if extra.startswith("cuda")}
+    if WITH_TORCH & set(extras):
+        return []
+    found = []
+    if torch := sorted({"torch", "torchvision", "lerobot"} & packages.keys()):
+        found.append(f"{', '.join(torch)} comes along")
+    if cuda_versions(packages) != wanted:
+        found.append(f"CUDA {sorted(cuda_versions(packages))} instead of {sorted(wanted)}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", nargs="+", default=["3.11", "3.12"], help="versions of Python")
+    parser.add_argument("--json", type=Path, help="also write what was resolved here")
+    arguments = parser.parse_args()
+    todo = [(python, extras) for python in arguments.python for extras in combinations()]
+    failed, report = False, []
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        for (python, extras), resolved in zip(todo, pool.map(lambda x: _try(x[1], x[0]), todo), strict=True):
+            name = f"python {python}, {','.join(extras) or 'no extra'}"
+            if isinstance(resolved, str):
+                failed = True
+                print(f"FAIL {name}: {resolved}")
+                continue
+            found = problems(extras, resolved)
+            failed |= bool(found)
+            cuda = " and ".join(map(str, sorted(cuda_versions(resolved)))) or "none"
+            torch = resolved.get("torch", "none")
+            print(f"{'FAIL' if found else 'ok  '} {name}: {len(resolved)} packages, torch {torch}, CUDA {cuda}"
+                  + "".join(f"; {problem}" for problem in found))  # fmt: skip
+            report.append({"python": python, "extras": extras, "packages": resolved, "problems": found})
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    sys.exit(int(failed))
+
+
+def _try(extras: tuple[str, ...], python: str) -> dict[str, str] | str:
+    try:
+        return resolve(extras, python)
+    except RuntimeError as error:
+        return str(error)
+
+
+if __name__ == "__main__":
+    main()
