@@ -137,6 +137,23 @@ def test_layout_by_robot(tmp_path):
         load_norm_stats(file, "state", "action")
 
 
+def test_lerobots_own_stats(tmp_path, caplog):
+    row = {"min": [-3.0], "max": [3.0], "mean": [0.5], "std": [1.0], "q01": [-1.0], "q99": [2.0], "count": [9]}
+    file = tmp_path / "stats.json"
+    camera = {"observation.images.front": {"mean": [[[0.5]]], "q01": [[[0.0]]], "q99": [[[1.0]]]}}
+    file.write_text(json.dumps({"observation.state": row, "action": row, "index": row} | camera))
+    loaded = load_norm_stats(file)
+    assert (loaded.state_key, loaded.action_key) == ("observation.state", "action")
+    assert (loaded.action.min, loaded.action.q01, loaded.action.q99, loaded.action.std) == ([-3], [-1], [2], [1])
+    assert "averages over the episodes" in caplog.text
+    with pytest.raises(ValueError, match="q01 has shape"):
+        load_norm_stats(file, "observation.images.front", "action")
+    older = {name: value for name, value in row.items() if name not in ("q01", "q99")}
+    file.write_text(json.dumps({"observation.state": older, "action": older}))
+    with pytest.raises(ValueError, match="stats.json: 'observation.state' needs q01 and q99.*compute_norm_stats"):
+        load_norm_stats(file)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -168,5 +185,5 @@ def test_no_file_and_no_json(tmp_path):
     with pytest.raises(FileNotFoundError, match="no norm stats at"):
         load_norm_stats(tmp_path)
     (tmp_path / "norm_stats.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(ValueError, match="norm_stats.json is not valid JSON"):
         load_norm_stats(tmp_path)

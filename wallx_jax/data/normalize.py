@@ -5,6 +5,7 @@ Legend: D robot dims, C model channels.
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from wallx_jax.files import atomic_file
+from wallx_jax.files import atomic_file, read_json_object
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "norm_stats.json"
 
@@ -148,11 +151,14 @@ def save_norm_stats(path: str | Path, stats: NormStats) -> None:
 def load_norm_stats(
     path: str | Path, state_key: str | None = None, action_key: str | None = None, robot: str | None = None
 ) -> NormStats:
-    """Reads norm_stats.json, in either of upstream's layouts.
+    """Reads norm_stats.json in either of upstream's layouts, or a LeRobot dataset's meta/stats.json.
 
-    `{"norm_stats": {key: {mean, std, q01, q99}}}`, or the other `{robot: {key: {min, q01, q99, max, ...}}}`.
-    Statistics that a file lacks are filled in: min and max from q01 and q99, mean and std from the middle and half of
-    the range (nothing normalises with those).
+    Upstream's are `{"norm_stats": {key: {mean, std, q01, q99}}}` and `{robot: {key: {min, q01, q99, max, ...}}}`,
+    LeRobot's is `{key: {mean, std, min, max, q01, q99, count, ...}}`. Statistics that a file lacks are filled in: min
+    and max from q01 and q99, mean and std from the middle and half of the range (nothing normalises with those).
+
+    LeRobot's q01 and q99 are the episodes' own, averaged by their length (`aggregate_feature_stats` in its
+    compute_stats.py), so that the range is narrower than that of `compute_stats`; a warning says so.
 
     Args:
         path: the file or the folder that holds it.
@@ -161,19 +167,23 @@ def load_norm_stats(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming the keys the file has if one is missing, or the bad statistic.
+        ValueError: naming the file, if it is damaged; the keys it has, if one is missing; or the bad statistic.
     """
     file = _file(path)
     if not file.is_file():
         raise FileNotFoundError(f"no norm stats at {file}; without norm_stats_path they are computed from the dataset")
-    try:
-        rows = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(rows, dict):
-        raise ValueError(f"{file} holds a {type(rows).__name__}, not an object with norm stats")
+    rows: Any = read_json_object(file)
     relative_to, horizon = _read_relative(file, rows.get("relative_actions"))
-    rows = rows["norm_stats"] if "norm_stats" in rows else _pick(file, rows, robot, "", "robot")
+    if "norm_stats" in rows:
+        rows = rows["norm_stats"]
+    elif any(_is_statistics(row) for row in rows.values()):
+        logger.warning(
+            "%s is LeRobot's: its q01 and q99 are averages over the episodes, narrower than the quantiles of all "
+            "frames; scripts/compute_norm_stats.py computes those",
+            file,
+        )
+    else:
+        rows = _pick(file, rows, robot, "", "robot")
     state_key, state = _read(file, rows, state_key, "state")
     action_key, action = _read(file, rows, action_key, "action")
     return NormStats(state, action, state_key, action_key, relative_to, horizon)
@@ -187,6 +197,11 @@ def _equal(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 def _file(path: str | Path) -> Path:
     path = Path(path)
     return path / FILE_NAME if path.is_dir() else path
+
+
+def _is_statistics(row: Any) -> bool:
+    """Tells LeRobot's {statistic: numbers} from a robot's {key: {statistic: numbers}}."""
+    return isinstance(row, Mapping) and isinstance(row.get("mean"), list)
 
 
 def _pick(file: Path, rows: Any, key: str | None, hint: str, what: str) -> Any:
@@ -222,7 +237,9 @@ def _read(file: Path, rows: Any, key: str | None, what: str) -> tuple[str, Stats
     key = key or next(k for k in rows if rows[k] is row)
     if not isinstance(row, Mapping) or not {"q01", "q99"} <= set(row):
         has = sorted(row) if isinstance(row, Mapping) else type(row).__name__
-        raise ValueError(f"{file}: {key!r} needs q01 and q99, it has {has}")
+        raise ValueError(
+            f"{file}: {key!r} needs q01 and q99, it has {has}; compute them with scripts/compute_norm_stats.py"
+        )
     try:
         q01, q99 = np.asarray(row["q01"], np.float64), np.asarray(row["q99"], np.float64)
         defaults = {"min": q01, "max": q99, "mean": (q01 + q99) / 2, "std": (q99 - q01) / 2, "q01": q01, "q99": q99}
