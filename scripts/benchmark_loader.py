@@ -8,19 +8,23 @@ temporary folder and reads it as training does: random frames, decoded and resiz
 without the frame cache; then with it: filling it, and what training reads afterwards, which is every epoch from the
 second on. `ratio` is cached over decoded at the same number of workers.
 
---compare-lerobot puts a torch DataLoader over LeRobotDataset beside that, in turn, with the same batch and two workers;
-lerobot hands out the frames in their full size. `ratio_samples_per_s` is ours over lerobot's. Prints JSON.
+--compare-lerobot puts a torch DataLoader over LeRobotDataset beside that, in turn, with the same batch and two workers:
+"lerobot" as it is, which hands out the frames in their full size, and "lerobot_resized" with its frames resized as ours
+are, in the workers. `ratio_samples_per_s` and `ratio_cpu_per_sample` tell how many times better ours is than either.
+Prints JSON.
 """
 
 import argparse
 import dataclasses
+import importlib.metadata
+import inspect
 import json
 import os
 import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -37,6 +41,7 @@ from wallx_jax.data.processor import Processor
 from wallx_jax.data.setup import build_processor, load_stats, split_sources
 from wallx_jax.data.source import FrameSource
 from wallx_jax.data.writer import DatasetWriter
+from wallx_jax.run_config import Camera
 
 VIEWS = {"face_view": "cam_high", "left_wrist_view": "cam_left_wrist", "right_wrist_view": "cam_right_wrist"}
 DIMS, FPS, CHANNELS = 14, 30, 20
@@ -155,60 +160,83 @@ def parts_of_a_sample(part: Part, processor: Processor, count: int) -> dict[str,
     return {"decode_ms": decode_ms, "resize_ms": resize_ms, "encode_ms": rest_ms}
 
 
-def lerobots_loader(root: Path, horizon: int, backend: str, batch: int, workers: int) -> Iterator[Any]:
-    """Batches of a torch DataLoader over LeRobotDataset, epoch after epoch."""
-    import inspect
+class Resized:
+    """A LeRobotDataset whose frames are resized as for the model.
 
+    Args:
+        dataset: the LeRobotDataset; its frames are [C, H, W], uint8 or float32 in [0, 1].
+        cameras: the run's.
+    """
+
+    def __init__(self, dataset: Any, cameras: Sequence[Camera]):
+        self.dataset, self.cameras = dataset, cameras
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.dataset[index]
+        for camera in self.cameras:
+            pixels = row[camera.key].permute(1, 2, 0).numpy()
+            if pixels.dtype != np.uint8:
+                pixels = np.rint(pixels * 255).astype(np.uint8)
+            row[camera.key] = resize(pixels, camera.resolution)
+        return row
+
+
+def lerobots_loader(part: Part, horizon: int, backend: str, batch: int, resized: bool = False) -> Iterator[Any]:
+    """Batches of a torch DataLoader over LeRobotDataset, epoch after epoch."""
     import torch
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     # Newer releases can hand out the bytes that were decoded, which is faster.
     options = {"return_uint8": True} if "return_uint8" in inspect.signature(LeRobotDataset.__init__).parameters else {}
     steps = {"action": [step / FPS for step in range(horizon)]}
+    root = part.info.root
     dataset = LeRobotDataset("benchmark/loader", root, delta_timestamps=steps, video_backend=backend, **options)
-    loader = torch.utils.data.DataLoader(dataset, batch, shuffle=True, num_workers=workers, drop_last=True)
+    if resized:
+        dataset = Resized(dataset, part.settings.data.cameras)
+    loader = torch.utils.data.DataLoader(dataset, batch, shuffle=True, num_workers=WORKERS, drop_last=True)
     while True:
         yield from loader
 
 
 def compare(part: Part, processor: Processor, batch: int, seconds: float) -> dict[str, Any]:
     """Ours beside lerobot's loader with the faster of its decoders, in turn."""
-    root, horizon = part.info.root, processor.config.horizon
-    speeds = {}
+    horizon, speeds = processor.config.horizon, {}
     for backend in ("torchcodec", "pyav"):
         try:
-            with closing(lerobots_loader(root, horizon, backend, batch, WORKERS)) as batches:
+            with closing(lerobots_loader(part, horizon, backend, batch)) as batches:
                 speeds[backend] = steady(batches, batch, WORKERS, seconds)["samples_per_s"]
         except Exception as error:  # a decoder that is not installed, or lacks its libraries
             speeds[backend] = None
             print(f"lerobot with {backend} does not work here: {' '.join(str(error).split())[:120]}", flush=True)
     backend = max((name for name, speed in speeds.items() if speed), key=speeds.get)
-    rounds: dict[str, list[dict[str, float]]] = {"lerobot": [], "wallx_jax": []}
+    rounds: dict[str, list[dict[str, float]]] = {"lerobot": [], "lerobot_resized": [], "wallx_jax": []}
     for _ in range(ROUNDS):
-        with closing(lerobots_loader(root, horizon, backend, batch, WORKERS)) as batches:
-            rounds["lerobot"].append(steady(batches, batch, WORKERS, seconds))
+        for name, resized in (("lerobot", False), ("lerobot_resized", True)):
+            with closing(lerobots_loader(part, horizon, backend, batch, resized)) as batches:
+                rounds[name].append(steady(batches, batch, WORKERS, seconds))
         rounds["wallx_jax"].append(ours(part.source, processor, batch, WORKERS, seconds))
     medians = {
         name: {key: statistics.median(figures[key] for figures in each) for key in each[0]}
         for name, each in rounds.items()
     }
+    mine = medians["wallx_jax"]
+    others = {name: figures for name, figures in medians.items() if name != "wallx_jax"}
     return {
         "workers": WORKERS,
-        "lerobot_version": importlib_version("lerobot"),
+        "lerobot_version": importlib.metadata.version("lerobot"),
         "lerobot_backend": backend,
         "lerobot_backends_samples_per_s": speeds,
         **medians,
         "per_sample": parts_of_a_sample(part, processor, count=100),
         "rounds": rounds,
-        "ratio_samples_per_s": medians["wallx_jax"]["samples_per_s"] / medians["lerobot"]["samples_per_s"],
-        "ratio_cpu_per_sample": medians["lerobot"]["cpu_ms_per_sample"] / medians["wallx_jax"]["cpu_ms_per_sample"],
+        "ratio_samples_per_s": {name: mine["samples_per_s"] / its["samples_per_s"] for name, its in others.items()},
+        "ratio_cpu_per_sample": {
+            name: its["cpu_ms_per_sample"] / mine["cpu_ms_per_sample"] for name, its in others.items()
+        },
     }
-
-
-def importlib_version(package: str) -> str:
-    import importlib.metadata
-
-    return importlib.metadata.version(package)
 
 
 def measure(part: Part, processor: Processor, cache: Path, batch: int, workers: list[int], seconds: float):

@@ -53,7 +53,7 @@ WITHOUT_MEANING = {
     "data.use_lerobot": "LeRobot datasets are the only source",
     "data.priority_order": "a LeRobot sample has one instruction, its task",
     "data.resolution.multi_modal": "a LeRobot dataset has no view of this name",
-    "data.lerobot_config.episodes": "train_test_split chooses the episodes, as upstream, which reads this key nowhere",
+    "data.lerobot_config.episodes": "upstream reads this key nowhere; here `episodes` restricts the dataset",
     "data.lerobot_config.image_transforms": _FRAMES,
     "data.lerobot_config.delta_timestamps": _FRAMES,
     "data.lerobot_config.tolerance_s": _FRAMES,
