@@ -10,8 +10,8 @@ second on. `ratio` is cached over decoded at the same number of workers.
 
 --compare-lerobot puts a torch DataLoader over LeRobotDataset beside that, in turn, with the same batch and two workers:
 "lerobot" as it is, which hands out the frames in their full size, and "lerobot_resized" with its frames resized as ours
-are, in the workers. `ratio_samples_per_s` and `ratio_cpu_per_sample` tell how many times better ours is than either.
-Prints JSON.
+are, in the workers; and once more without workers ("one_process"). `ratio_samples_per_s` and `ratio_cpu_per_sample`
+tell how many times better ours is than either. Prints JSON.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -184,7 +185,9 @@ class Resized:
         return row
 
 
-def lerobots_loader(part: Part, horizon: int, backend: str, batch: int, resized: bool = False) -> Iterator[Any]:
+def lerobots_loader(
+    part: Part, horizon: int, backend: str, batch: int, workers: int, resized: bool = False
+) -> Iterator[Any]:
     """Batches of a torch DataLoader over LeRobotDataset, epoch after epoch."""
     import torch
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -196,28 +199,43 @@ def lerobots_loader(part: Part, horizon: int, backend: str, batch: int, resized:
     dataset = LeRobotDataset("benchmark/loader", root, delta_timestamps=steps, video_backend=backend, **options)
     if resized:
         dataset = Resized(dataset, part.settings.data.cameras)
-    loader = torch.utils.data.DataLoader(dataset, batch, shuffle=True, num_workers=WORKERS, drop_last=True)
+    loader = torch.utils.data.DataLoader(
+        dataset, batch, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=workers > 0
+    )
     while True:
         yield from loader
 
 
 def compare(part: Part, processor: Processor, batch: int, seconds: float) -> dict[str, Any]:
-    """Ours beside lerobot's loader with the faster of its decoders, in turn."""
+    """Ours beside lerobot's loader with the faster of its decoders: with WORKERS processes, and within this one."""
     horizon, speeds = processor.config.horizon, {}
     for backend in ("torchcodec", "pyav"):
         try:
-            with closing(lerobots_loader(part, horizon, backend, batch)) as batches:
+            with closing(lerobots_loader(part, horizon, backend, batch, WORKERS)) as batches:
                 speeds[backend] = steady(batches, batch, WORKERS, seconds)["samples_per_s"]
         except Exception as error:  # a decoder that is not installed, or lacks its libraries
             speeds[backend] = None
-            print(f"lerobot with {backend} does not work here: {' '.join(str(error).split())[:120]}", flush=True)
+            print(f"lerobot with {backend} does not work here: {' '.join(str(error).split())[:120]}", file=sys.stderr)
     backend = max((name for name, speed in speeds.items() if speed), key=speeds.get)
+    return {
+        "workers": WORKERS,
+        "lerobot_version": importlib.metadata.version("lerobot"),
+        "lerobot_backend": backend,
+        "lerobot_backends_samples_per_s": speeds,
+        **in_turn(part, processor, backend, batch, WORKERS, seconds),
+        "one_process": in_turn(part, processor, backend, batch, 0, seconds),
+        "per_sample": parts_of_a_sample(part, processor, count=100),
+    }
+
+
+def in_turn(part: Part, processor: Processor, backend: str, batch: int, workers: int, seconds: float) -> dict[str, Any]:
+    """Medians of several rounds in which lerobot's loader and ours are measured one after the other."""
     rounds: dict[str, list[dict[str, float]]] = {"lerobot": [], "lerobot_resized": [], "wallx_jax": []}
     for _ in range(ROUNDS):
         for name, resized in (("lerobot", False), ("lerobot_resized", True)):
-            with closing(lerobots_loader(part, horizon, backend, batch, resized)) as batches:
-                rounds[name].append(steady(batches, batch, WORKERS, seconds))
-        rounds["wallx_jax"].append(ours(part.source, processor, batch, WORKERS, seconds))
+            with closing(lerobots_loader(part, processor.config.horizon, backend, batch, workers, resized)) as batches:
+                rounds[name].append(steady(batches, batch, workers, seconds))
+        rounds["wallx_jax"].append(ours(part.source, processor, batch, workers, seconds))
     medians = {
         name: {key: statistics.median(figures[key] for figures in each) for key in each[0]}
         for name, each in rounds.items()
@@ -225,12 +243,7 @@ def compare(part: Part, processor: Processor, batch: int, seconds: float) -> dic
     mine = medians["wallx_jax"]
     others = {name: figures for name, figures in medians.items() if name != "wallx_jax"}
     return {
-        "workers": WORKERS,
-        "lerobot_version": importlib.metadata.version("lerobot"),
-        "lerobot_backend": backend,
-        "lerobot_backends_samples_per_s": speeds,
         **medians,
-        "per_sample": parts_of_a_sample(part, processor, count=100),
         "rounds": rounds,
         "ratio_samples_per_s": {name: mine["samples_per_s"] / its["samples_per_s"] for name, its in others.items()},
         "ratio_cpu_per_sample": {

@@ -14,10 +14,10 @@ DIMS, FPS = 14, 10
 CONSTANT_DIM = 6  # of state and action
 
 
-def episode_table(episode: int) -> tuple[np.ndarray, np.ndarray]:
-    """float32 states and actions [frames, DIMS] of an episode."""
+def episode_table(episode: int, dims: int = DIMS) -> tuple[np.ndarray, np.ndarray]:
+    """float32 states and actions [frames, dims] of an episode."""
     rng = np.random.default_rng(episode)
-    states = np.cumsum(rng.normal(size=(LENGTHS[episode] + 1, DIMS)), axis=0).astype(np.float32)
+    states = np.cumsum(rng.normal(size=(LENGTHS[episode] + 1, dims)), axis=0).astype(np.float32)
     states[:, CONSTANT_DIM] = 0.25
     return states[:-1], states[1:]
 
@@ -31,23 +31,19 @@ def frame_image(episode: int, frame: int, camera: str) -> np.ndarray:
     return image
 
 
-FEATURES = {
-    key: {"dtype": "float32", "shape": (DIMS,), "names": [f"joint_{d}" for d in range(DIMS)]} for key in (STATE, ACTION)
-}
-
-
 def camera_features(kind: str = "video") -> dict:
     """`kind`: "video", or "image" for images in the tables."""
     names = ["height", "width", "channels"]
     return {camera: {"dtype": kind, "shape": (*size, 3), "names": names} for camera, size in CAMERAS.items()}
 
 
-def write_dataset(root: Path, camera_type: str = "video", **options) -> Path:
+def write_dataset(root: Path, camera_type: str = "video", dims: int = DIMS, **options) -> Path:
     """Writes the dataset to `root`. `camera_type`: as in `camera_features`; `options`: of DatasetWriter."""
-    features = FEATURES | camera_features(camera_type)
+    vector = {"dtype": "float32", "shape": (dims,), "names": [f"joint_{d}" for d in range(dims)]}
+    features = {STATE: vector, ACTION: vector} | camera_features(camera_type)
     with DatasetWriter(root, FPS, features, robot_type="aloha", **options) as writer:
         for episode, length in enumerate(LENGTHS):
             images = {c: [frame_image(episode, frame, c) for frame in range(length)] for c in CAMERAS}
-            states, actions = episode_table(episode)
+            states, actions = episode_table(episode, dims)
             writer.add_episode({STATE: states, ACTION: actions, **images}, task=TASKS[episode % 2])
     return root

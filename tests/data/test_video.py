@@ -249,5 +249,8 @@ def test_a_video_for_the_vlm(tmp_path):
     assert len(frames) == COUNT and rate == FPS
     with pytest.raises(ValueError, match="fps is 0"):
         read_video(file, 0)
-    with pytest.raises(ValueError, match="cannot be read as a video"):
+    with pytest.raises(FileNotFoundError, match="none.mp4 is missing"):
         read_video(tmp_path / "none.mp4", 5)
+    (tmp_path / "text.mp4").write_text("no video")
+    with pytest.raises(ValueError, match="text.mp4 cannot be opened as a video"):
+        read_video(tmp_path / "text.mp4", 5)

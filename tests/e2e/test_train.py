@@ -160,7 +160,7 @@ def test_other_data_at_resume_are_told(four_steps, caplog):
     config, last = four_steps
     origin = SimpleNamespace(resumes=True, checkpoint=last)
     order = checkpoint_dir.read_metadata(last)["data_order"]
-    assert order == {"global_batch": 2, "seed": config.seed, "frames": [20], "weights": [1.0]}
+    assert order == {"global_batch": 2, "seed": config.seed, "frames": [20], "episodes": [None], "weights": [1.0]}
     start.check_same_order(origin, order)
     assert not caplog.records
     start.check_same_order(origin, order | {"seed": 5, "frames": [30]})

@@ -27,9 +27,7 @@ IMAGES = {
 @pytest.fixture(scope="module")
 def small_dir(tmp_path_factory):
     """A robot with 7 dims instead of 14."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synthetic, "DIMS", 7)
-        return synthetic.write_dataset(tmp_path_factory.mktemp("small") / "small")
+    return synthetic.write_dataset(tmp_path_factory.mktemp("small") / "small", dims=7)
 
 
 def configured(model_dir, dataset_dir, small_dir, save_path, **changes):

@@ -150,7 +150,7 @@ def test_vqa_of_pictures_and_a_video(run, tmp_path, dataset_dir):
     code, _ = run("vqa", "--model", model, "--video", tmp_path / "a.png", "--fps", 0, "--question", "?")
     assert "fps is 0" in str(code)
     code, _ = run("vqa", "--model", model, "--video", tmp_path / "answer.json", "--question", "?")
-    assert "cannot be read as a video" in str(code)
+    assert "cannot be opened as a video" in str(code)
 
 
 def test_fake_inference(run, run_dir, wallx_dir, tmp_path):

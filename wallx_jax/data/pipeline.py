@@ -69,7 +69,7 @@ class Batches(Iterator[Batch]):
         Args:
             stream: what `samples` or `mixed` gives.
             batch_size: samples per batch of this process.
-            num_workers: worker processes; 0 reads ahead in a thread.
+            num_workers: worker processes; 0 reads ahead in two threads.
             share, shares: which of how many shares of the samples this process of a multi-host run takes.
         """
         self._batches = stream[share::shares].batch(batch_size, drop_remainder=True, batch_fn=stack_samples)
@@ -99,8 +99,9 @@ class Batches(Iterator[Batch]):
             self._reader = None
 
     def _read_from(self, place: int) -> grain.DatasetIterator:
-        # Two batches ahead, since an element here is a batch.
-        dataset = self._batches[place:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+        # An element here is a batch: two ahead are enough. Decoding and resizing leave Python's lock to other threads.
+        threads = 1 if self._num_workers else 2
+        dataset = self._batches[place:].to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=2))
         if self._num_workers:
             if not flags.FLAGS.is_parsed():  # Grain hands its own absl flags to the workers, also outside of app.run.
                 flags.FLAGS.mark_as_parsed()

@@ -228,19 +228,20 @@ def read_video(file: Path, fps: float) -> tuple[list[np.ndarray], float]:
         the frames, and how many of them a second has: a file with fewer frames per second than asked for gives all.
 
     Raises:
-        ValueError: no such file, not a video, or an fps that is not above 0.
+        FileNotFoundError: no such file.
+        ValueError: not a video, or an fps that is not above 0.
     """
     if not fps > 0:
         raise ValueError(f"fps is {fps}; it must be above 0")
-    try:
-        with av.open(str(file)) as video:
-            rate = float(video.streams.video[0].average_rate)
+    with open_video(Path(file)) as video:
+        try:
+            rate = float(video.streams.video[0].average_rate or fps)
             step = max(rate / fps, 1.0)
             kept, frames = 0, []
             for number, frame in enumerate(video.decode(video=0)):
                 if number >= kept * step:
                     frames.append(frame.to_ndarray(format="rgb24"))
                     kept += 1
-    except (av.FFmpegError, OSError, IndexError) as error:
-        raise ValueError(f"{file} cannot be read as a video: {error}") from error
+        except av.FFmpegError as error:
+            raise ValueError(f"{file} cannot be decoded: {error.strerror or error}") from error
     return frames, rate / step
