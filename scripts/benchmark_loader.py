@@ -30,8 +30,11 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+import av
 import demo_assets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from wallx_jax.config import default_config, resolve
@@ -63,6 +66,44 @@ def write_dataset(root: Path, episodes: int, frames: int, height: int, width: in
             images = {key: list(pan(rng, frames, height, width)) for key in keys}
             vectors = {"observation.state": joints[:-1], "action": joints[1:]}
             writer.add_episode(vectors | images, task="open the cabinet")
+
+
+def lengthen(root: Path, times: int) -> None:
+    """Makes a dataset so many times as long, by repeating tables and video packets: large files without encoding."""
+    info_file = root / "meta" / "info.json"
+    info = json.loads(info_file.read_text())
+    episodes, frames = info["total_episodes"], info["total_frames"]
+    seconds = frames / info["fps"]
+    steps = {"episode_index": episodes, "index": frames, "dataset_from_index": frames, "dataset_to_index": frames}
+    for file in [*root.glob("data/*/*.parquet"), *root.glob("meta/episodes/*/*.parquet")]:
+        table, repeats = pq.read_table(file), np.arange(times)
+        whole = table.take(pa.array(np.tile(np.arange(len(table)), times)))
+        for place, field in enumerate(table.schema):
+            step = seconds if field.name.endswith("/from_timestamp") or field.name.endswith("/to_timestamp") else 0
+            if step := steps.get(field.name, step):
+                shifted = whole[field.name].to_numpy() + np.repeat(repeats, len(table)) * step
+                whole = whole.set_column(place, field, pa.array(shifted, field.type))
+        pq.write_table(whole, file, row_group_size=len(table))
+    for file in root.rglob("*.mp4"):
+        repeat_video(file, times)
+    info |= {"total_episodes": episodes * times, "total_frames": frames * times}
+    info_file.write_text(json.dumps(info | {"splits": {"train": f"0:{episodes * times}"}}))
+
+
+def repeat_video(file: Path, times: int) -> None:
+    longer = file.with_suffix(".longer.mp4")
+    with av.open(str(file)) as source, av.open(str(longer), "w") as target:
+        stream = source.streams.video[0]
+        out = target.add_stream_from_template(stream, opaque=True)
+        packets = [packet for packet in source.demux(stream) if packet.dts is not None]
+        for repeat in range(times):
+            for packet in packets:
+                copy = av.Packet(bytes(packet))
+                copy.pts, copy.dts = (time + repeat * stream.duration for time in (packet.pts, packet.dts))
+                copy.duration, copy.is_keyframe = packet.duration, packet.is_keyframe
+                copy.stream, copy.time_base = out, stream.time_base
+                target.mux(copy)
+    longer.replace(file)
 
 
 def pan(rng: np.random.Generator, frames: int, height: int, width: int) -> Iterator[np.ndarray]:
@@ -101,7 +142,7 @@ def steady(batches: Iterator[Any], batch: int, workers: int, seconds: float) -> 
     return {
         "samples_per_s": drawn * batch / elapsed,
         "cpu_ms_per_sample": 1000 * (cpu_seconds() - cpu) / (drawn * batch),
-        "worker_mib": max((proportional_mib(worker) for worker in children()), default=0.0),
+        "worker_mib": max(map(proportional_mib, children())) if workers else 0.0,
     }
 
 
@@ -279,6 +320,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4], help="numbers of worker processes")
     parser.add_argument("--episodes", type=int, default=6)
     parser.add_argument("--frames", type=int, default=100, help="frames per episode")
+    parser.add_argument("--repeat", type=int, default=1, help="make the files so many times as long; 25: about 190 MB")
     parser.add_argument("--size", type=int, nargs=2, default=[480, 640], metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--codec", default="libsvtav1", help="of the videos: libsvtav1, h264 or hevc")
     parser.add_argument("--batch", type=int, default=8)
@@ -289,6 +331,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="benchmark_loader_") as folder:
         root = Path(folder) / "dataset"
         write_dataset(root, arguments.episodes, arguments.frames, *arguments.size, arguments.codec)
+        if arguments.repeat > 1:
+            lengthen(root, arguments.repeat)
         part, processor = prepare(root, Path(folder))
         if arguments.compare_lerobot:
             figures = compare(part, processor, arguments.batch, arguments.seconds)
@@ -299,6 +343,7 @@ def main() -> None:
             "camera_size": arguments.size,
             "cameras": len(VIEWS),
             "codec": arguments.codec,
+            "video_file_bytes": max(file.stat().st_size for file in root.rglob("*.mp4")),
             "samples": part.info.num_frames,
             "batch": arguments.batch,
             "cpu_count": os.cpu_count(),

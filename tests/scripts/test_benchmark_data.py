@@ -36,7 +36,10 @@ def test_decoding_filling_and_the_cache(tmp_path):
 
 @pytest.mark.skipif(not importlib.util.find_spec("lerobot"), reason="lerobot is not installed")
 def test_beside_lerobots_loader(tmp_path):
-    figures = figures_of("benchmark_loader.py", tmp_path, *TINY, "--episodes", "2", "--compare-lerobot")
+    figures = figures_of(
+        "benchmark_loader.py", tmp_path, *TINY, "--episodes", "2", "--repeat", "2", "--compare-lerobot"
+    )
+    assert figures["samples"] == 2 * 2 * 8
     speeds = figures["lerobot_backends_samples_per_s"]
     assert speeds[figures["lerobot_backend"]] == max(speed for speed in speeds.values() if speed)
     assert all(ms > 0 for ms in figures["per_sample"].values())
