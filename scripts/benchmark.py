@@ -1,13 +1,13 @@
 """Times one train step and one action chunk, or works out the memory of a full-size train step without running it.
 
-    python scripts/benchmark.py --preset mid [--batch 1] [--json OUT]
+    python scripts/benchmark.py --preset mid [--batch 1] [--what train chunk parts] [--json OUT]
     python scripts/benchmark.py --preset mid --compare-torch [--json OUT]
     python scripts/benchmark.py --preset wall_oss_3b --aot --target h200 --devices 8 [--json OUT]
 
 Each sample has three 252x196 images and 285 tokens, 32 of them action tokens. Weights are random: speed does not depend
-on them. Prints JSON. The latency of a chunk is split into vision (images to features), prefix (prompt to keys and
-values) and denoise (one Euler step); chunk is the one program that a policy runs. token_ms is one token of text or of
-FAST actions.
+on them. Prints JSON. `--what` chooses among a train step (train), the one program that a policy runs (chunk) and what
+that consists of (parts): vision (images to features), prefix (prompt to keys and values) and denoise (one Euler step);
+token_ms is one token of text or of FAST actions.
 
 `--compare-torch` runs lerobot's PyTorch wall_x on the same weights and inputs in turn with ours, a chunk and a train
 step, and compares the actions; `make torch-reference` sets its environment up.
@@ -27,11 +27,13 @@ import resource
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import aot
 
 ACTIONS, TOKENS, IMAGE, CAMERAS, STEPS = 32, 285, (196, 252), 3, 10
+WHAT = ("train", "chunk", "parts")
 SAID = 32  # tokens of text, or of FAST actions
 
 
@@ -90,17 +92,28 @@ def train_step_of(model, optimizer: str = "adamw", freeze_vlm: bool = False):
     return optim, make_train_step(model, optim, 1000, Objective(), seed=0)
 
 
-def time_inference(model, params, batch, repeats: int) -> dict:
-    """Latency of an action chunk and of its parts, layers apart as in a policy."""
+def time_chunk(model, params, batch, repeats: int) -> dict:
+    """Latency of an action chunk, layers apart as in a policy."""
+    noise, start = noise_for(batch), time.perf_counter()
+    chunk = chunk_program(model, params, batch, noise)
+    compile_s = time.perf_counter() - start
+    return {
+        "chunk_ms": median_ms(lambda: chunk(params, batch, noise), repeats),
+        "euler_steps": STEPS,
+        "chunk_compile_s": compile_s,
+    }
+
+
+def time_parts(model, params, batch, repeats: int) -> dict:
+    """Latency of the parts of a chunk, and of a token of text, layers apart as in a policy."""
     import jax
 
     from wallx_jax.models import flow
     from wallx_jax.models.generate import generate
-    from wallx_jax.models.stack import unstack
     from wallx_jax.models.vision import visual_grid
     from wallx_jax.models.wallx import bind
 
-    params, noise = unstack(params), noise_for(batch)
+    noise = noise_for(batch)
     grids = tuple(visual_grid(image, model.vision) for image in batch.images)
 
     def vision(params, batch):
@@ -131,21 +144,15 @@ def time_inference(model, params, batch, repeats: int) -> dict:
     vision, prefix, denoise = map(jax.jit, (vision, prefix, denoise))
     features = vision(params, batch)
     cache = prefix(params, batch, features)
-    start = time.perf_counter()
-    chunk = chunk_program(model, params, batch, noise)
-    compile_s = time.perf_counter() - start
     times = {
         "vision_ms": median_ms(lambda: vision(params, batch), repeats),
         "prefix_ms": median_ms(lambda: prefix(params, batch, features), repeats),
         "denoise_step_ms": median_ms(lambda: denoise(params, cache, noise, batch.action_mask), repeats) / STEPS,
-        "chunk_ms": median_ms(lambda: chunk(params, batch, noise), repeats),
     }
     one, more = (median_ms(lambda program=program: program(params, batch), repeats) for program in (say_one, say_more))
     return times | {
         "token_ms": (more - one) / SAID,
-        "euler_steps": STEPS,
         "denoise_step_over_prefix": times["denoise_step_ms"] / times["prefix_ms"],
-        "chunk_compile_s": compile_s,
     }
 
 
@@ -293,28 +300,39 @@ def train_program(model, params, batch, scan_layers: bool):
     return one_step
 
 
-def run(model, batch_size: int, scan_layers: bool, repeats: int) -> dict:
+def time_train(model, params, batch, scan_layers: bool, repeats: int) -> dict:
+    """Latency and throughput of a train step."""
+    train_one, batch_size = train_program(model, params, batch, scan_layers), len(batch.tokens)
+    step_ms = median_ms(train_one, repeats)
+    return {
+        "step_ms": step_ms,
+        "tokens_per_s": 1e3 * batch_size * TOKENS / step_ms,
+        "samples_per_s": 1e3 * batch_size / step_ms,
+        "compile_s": train_one.compile_s,
+    }
+
+
+def run(model, batch_size: int, what: Sequence[str], scan_layers: bool, repeats: int) -> dict:
     """Figures measured on this machine's first device."""
     import jax
 
+    from wallx_jax.models.stack import unstack
     from wallx_jax.models.wallx import init_params
 
     batch = jax.device_put(random_batch(model, batch_size))
     params = jax.jit(lambda: init_params(model, 0))()
-    inference = time_inference(model, params, batch, repeats)
-
-    train_one = train_program(model, params, batch, scan_layers)
-    step_ms = median_ms(train_one, repeats)
+    figures: dict[str, dict] = {}
+    if "train" in what:
+        figures["train"] = time_train(model, params, batch, scan_layers, repeats)
+    if timers := [time for name, time in (("chunk", time_chunk), ("parts", time_parts)) if name in what]:
+        apart = unstack(params)
+        del params
+        figures["inference"] = {}
+        for timer in timers:
+            figures["inference"] |= timer(model, apart, batch, repeats)
     stats = jax.devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    return {
-        "train": {
-            "step_ms": step_ms,
-            "tokens_per_s": 1e3 * batch_size * TOKENS / step_ms,
-            "samples_per_s": 1e3 * batch_size / step_ms,
-            "compile_s": train_one.compile_s,
-        },
-        "inference": inference,
+    return figures | {
         "peak_memory_gib": peak / 2**30,
         "peak_memory_of": "device" if "peak_bytes_in_use" in stats else "process",
     }
@@ -324,6 +342,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=("tiny", "mid", "wall_oss_3b"), required=True)
     parser.add_argument("--batch", type=int, default=1, help="samples per device")
+    parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT, help="what to time; default: all")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls; the median is printed")
     parser.add_argument("--aot", action="store_true", help="compile the train step only, and print bytes per device")
     parser.add_argument("--devices", type=int, default=1, help="with --aot: devices that parameters are cut over")
@@ -374,7 +393,7 @@ def main() -> None:
             "compare_torch": compare(model, params, batch, scan_layers, arguments.torch_python, arguments.repeats)
         }
     else:
-        figures = run(model, arguments.batch, scan_layers, arguments.repeats)
+        figures = run(model, arguments.batch, arguments.what, scan_layers, arguments.repeats)
     report = {
         "preset": arguments.preset,
         "batch_per_device": arguments.batch,
