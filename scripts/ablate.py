@@ -41,7 +41,7 @@ def main() -> None:
     for name, effect in found.items():
         row = effect.errors.as_json() | {"moved": effect.moved, "ratio": effect.ratio}
         result["replaced"][name] = row | ({} if name == "nothing" else {"verdict": ablation.verdict(effect)})
-    (arguments.out / "ablation.json").write_text(json.dumps(result, indent=2) + "\n")
+    (arguments.out / "ablation.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     print(ablation.table(found))
     print(f"{len(recorded)} held-out frames; picture and numbers in {arguments.out}")
 

@@ -207,7 +207,7 @@ class TorchReference:
         worker = Path(__file__).with_name("torch_reference.py")
         command = [str(python), str(worker), str(folder), str(folder / "inputs.npz")]
         environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
-        self._log = (folder / "log").open("w")
+        self._log = (folder / "log").open("w", encoding="utf-8")
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment
         )
@@ -221,7 +221,7 @@ class TorchReference:
     def _read(self) -> dict:
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"error: the PyTorch reference failed: {Path(self._log.name).read_text()[-2000:]}")
+            raise SystemExit(f"error: the PyTorch reference failed: {Path(self._log.name).read_text('utf-8')[-2000:]}")
         return json.loads(line)
 
     def close(self) -> None:
@@ -410,7 +410,7 @@ def main() -> None:
     text = json.dumps(report, indent=2)
     print(text)
     if arguments.json:
-        arguments.json.write_text(text + "\n")
+        arguments.json.write_text(text + "\n", "utf-8")
 
 
 if __name__ == "__main__":

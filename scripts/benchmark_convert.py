@@ -41,7 +41,7 @@ def main() -> None:
         text = json.dumps(measure(arguments.preset, Path(folder)), indent=2)
     print(text)
     if arguments.json:
-        arguments.json.write_text(text + "\n")
+        arguments.json.write_text(text + "\n", "utf-8")
 
 
 def measure(preset: str, folder: Path) -> dict:

@@ -45,6 +45,7 @@ from wallx_jax.data.processor import Processor
 from wallx_jax.data.setup import build_processor, load_stats, split_sources
 from wallx_jax.data.source import FrameSource
 from wallx_jax.data.writer import DatasetWriter
+from wallx_jax.files import read_json_object
 from wallx_jax.run_config import Camera
 
 VIEWS = {"face_view": "cam_high", "left_wrist_view": "cam_left_wrist", "right_wrist_view": "cam_right_wrist"}
@@ -71,7 +72,7 @@ def write_dataset(root: Path, episodes: int, frames: int, height: int, width: in
 def lengthen(root: Path, times: int) -> None:
     """Makes a dataset so many times as long, by repeating tables and video packets: large files without encoding."""
     info_file = root / "meta" / "info.json"
-    info = json.loads(info_file.read_text())
+    info = read_json_object(info_file)
     episodes, frames = info["total_episodes"], info["total_frames"]
     seconds = frames / info["fps"]
     steps = {"episode_index": episodes, "index": frames, "dataset_from_index": frames, "dataset_to_index": frames}
@@ -87,7 +88,7 @@ def lengthen(root: Path, times: int) -> None:
     for file in root.rglob("*.mp4"):
         repeat_video(file, times)
     info |= {"total_episodes": episodes * times, "total_frames": frames * times}
-    info_file.write_text(json.dumps(info | {"splits": {"train": f"0:{episodes * times}"}}))
+    info_file.write_text(json.dumps(info | {"splits": {"train": f"0:{episodes * times}"}}), "utf-8")
 
 
 def repeat_video(file: Path, times: int) -> None:
@@ -151,7 +152,7 @@ def children(pid: int | str = "self") -> list[int]:
     found = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         with suppress(OSError):  # it ended meanwhile
-            own = list(map(int, (task / "children").read_text().split()))
+            own = list(map(int, (task / "children").read_text("utf-8").split()))
             found += [*own, *(grandchild for child in own for grandchild in children(child))]
     return found
 
@@ -161,7 +162,7 @@ def cpu_seconds() -> float:
     ticks = 0
     for pid in children():
         with suppress(OSError):
-            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+            fields = Path(f"/proc/{pid}/stat").read_text("utf-8").rsplit(")", 1)[1].split()
             ticks += int(fields[11]) + int(fields[12])
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
@@ -169,7 +170,7 @@ def cpu_seconds() -> float:
 def proportional_mib(pid: int) -> float:
     """Memory of a process; of what it shares with others its part."""
     with suppress(OSError):
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text("utf-8").splitlines():
             if line.startswith("Pss:"):
                 return int(line.split()[1]) / 1024
     return 0.0
@@ -353,7 +354,7 @@ def main() -> None:
     text = json.dumps(report, indent=2)
     print(text)
     if arguments.json:
-        arguments.json.write_text(text + "\n")
+        arguments.json.write_text(text + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def read_in_worker(pickled: bytes, seed: int, samples: int, out: multiprocessing
 def memory_mib() -> dict[str, float]:
     """Proportional set size of this process, and the part of it that is pages of mapped files."""
     sizes = {}
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
+    for line in Path("/proc/self/smaps_rollup").read_text("utf-8").splitlines()[1:]:
         name, value, *_ = line.split()
         sizes[name.rstrip(":")] = int(value) / 1024
     return {"private_mib": sizes["Pss_Anon"], "mapped_mib": sizes["Pss"] - sizes["Pss_Anon"]}
@@ -92,7 +92,7 @@ def main() -> None:
     text = json.dumps(report, indent=2)
     print(text)
     if arguments.json:
-        arguments.json.write_text(text + "\n")
+        arguments.json.write_text(text + "\n", "utf-8")
 
 
 def run_workers(source: LeRobotSource, workers: int, samples: int) -> list[dict[str, float]]:

@@ -56,7 +56,7 @@ def write_dataset(root: Path, frames: int, dims: int, files: int, episode: int =
         "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
         "features": features,
     }
-    (root / "meta" / "info.json").write_text(json.dumps(info))
+    (root / "meta" / "info.json").write_text(json.dumps(info), "utf-8")
     columns = {
         "episode_index": np.arange(len(lengths)),
         "length": lengths,
@@ -131,7 +131,7 @@ def main() -> None:
     text = json.dumps(report, indent=2)
     print(text)
     if arguments.json:
-        arguments.json.write_text(text + "\n")
+        arguments.json.write_text(text + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def _count(decode: str) -> int | None:
 def _write(report: dataset_check.Report, folder: Path) -> None:
     info, look = report.info, report.look
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(dataset_report.as_json(report), indent=2) + "\n")
+    (folder / "report.json").write_text(json.dumps(dataset_report.as_json(report), indent=2) + "\n", "utf-8")
     state, action = report.tables.state, report.tables.action
     plots.dimensions(folder / "dimensions.png", [state, action])
     jumps = state.jumps + action.jumps

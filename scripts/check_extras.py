@@ -98,7 +98,7 @@ def main() -> None:
                   + "".join(f"; {problem}" for problem in found))  # fmt: skip
             report.append({"python": python, "extras": extras, "packages": resolved, "problems": found})
     if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
     sys.exit(int(failed))
 
 

@@ -48,7 +48,7 @@ def main() -> None:
     say(start, "evaluating")
     results = evaluate(model, run, args.workdir / "demo.png")
     results["minutes"] = (time.perf_counter() - start) / 60
-    (args.workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (args.workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
     print(table(results))
     say(start, f"done; see {args.workdir / 'demo.png'}")
 

@@ -43,7 +43,7 @@ def main() -> None:
     text = json.dumps(figures, indent=2)
     print(text)
     if arguments.json:
-        arguments.json.write_text(text + "\n")
+        arguments.json.write_text(text + "\n", "utf-8")
     sys.exit(0 if figures["finite"] else 1)
 
 

@@ -41,7 +41,7 @@ def main() -> None:
         title = f"episode {episode}: {part.observations[0]['instruction']} (mean absolute error {score.mean:.4g})"
         file = arguments.out / f"episode_{episode}.png"
         plots.episode(file, part, chunks[rows], names, policy.processor.predicted, title)
-    (arguments.out / "openloop.json").write_text(json.dumps(result, indent=2) + "\n")
+    (arguments.out / "openloop.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     for name in ("policy", "hold_still", "mean_action"):
         print(f"{name:12} mean absolute error {result[name]['mae']:.4g}")
     if failed := result["policy"]["failed_frames"]:

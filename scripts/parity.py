@@ -365,7 +365,7 @@ def main() -> int:
     failed = sum(not result.ok for result in results)
     print(f"{len(results) - failed} of {len(results)} arrays agree")
     if arguments.json:
-        arguments.json.write_text(json.dumps([dataclasses.asdict(result) for result in results], indent=1))
+        arguments.json.write_text(json.dumps([dataclasses.asdict(result) for result in results], indent=1), "utf-8")
     return 1 if failed else 0
 
 

@@ -41,7 +41,7 @@ def main() -> None:
     if arguments.json:
         figures = {"combinations": [m.as_json() for m in found], "best": decision.best.numerics,
                    "decided": not decision.rivals}  # fmt: skip
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
     if arguments.write and decision.rivals:
         raise ValueError("not written: undecided. More --batches may tell")
     if arguments.write:

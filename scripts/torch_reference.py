@@ -28,7 +28,7 @@ def load(folder: Path, tokens: dict[str, int]) -> torch.nn.Module:
     if (folder / "tokenizer.json").is_file():
         model = wall_x.Qwen2_5_VLMoEForAction.from_pretrained(folder)
     else:
-        config = wall_x.Qwen2_5_VLConfig(**json.loads((folder / "config.json").read_text()))
+        config = wall_x.Qwen2_5_VLConfig(**json.loads((folder / "config.json").read_text("utf-8")))
         config._attn_implementation = "eager"
         names = {"<|propri|>": tokens["propri"], "<|action|>": tokens["action"]}
         tokenizer = types.SimpleNamespace(convert_tokens_to_ids=names.get)

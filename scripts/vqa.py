@@ -49,7 +49,7 @@ def main() -> None:
     if arguments.json:
         figures = {"text": answer.text, "tokens": answer.tokens, "finished": answer.finished,
                    "timings_ms": answer.timings_ms}  # fmt: skip
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
 
 
 def _read_image(file: Path) -> Image.Image:

@@ -31,7 +31,7 @@ ALLOWED = {
     "ranges": set(),
     "config": {"run_config", "robots", "vectors", "ranges", "models.config", "data.template"},
     "command_line": {"config"},
-    "upstream_yaml": {"config"},
+    "upstream_yaml": {"config", "files"},
     "models": {"tree", "data.batch"},
     "weights": {"tree", "hub", "files", "models"},
     "data.batch": set(),

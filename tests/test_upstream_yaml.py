@@ -178,7 +178,16 @@ def test_example_robot_of_another_dataset(read):
         ("data: {lerobot_config: {repo: x}}\n", ["data.lerobot_config.repo", "repo_id"]),
         ("learning_rate: fast\nnum_epoch: 1.5\n", ["learning_rate", "'fast'", "num_epoch", "1.5"]),
         ("dof_config: 3\n", ["dof_config", "table"]),
-        ("profile: 'yes'\n", ["profile", "bool"]),
+        ("profile: 'yes'\n", ["profile", "true or false"]),
+        ("data: {resolution: 256}\n", ["data.resolution", "256", "table"]),
+        ("data: {resolution: [256]}\n", ["data.resolution", "[256]", "table"]),
+        ("data: {predict_action_keys: arm}\n", ["data.predict_action_keys", "'arm'", "list"]),
+        ("customized_robot_config: {customized_dof_config: [a, b]}\n", ["customized_dof_config", "table"]),
+        ("customized_robot_config: {customized_dof_config: {a: 1}}\ndata: {obs_action_keys: 3}\n", ["obs_act", "list"]),
+        ("customized_robot_config: {customized_dof_config: 3}\n", ["customized_dof_config", "3", "table"]),
+        ("save_path: 3\n", ["save_path", "3", "text"]),
+        ("", ["config.yml is empty"]),
+        ("version https://git-lfs.github.com/spec/v1\n", ["config.yml is a Git LFS pointer", "git lfs pull"]),
         ("min_lr: 1\nmin_lr: 2\n", ["min_lr", "twice"]),
         ("dof_config: {a: 1, a: 2}\n", ["'a'", "twice"]),
         ("a: [1\n", ["not YAML"]),
@@ -189,6 +198,15 @@ def test_errors_come_in_one_line(read, text, words):
     with pytest.raises(ValueError) as caught:
         read(text)
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_file_is_utf8_with_or_without_a_byte_order_mark(tmp_path):
+    file = tmp_path / "config.yml"
+    file.write_bytes(f"\ufeff{MINIMAL}log_name: Küche\n".encode())
+    assert read_upstream_yaml(file)[0].log_name == "Küche"
+    file.write_bytes(f"{MINIMAL}log_name: Küche\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="config.yml is not UTF-8 text"):
+        read_upstream_yaml(file)
 
 
 def test_config_file_prints_the_report(tmp_path, capsys):

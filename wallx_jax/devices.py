@@ -56,7 +56,7 @@ def nvidia_gpus(proc: Path = Path("/proc/driver/nvidia")) -> list[str]:
     """Names of the NVIDIA GPUs that the driver, not JAX, knows of; CUDA_VISIBLE_DEVICES="" or -1 hides them all."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return []
-    lines = [line for file in sorted(proc.glob("gpus/*/information")) for line in file.read_text().splitlines()]
+    lines = [line for file in sorted(proc.glob("gpus/*/information")) for line in file.read_text("utf-8").splitlines()]
     if names := [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]:
         return names
     if (program := shutil.which("nvidia-smi")) is None:

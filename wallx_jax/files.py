@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,26 +21,40 @@ def is_lfs_pointer(path: Path) -> bool:
         return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Reads a JSON file that holds an object. A byte order mark is skipped.
+def read_text(path: Path) -> str:
+    """Reads a small text file, UTF-8 whatever the locale. A byte order mark is skipped.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming the file, if it is empty, cut off, a Git LFS pointer or no JSON object.
+        ValueError: naming the file, if it is empty, a Git LFS pointer or not UTF-8.
     """
     data = path.read_bytes()
-    if not data.strip():
-        raise ValueError(f"{path} is empty; copy it again")
     if data.startswith(LFS_POINTER):
         raise ValueError(f"{path} is a Git LFS pointer, not the file; fetch it with `git lfs pull`")
     try:
-        content = json.loads(data.decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON (line {error.lineno}: {error.msg}); copy it again") from None
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); copy it again") from None
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8, or copy it again") from None
+    if not text.strip():
+        raise ValueError(f"{path} is empty; copy it again")
+    return text
+
+
+def read_json_object(path: Path, object_pairs_hook: Callable[[list], Any] | None = None) -> dict[str, Any]:
+    """Reads a small JSON file that holds an object; raises as `read_text`, and ValueError where it is cut off or holds
+    something else. `object_pairs_hook`: as in `json.loads`."""
+    text = read_text(path)
+    try:
+        content = json.loads(text, object_pairs_hook=object_pairs_hook)
+    except json.JSONDecodeError as error:
+        is_cut_off = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
+        what = "it is cut off" if is_cut_off else f"unexpected text at column {error.colno}"
+        raise ValueError(f"{path} is not valid JSON (line {error.lineno}: {what}); copy it again") from None
+    except (ValueError, RecursionError) as error:  # ValueError: the hook's, or an integer of thousands of digits
+        what = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{path} is malformed ({what}); copy it again") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a JSON {_JSON_TYPES[type(content)]}; expected an object")
+        raise ValueError(f"{path} holds a JSON {_JSON_TYPES[type(content)]}; expected an object, copy it again")
     return content
 
 

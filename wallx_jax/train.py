@@ -123,7 +123,7 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
     assets = save_path / "assets"
     if jax.process_index() == 0:
         save_path.mkdir(parents=True, exist_ok=True)
-        (save_path / "config.yaml").write_text(render(config))
+        (save_path / "config.yaml").write_text(render(config), "utf-8")
         write_assets(parts, processors, origin.files, assets)
     sample = blank_sample(processors[0].config, mixed=len(parts) > 1)
     logger.info("%s", origin.config.numerics)

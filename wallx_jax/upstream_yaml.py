@@ -8,6 +8,7 @@ import yaml
 from ml_collections import ConfigDict
 
 from wallx_jax.config import TABLES, default_config, nearest
+from wallx_jax.files import read_text
 
 # Upstream's key -> ours. Of two that become one, the later wins.
 MAPPED = {
@@ -77,17 +78,17 @@ def read_upstream_yaml(path: str | Path) -> tuple[ConfigDict, str]:
     if not path.is_file():
         raise FileNotFoundError(f"no upstream configuration at {path}; write configs/upstream_yaml.py:PATH")
     try:
-        tree = yaml.load(path.read_text(), _StrictLoader)
+        tree = yaml.load(read_text(path), _StrictLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"{path} holds no settings")
+        raise ValueError(f"{path} holds no settings: expected `key: value` lines, as in upstream's config_qact.yml")
     given = _flatten(tree)
     known = [*MAPPED, *WITHOUT_MEANING]
     errors = [f"{key}: no such upstream setting{nearest(key, known)}" for key in given if key not in known]
 
     config, notes = default_config(), {key: WITHOUT_MEANING[key] for key in given if key in WITHOUT_MEANING}
-    if "multi_modal" in (given.get("data.resolution") or {}):
+    if isinstance(given.get("data.resolution"), dict) and "multi_modal" in given["data.resolution"]:
         given["data.resolution"] = {k: v for k, v in given["data.resolution"].items() if k != "multi_modal"}
         notes["data.resolution.multi_modal"] = WITHOUT_MEANING["data.resolution.multi_modal"]
     given = _choose_robot(given, notes)
@@ -118,11 +119,12 @@ def _choose_robot(given: Mapping[str, Any], notes: dict[str, str]) -> dict[str, 
     if given.get("enable_customized_robot_config") is False:
         return {key: value for key, value in given.items() if not key.startswith(_ROBOT)}
     custom = given.get(f"{_ROBOT}customized_dof_config")
-    if not custom:
+    if not custom or not isinstance(custom, Mapping):  # of another type: an error when it is assigned
         return given
-    state = given.get(f"{_ROBOT}customized_agent_pos_config") or custom
+    state = given.get(f"{_ROBOT}customized_agent_pos_config")
+    state = state if state and isinstance(state, Mapping) else custom
     for key, names in (("data.predict_action_keys", custom), ("data.obs_action_keys", state)):
-        if not set(given.get(key) or ()) <= set(names):
+        if isinstance(given.get(key), list) and not all(name in [*names] for name in given[key]):
             del given[key]
             notes[key] = "names channels of the model, not of customized_robot_config: all of the robot's are used"
     for key in ("dof_config", "agent_pos_config"):
@@ -142,12 +144,16 @@ def _assign(config: ConfigDict, target: str, value: Any) -> str | None:
             value = float(value)
         if kind is int and isinstance(value, float) and value.is_integer():
             value = int(value)
-        if kind is dict and not isinstance(value, dict) or kind is bool and not isinstance(value, bool):
+        if kind in (dict, bool, tuple) and not isinstance(value, list if kind is tuple else kind):
             raise TypeError
         config[last] = tuple(value) if kind is tuple else value
     except (TypeError, ValueError):
-        return f"{value!r} is not {'a table' if kind is dict else kind.__name__}"
+        return f"{value!r} is not {_KINDS.get(kind, kind.__name__)}"
     return None
+
+
+_KINDS = {dict: "a table", tuple: "a list", bool: "true or false", int: "a whole number", float: "a number",
+          str: "a text"}  # fmt: skip
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

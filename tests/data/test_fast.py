@@ -193,6 +193,9 @@ def test_bad_directories(fitted, tmp_path):
         ({"scale": None}, "lacks scale"),
         ({"scale": 0}, "scale is 0; it must be positive"),
         ({"vocab_size": 100}, "vocab_size is 100 but its tokenizer has"),
+        ({"vocab_size": "400"}, "processor_config.json: vocab_size is '400'; expected a number"),
+        ({"scale": [10]}, "processor_config.json: scale is \\[10\\]; expected a number"),
+        ({"min_token": 1.5}, "processor_config.json: min_token is 1.5; expected a number"),
     ):
         (tmp_path / "processor_config.json").write_text(json.dumps(config | broken))
         with pytest.raises(ValueError, match=message):

@@ -178,8 +178,59 @@ def test_errors_name_the_file_and_the_remedy(small, tmp_path):
     (tmp_path / "added_tokens.json").write_text('{"<late>": 400}')
     with pytest.raises(ValueError, match="'<late>' is listed with id 400 but gets 261"):
         Tokenizer.from_dir(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("[]")
-    with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer that can be read"):
+    for text, message in (
+        ("{}", "tokenizer.json is not a tokenizer that can be read"),
+        ("[]", "tokenizer.json holds a JSON array"),
+        ('{"version": "1.0", "mod', "tokenizer.json is not valid JSON .*cut off"),
+        ("version https://git-lfs.github.com/spec/v1\n", "tokenizer.json is a Git LFS pointer"),
+    ):
+        (tmp_path / "tokenizer.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            Tokenizer.from_dir(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_byte_order_mark_in_a_file_is_skipped(small, tmp_path, name):
+    small.save(tmp_path)
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+    assert Tokenizer.from_dir(tmp_path).encode("abc") == small.encode("abc")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": ["<a>"]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<a>"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"5": 3}}),
+        ("tokenizer_config.json", {"eos_token": {"text": "<a>"}}),
+        ("added_tokens.json", {"<a>": "300"}),
+        ("added_tokens.json", {"<a>": None}),
+    ],
+)
+def test_added_tokens_of_a_wrong_type_are_named(small, tmp_path, name, content):
+    small.save(tmp_path)
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="tokenizer_config.json or added_tokens.json are malformed"):
+        Tokenizer.from_dir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("vocab.json", "", "vocab.json is empty"),
+        ("vocab.json", "[]", "vocab.json holds a JSON array"),
+        ("vocab.json", '{"a": "0"}', "vocab.json and merges.txt are not a tokenizer"),
+        ("merges.txt", "", "merges.txt is empty"),
+        ("merges.txt", "version https://git-lfs.github.com/spec/v1\n", "merges.txt is a Git LFS pointer"),
+        ("merges.txt", "#version: 0.2\na b c\n", "vocab.json and merges.txt are not a tokenizer"),
+    ],
+)
+def test_damaged_slow_files_are_named(tmp_path, name, text, message):
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "ab": 2}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\r\na b\r\n", newline="")
+    assert Tokenizer.from_dir(tmp_path).encode("ab") == [2]
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
         Tokenizer.from_dir(tmp_path)
 
 

@@ -13,7 +13,7 @@ from wallx_jax.models.config import ActionConfig
 from wallx_jax.models.dtypes import ISLANDS
 from wallx_jax.models.wallx import abstract_params
 from wallx_jax.weights.export import save_directory
-from wallx_jax.weights.load import load_params, read_config, read_normalizers
+from wallx_jax.weights.load import load_params, open_weights, read_config, read_normalizers
 from wallx_jax.weights.safetensors_io import WeightsError, write_safetensors
 
 
@@ -282,6 +282,91 @@ def test_a_bad_config(wallx, text):
         config.write_text(text)
     with pytest.raises(WeightsError, match="config.json"):
         load_params(wallx.path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        *[
+            (name, value, f"config.json: {name} is .*; expected a whole number of at least 1")
+            for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+                         "intermediate_size")
+            for value in ("32", 0, -1, 2.5, [2], {}, True)
+        ],
+        *[
+            (f"vision_config.{name}", value, f"vision_config.{name} is .*; expected a whole number of at least 1")
+            for name in ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "patch_size",
+                         "spatial_merge_size", "temporal_patch_size", "window_size", "in_channels")
+            for value in ("14", 0, -2, 1.5)
+        ],
+        ("hidden_size", 10**12, "hidden_size is"),
+        ("num_hidden_layers", 10**9, "num_hidden_layers is 1000000000, but there are [0-9]+ tensors"),
+        ("vision_config.depth", 10**9, "depth is 1000000000, but there are [0-9]+ tensors"),
+        *[(name, 3, f"config.json: {name} is 3; expected an object")
+          for name in ("text_config", "vision_config", "rope_scaling", "dof_config", "agent_pos_config",
+                       "noise_scheduler", "wallx_jax")],
+        *[(name, [1], f"config.json: {name} is \\[1\\]; expected an object")
+          for name in ("text_config", "vision_config", "rope_scaling", "dof_config")],
+        ("wallx_jax.lora", 3, "wallx_jax.lora is 3; expected an object"),
+        ("wallx_jax.lora", {"rank": -1}, "wallx_jax.lora.rank is -1; expected a whole number of at least 0"),
+        ("wallx_jax.float32_islands", 1, "wallx_jax.float32_islands is 1; expected true or false"),
+        ("wallx_jax.remat", "some", "numerics.remat is 'some'; choose one of"),
+        ("tie_word_embeddings", "true", 'tie_word_embeddings is "true"; expected true or false'),
+        ("rms_norm_eps", "1e-6", 'rms_norm_eps is "1e-6"; expected a number above 0'),
+        ("rope_theta", 0, "rope_theta is 0; expected a number above 0"),
+        ("rope_scaling.mrope_section", [2, "3", 3], "mrope_section is .*; expected a list of whole numbers"),
+        ("rope_scaling.mrope_section", 8, "mrope_section is 8; expected a list of whole numbers"),
+        ("rope_scaling.mrope_section", [2, 3, 4], "mrope_section .* must be three sizes that sum to half of the head"),
+        ("rope_scaling.mrope_section", [4, 4], "mrope_section .* must be three sizes that sum to half of the head"),
+        ("vision_config.fullatt_block_indexes", [-1], "fullatt_block_indexes is \\[-1\\]; expected a list"),
+        ("vision_config.fullatt_block_indexes", 1, "fullatt_block_indexes is 1; expected a list"),
+        ("dof_config", {"arm": "7"}, 'dof_config.arm is "7"; expected a whole number'),
+        ("dof_config", {"arm": None}, "dof_config.arm is null; expected a whole number"),
+        ("agent_pos_config", {"arm": -7}, "agent_pos_config.arm is -7; expected a whole number"),
+        ("noise_scheduler", {"s": "0.9"}, 'noise_scheduler.s is "0.9"; expected a number above 0'),
+        ("experts", 3, "experts: expected a list of two objects"),
+        ("experts", [{"intermediate_size": 3}], "experts: expected a list of two objects"),
+        ("experts", [{"intermediate_size": 3}, {}], "experts: expected a list of two objects"),
+        ("image_token_id", "5", 'image_token_id is "5"; expected a whole number'),
+        ("num_attention_heads", 3, "hidden_size 64 is no multiple of num_attention_heads 3"),
+        ("num_key_value_heads", 3, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+        ("vision_config.num_heads", 3, "vision_config.hidden_size 32 is no multiple of 4 x vision_config.num_heads 3"),
+        ("vision_config.out_hidden_size", 48, "vision_config.out_hidden_size 48 is not hidden_size 64"),
+        ("vision_config.window_size", 14, "vision_config.window_size 14 is less than"),
+    ],
+)  # fmt: skip
+def test_a_value_of_config_json_that_makes_no_sense_is_named(wallx, entry, value, message):
+    *parents, last = entry.split(".")
+    section = wallx.hf
+    for parent in parents:
+        section = section[parent]
+    section[last] = value
+    with pytest.raises(WeightsError, match=message) as error:
+        read_config(wallx.write())
+    assert "\n" not in str(error.value) and str(wallx.path) in str(error.value)
+
+
+def test_values_of_config_json_that_make_no_sense_come_together(wallx):
+    wallx.hf |= {"hidden_size": "64", "num_hidden_layers": 0, "vision_config": 3}
+    with pytest.raises(WeightsError, match="vision_config .*; hidden_size .*; num_hidden_layers "):
+        read_config(wallx.write())
+
+
+def test_null_in_config_json_is_as_not_given(wallx):
+    expected = read_config(wallx.write())
+    wallx.hf |= {"text_config": None, "pad_token_id": None, "eos_token_id": [expected.tokens.eos, 1]}
+    assert read_config(wallx.write()) == expected
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "action_preprocessor.w1.weight"])
+def test_tensors_without_values_are_refused_before_anything_is_loaded(wallx, name):
+    """As DeepSpeed leaves them whose parameters were not gathered; no random rows take their place."""
+    rows = wallx.config.text.vocab_size
+    wallx.tensors[name] = wallx.tensors[name][:0]
+    wallx.write()
+    for read in (read_config, open_weights, lambda path: load_params(path, vocab_size=rows)):
+        with pytest.raises(WeightsError, match=rf"tensors without values \(1\).*save it again:\n  {name} \[0"):
+            read(wallx.path)
 
 
 def test_a_truncated_file(wallx):

@@ -181,10 +181,22 @@ def test_a_tensor_in_two_shards(tmp_path):
         open_tensors(shard(tmp_path, {"s1": ["a", "c"], "s2": ["a", "b"]}))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"weight_map": null}', '{"metadata": {}}'])
-def test_a_malformed_index(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("{", "cut off"),
+        ("[]", "holds a JSON array"),
+        ("version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        ('{"weight_map": null}', "malformed: its weight_map"),
+        ('{"weight_map": ["a"]}', "malformed: its weight_map"),
+        ('{"metadata": {}}', "malformed: its weight_map"),
+        ('{"weight_map": {"a": "s1", "a": "s2"}}', "malformed .*the key 'a' occurs twice"),
+    ],
+)
+def test_a_malformed_index(tmp_path, text, message):
     (tmp_path / io.INDEX).write_text(text)
-    with pytest.raises(WeightsError, match="malformed"):
+    with pytest.raises(WeightsError, match=f"{io.INDEX} .*{message}"):
         open_tensors(tmp_path)
 
 

@@ -1,7 +1,6 @@
 """Checkpoint -> PyTorch model directory, one parameter in memory at a time."""
 
 import dataclasses
-import json
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from wallx_jax import tree
 from wallx_jax.conversion.compare import compare
 from wallx_jax.data import processor as processors
 from wallx_jax.data.template import PromptTemplate
-from wallx_jax.files import new_directory
+from wallx_jax.files import new_directory, read_json_object
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.models.wallx import abstract_params
 from wallx_jax.training import checkpoint_dir
@@ -145,7 +144,7 @@ def _config_json(config: WallXConfig, assets: Path, specs: Mapping[str, Any]) ->
             )
     if not (assets / "config.json").is_file():
         return ours
-    theirs = json.loads((assets / "config.json").read_text(encoding="utf-8"))
+    theirs = read_json_object(assets / "config.json")
     update = {name: ours[name] for name in ("vocab_size", "torch_dtype", "wallx_jax") if name in ours}
     same = WallXConfig.from_hf({**theirs, **update}) == WallXConfig.from_hf(ours)
     return {**theirs, **update} if same else ours

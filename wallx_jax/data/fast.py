@@ -13,11 +13,13 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from wallx_jax.data.tokenizer import read_backend
+from wallx_jax.files import read_json_object
 
 # Where transformers finds the original processor class for a saved directory (`trust_remote_code=True`).
 _ORIGINAL_CODE = "physical-intelligence/fast--processing_action_tokenizer.UniversalActionProcessor"
@@ -64,22 +66,19 @@ class FastTokenizer:
 
         Raises:
             FileNotFoundError: processor_config.json or tokenizer.json is not there.
-            ValueError: a file cannot be read or lacks scale, vocab_size or min_token.
+            ValueError: a file cannot be read, or lacks scale, vocab_size or min_token.
         """
         path = Path(path)
         for name in ("processor_config.json", "tokenizer.json"):
             if not (path / name).is_file():
                 raise FileNotFoundError(f"no FAST tokenizer in {path}: {name} is missing")
-        try:
-            config: dict[str, Any] = json.loads((path / "processor_config.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path / 'processor_config.json'} is not valid JSON: {error}") from error
+        config = read_json_object(path / "processor_config.json")
         if missing := [key for key in ("scale", "vocab_size", "min_token") if config.get(key) is None]:
             raise ValueError(f"{path / 'processor_config.json'} lacks {', '.join(missing)}; is this a FAST tokenizer?")
-        try:
-            bpe = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path / 'tokenizer.json'} is not a tokenizer that can be read: {error}") from error
+        for key, kind in (("scale", int | float), ("vocab_size", int), ("min_token", int)):
+            if isinstance(config[key], bool) or not isinstance(config[key], kind):
+                raise ValueError(f"{path / 'processor_config.json'}: {key} is {config[key]!r}; expected a number")
+        bpe = read_backend(path / "tokenizer.json")
         keys = ("scale", "vocab_size", "min_token", "time_horizon", "action_dim")
         return cls(bpe, **{key: config.get(key) for key in keys})
 

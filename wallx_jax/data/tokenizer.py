@@ -4,6 +4,7 @@ A thin wrapper around the `tokenizers` library, which does all the work that `tr
 """
 
 import json
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from wallx_jax.files import read_json_object, read_text
 from wallx_jax.models.config import TokenIds
 
 # How Qwen2 cuts text before byte-pair merges; part of Qwen's tokenizer.json.
@@ -73,24 +75,15 @@ class Tokenizer:
         path = Path(path)
         config = _read_json(path / "tokenizer_config.json")
         if (path / "chat_template.jinja").is_file():
-            config.setdefault("chat_template", (path / "chat_template.jinja").read_text(encoding="utf-8"))
+            config.setdefault("chat_template", read_text(path / "chat_template.jinja"))
         if template := _read_json(path / "chat_template.json").get("chat_template"):  # where Qwen2.5-VL keeps it
             config.setdefault("chat_template", template)
-        file = path / "tokenizer.json"
-        try:
-            if file.is_file():
-                backend = tokenizers.Tokenizer.from_file(str(file))
-            elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-                file = path / "vocab.json"
-                backend = _qwen_backend(models.BPE.from_file(str(file), str(path / "merges.txt")))
-            else:
-                raise FileNotFoundError(
-                    f"no tokenizer in {path}: expected tokenizer.json, or vocab.json and merges.txt"
-                )
-        except OSError:
-            raise
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{file} is not a tokenizer that can be read: {error}") from error
+        if (path / "tokenizer.json").is_file():
+            backend = read_backend(path / "tokenizer.json")
+        elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+            backend = _qwen_backend(path / "vocab.json", path / "merges.txt")
+        else:
+            raise FileNotFoundError(f"no tokenizer in {path}: expected tokenizer.json, or vocab.json and merges.txt")
         _restore_added_tokens(backend, config, _read_json(path / "added_tokens.json"), path)
         return cls(backend, config)
 
@@ -162,19 +155,34 @@ class Tokenizer:
             self.fast_size += 1
 
 
+def read_backend(file: Path) -> tokenizers.Tokenizer:
+    """Reads a tokenizer.json.
+
+    Raises:
+        ValueError: naming the file, if it is damaged or no tokenizer.
+    """
+    try:
+        return tokenizers.Tokenizer.from_str(read_text(file))
+    except ValueError:
+        raise
+    except Exception as error:  # the library raises bare Exception
+        read_json_object(file)  # names damage better
+        raise ValueError(f"{file} is not a tokenizer that can be read: {error}") from error
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     """Contents of a JSON file, {} where there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    return read_json_object(path) if path.is_file() else {}
 
 
-def _qwen_backend(model: models.Model) -> tokenizers.Tokenizer:
+def _qwen_backend(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
     """Qwen2's normaliser, pre-tokenizer and decoder around a byte-level BPE model."""
-    backend = tokenizers.Tokenizer(model)
+    lines = [line.rstrip("\r") for line in read_text(merges).split("\n")]
+    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    try:
+        backend = tokenizers.Tokenizer(models.BPE(read_json_object(vocab), pairs))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{vocab} and {merges.name} are not a tokenizer that can be read: {error}") from error
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -188,12 +196,13 @@ def _qwen_backend(model: models.Model) -> tokenizers.Tokenizer:
 
 def _restore_added_tokens(backend: tokenizers.Tokenizer, config: dict, added_json: dict[str, int], path: Path) -> None:
     """Adds the tokens that the JSON files list beside the vocabulary and that it lacks, each at its listed id."""
-    listed = {int(index): AddedToken(**{k: token[k] for k in _ADDED_FIELDS if k in token})
-              for index, token in config.get("added_tokens_decoder", {}).items()}  # fmt: skip
-    named = [config.get("eos_token"), config.get("pad_token"), *(config.get("additional_special_tokens") or ())]
-    special = {token["content"] if isinstance(token, dict) else token for token in named}
-    for content, index in added_json.items():
-        listed.setdefault(index, AddedToken(content, special=content in special, normalized=content not in special))
+    try:
+        listed = _listed_tokens(config, added_json)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: the added tokens in tokenizer_config.json or added_tokens.json are malformed ({error!r}); copy "
+            "both again"
+        ) from error
     present = backend.get_added_tokens_decoder()
     for index, token in sorted(listed.items()):
         if index not in present:
@@ -203,3 +212,15 @@ def _restore_added_tokens(backend: tokenizers.Tokenizer, config: dict, added_jso
                 f"{path}: added token {token.content!r} is listed with id {index} but gets "
                 f"{backend.token_to_id(token.content)}; the tokenizer files do not belong together"
             )
+
+
+def _listed_tokens(config: dict, added_json: dict[str, int]) -> dict[int, AddedToken]:
+    """{id: token} of tokenizer_config.json, then of added_tokens.json."""
+    listed = {int(index): AddedToken(**{k: token[k] for k in _ADDED_FIELDS if k in token})
+              for index, token in config.get("added_tokens_decoder", {}).items()}  # fmt: skip
+    named = [config.get("eos_token"), config.get("pad_token"), *(config.get("additional_special_tokens") or ())]
+    special = {token["content"] if isinstance(token, dict) else token for token in named}
+    for content, index in added_json.items():
+        is_special = content in special
+        listed.setdefault(operator.index(index), AddedToken(content, special=is_special, normalized=not is_special))
+    return listed

@@ -18,7 +18,7 @@ import numpy as np
 from wallx_jax.data.batch import Batch
 from wallx_jax.evaluation import openloop
 from wallx_jax.evaluation.openloop import Recorded
-from wallx_jax.files import atomic_file
+from wallx_jax.files import atomic_file, read_json_object
 from wallx_jax.inference.policy import Policy
 from wallx_jax.training import checkpoint_dir
 from wallx_jax.training.step import Objective, make_eval_step
@@ -135,11 +135,11 @@ def write_numerics(folder: Path, numerics: dict[str, str]) -> Path:
     if file.is_file():
         if file.is_symlink():
             raise ValueError(f"{file} is a link into the hub's cache, which others share; copy the folder first")
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json_object(file)
         content["wallx_jax"] = {**content.get("wallx_jax", {}), **numerics}
     else:
         file = checkpoint_dir.metadata_file(folder)
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json_object(file)
         content["numerics"] |= numerics
         content["model"]["wallx_jax"] |= numerics
     with atomic_file(file) as out:

@@ -4,10 +4,13 @@ Sources: Qwen2.5-VL's config.json (flat and nested layouts) and upstream wall-x'
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from wallx_jax.models.json_fields import field_errors, mismatch, section
 
 
 @dataclass(frozen=True)
@@ -108,10 +111,9 @@ class Numerics:
     def __post_init__(self):
         for option in dataclasses.fields(self):
             allowed = getattr(option.type, "__args__", (True, False))
-            if getattr(self, option.name) not in allowed:
-                raise ValueError(
-                    f"numerics.{option.name} is {getattr(self, option.name)!r}; choose one of {list(allowed)}"
-                )
+            value = getattr(self, option.name)
+            if value not in allowed or (option.type is bool and not isinstance(value, bool)):
+                raise ValueError(f"numerics.{option.name} is {value!r}; choose one of {list(allowed)}")
 
 
 @dataclass(frozen=True)
@@ -152,56 +154,56 @@ class WallXConfig:
     def from_hf(cls, hf: Mapping[str, Any]) -> "WallXConfig":
         """Reads a config.json: upstream Wall-X (flat), Qwen2.5-VL old (flat) or new (`text_config`) layout.
 
-        Raises ValueError that lists every required field that is missing, and for a model that is not this one.
+        Raises:
+            ValueError: in one line, every required field that is missing or every value that makes no sense; or a model
+                that is not this one.
         """
         if hf.get("model_type") not in (None, "qwen2_5_vl", "wall_x", "wallx"):
             raise ValueError(
                 f"config.json: model_type is {hf['model_type']!r}; wallx_jax reads 'qwen2_5_vl' (Wall-X and Qwen2.5-VL)"
             )
-        text_json = {**hf, **hf.get("text_config", {})}
-        vision_json = dict(hf.get("vision_config", {}))
+        errors: list[str] = []
+        text_json = {**hf, **section(hf, "text_config", errors)}
+        vision_json = dict(section(hf, "vision_config", errors))
         vision_json.setdefault("in_channels", vision_json.get("in_chans", 3))
-        rope = text_json.get("rope_scaling") or text_json.get("rope_parameters") or {}
+        rope = section(text_json, "rope_scaling", errors) or section(text_json, "rope_parameters", errors)
         text_json.setdefault("mrope_section", rope.get("mrope_section"))
         if text_json.get("rope_theta") is None:
             text_json["rope_theta"] = rope.get("rope_theta")
         if "tie_word_embeddings" in hf:
             text_json["tie_word_embeddings"] = hf["tie_word_embeddings"]
+        ours = section(hf, "wallx_jax", errors)
+        lora = section(ours, "lora", errors, "wallx_jax.")
         missing = [
             f"{prefix}{name}"
-            for prefix, section, names in (
+            for prefix, values, names in (
                 ("", text_json, ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                                  "num_attention_heads", "num_key_value_heads", "mrope_section")),
                 ("vision_config.", vision_json, ("depth", "hidden_size", "intermediate_size", "num_heads",
                                                  "out_hidden_size", "fullatt_block_indexes")),
             )
             for name in names
-            if section.get(name) is None
+            if values.get(name) is None
         ]  # fmt: skip
-        if missing:
+        if missing and not errors:
             raise ValueError(f"config.json lacks {', '.join(missing)}; is this a Qwen2.5-VL or Wall-X config?")
-        experts = hf.get("experts") or text_json.get("experts")
-        numerics = hf.get("wallx_jax", {})
-        text = _section(TextConfig, text_json)
-        if experts:
-            text = dataclasses.replace(text, intermediate_size=experts[0]["intermediate_size"])
-        dof, agent_pos = text_json.get("dof_config"), text_json.get("agent_pos_config")
-        noise = text_json.get("noise_scheduler") or {}
-        action = ActionConfig(
-            intermediate_size=experts[1]["intermediate_size"] if experts else None,
-            action_dim=sum(dof.values()) if dof else 20,
-            state_dim=sum(agent_pos.values()) if agent_pos else (sum(dof.values()) if dof else 20),
-            beta_alpha=noise.get("beta_alpha", 1.5),
-            beta_beta=noise.get("beta_beta", 1.0),
-            time_scale=noise.get("s", 0.999),
-        )
-        ids = {"image": "image_token_id", "video": "video_token_id", "vision_start": "vision_start_token_id",
-               "eos": "eos_token_id", "pad": "pad_token_id"}  # fmt: skip
-        tokens = TokenIds(
-            **{ours: text_json[theirs] for ours, theirs in ids.items() if text_json.get(theirs) is not None}
-        )
-        lora = _section(LoraConfig, numerics.get("lora", {}))
-        return cls(_section(VisionConfig, vision_json), text, action, tokens, _section(Numerics, numerics), lora)
+        for kind, values, prefix in (
+            (TextConfig, text_json, ""),
+            (VisionConfig, vision_json, "vision_config."),
+            (Numerics, ours, "wallx_jax."),
+            (LoraConfig, lora, "wallx_jax.lora."),
+        ):
+            errors += field_errors(kind, values, prefix)
+        widths = _expert_widths(text_json.get("experts"), errors)
+        action, tokens = _action(text_json, widths, errors), _token_ids(text_json, errors)
+        if errors:
+            raise ValueError(f"config.json: {'; '.join(errors)}")
+        text, vision = _section(TextConfig, text_json), _section(VisionConfig, vision_json)
+        if widths:
+            text = dataclasses.replace(text, intermediate_size=widths[0])
+        if errors := _contradictions(text, vision):
+            raise ValueError(f"config.json: {'; '.join(errors)}")
+        return cls(vision, text, action, tokens, _section(Numerics, ours), _section(LoraConfig, lora))
 
     def to_hf(self) -> dict[str, Any]:
         """Upstream's flat config.json, with our numerics under "wallx_jax". `from_hf(to_hf())` keeps all but the pad,
@@ -250,6 +252,80 @@ class WallXConfig:
         if self.lora.rank:
             hf.setdefault("wallx_jax", {})["lora"] = _plain(self.lora)
         return hf
+
+
+def _expert_widths(experts: Any, errors: list[str]) -> list[int]:
+    """`intermediate_size` of each expert, empty without experts; what is wrong is added to `errors`."""
+    if experts is None:
+        return []
+    given = experts if isinstance(experts, list) else []
+    widths = [expert.get("intermediate_size") if isinstance(expert, Mapping) else None for expert in given]
+    if len(widths) < 2 or any(mismatch(width, int) for width in widths):
+        errors.append("experts: expected a list of two objects with an intermediate_size of at least 1")
+    return widths
+
+
+def _action(text_json: Mapping[str, Any], widths: list[int], errors: list[str]) -> ActionConfig:
+    """The action side that `dof_config`, `agent_pos_config` and `noise_scheduler` describe; upstream's without them."""
+    channels = {}
+    for name in ("dof_config", "agent_pos_config"):
+        table = section(text_json, name, errors)
+        wrong = [f"{name}.{key} is {json.dumps(value)}; expected {expected}"
+                 for key, value in table.items() if (expected := mismatch(value, int))]  # fmt: skip
+        errors += wrong
+        channels[name] = 0 if wrong else sum(table.values())
+    noise, given = section(text_json, "noise_scheduler", errors), {}
+    for name, theirs in (("beta_alpha", "beta_alpha"), ("beta_beta", "beta_beta"), ("time_scale", "s")):
+        if (value := noise.get(theirs)) is not None:
+            given[name] = value
+            if expected := mismatch(value, float):
+                errors.append(f"noise_scheduler.{theirs} is {json.dumps(value)}; expected {expected}")
+    action = channels["dof_config"] or 20
+    state = channels["agent_pos_config"] or action
+    return ActionConfig(widths[1] if len(widths) > 1 else None, action, state, **given)
+
+
+def _token_ids(text_json: Mapping[str, Any], errors: list[str]) -> TokenIds:
+    """Of several ids for one purpose, which Hugging Face allows, the first."""
+    ids = {}
+    for name, theirs in (("image", "image_token_id"), ("video", "video_token_id"), ("eos", "eos_token_id"),
+                         ("vision_start", "vision_start_token_id"), ("pad", "pad_token_id")):  # fmt: skip
+        value = text_json.get(theirs)
+        value = value[0] if isinstance(value, list) and value else value
+        if value is not None:
+            ids[name] = value
+            if expected := mismatch(value, int, least=-1):
+                errors.append(f"{theirs} is {json.dumps(value)}; expected {expected}")
+    return TokenIds(**ids)
+
+
+def _contradictions(text: TextConfig, vision: VisionConfig) -> list[str]:
+    """Sizes that cannot go together, in the names of config.json."""
+    errors = []
+    if text.hidden_size % text.num_attention_heads:
+        errors.append(
+            f"hidden_size {text.hidden_size} is no multiple of num_attention_heads {text.num_attention_heads}"
+        )
+    elif len(text.mrope_section) != 3 or 2 * sum(text.mrope_section) != text.head_dim:
+        errors.append(
+            f"mrope_section {list(text.mrope_section)} must be three sizes that sum to half of the head dimension "
+            f"{text.head_dim} (hidden_size / num_attention_heads)"
+        )
+    if text.num_attention_heads % text.num_key_value_heads:
+        errors.append(
+            f"num_attention_heads {text.num_attention_heads} is no multiple of num_key_value_heads "
+            f"{text.num_key_value_heads}"
+        )
+    if vision.hidden_size % (4 * vision.num_heads):
+        errors.append(
+            f"vision_config.hidden_size {vision.hidden_size} is no multiple of 4 x vision_config.num_heads "
+            f"{vision.num_heads}"
+        )
+    if vision.out_hidden_size != text.hidden_size:
+        errors.append(f"vision_config.out_hidden_size {vision.out_hidden_size} is not hidden_size {text.hidden_size}")
+    if vision.window_size < vision.patch_size * vision.spatial_merge_size:
+        errors.append(f"vision_config.window_size {vision.window_size} is less than a patch_size x spatial_merge_size")
+    return errors
 
 
 def _section(kind: type, values: Mapping[str, Any]) -> Any:

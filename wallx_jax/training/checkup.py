@@ -1,7 +1,7 @@
 """Is a checkpoint whole, and what is it good for? Answered from its index and small files; arrays are not loaded."""
 
 import importlib.metadata
-import json
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from wallx_jax.data import processor as processors
 from wallx_jax.data.processor import Processor
 from wallx_jax.data.tokenizer import Tokenizer
+from wallx_jax.files import read_json_object
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.models.wallx import abstract_params
 from wallx_jax.training import checkpoint_dir, parts
@@ -18,6 +19,9 @@ from wallx_jax.training.checkpoint_dir import CheckpointError, reason
 from wallx_jax.weights.load import open_weights
 
 T = TypeVar("T")
+
+METADATA = {"step": int, "time": str, "model": dict, "tokens": dict, "numerics": dict, "versions": dict,
+            "processes": int}  # fmt: skip
 
 
 @dataclass
@@ -94,10 +98,13 @@ def _check_step(checkup: Checkup, step: Path) -> None:
 
 
 def _read_metadata(step: Path) -> dict[str, Any]:
-    """Of this step directory alone, with the entries that are always there."""
-    metadata = json.loads(checkpoint_dir.metadata_file(step).read_text())
-    if missing := {"step", "time", "model", "tokens", "numerics", "versions", "processes"} - set(metadata):
+    """Of this step directory alone, with the entries that are always there, each of its type."""
+    metadata = read_json_object(checkpoint_dir.metadata_file(step))
+    if missing := METADATA.keys() - metadata.keys():
         raise ValueError(f"metadata.json lacks {', '.join(sorted(missing))}")
+    for name, kind in (METADATA | {"loss": int | float | None}).items():
+        if not isinstance(metadata.get(name), kind):
+            raise ValueError(f"metadata.json: {name} is {metadata.get(name)!r}; copy it again")
     return metadata
 
 
@@ -154,7 +161,7 @@ def _check_resumable(checkup: Checkup, step: Path) -> None:
 
 
 def _read_position(step: Path) -> int:
-    return json.loads((step / "data" / checkpoint_dir.POSITION_FILE).read_text())["batches_drawn"]
+    return operator.index(read_json_object(step / "data" / checkpoint_dir.POSITION_FILE)["batches_drawn"])
 
 
 def _bytes_of(folder: Path) -> int:

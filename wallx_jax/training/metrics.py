@@ -94,14 +94,14 @@ def _open_lines(file: Path, resumed_step: int | None) -> TextIO:
         if resumed_step is None:
             file.replace(file.with_name("metrics.previous.jsonl"))
         else:
-            kept = [line for line in file.read_text().splitlines() if _logged_step(line) <= resumed_step]
+            kept = [line for line in file.read_text("utf-8").splitlines() if _logged_step(line) <= resumed_step]
             rewritten = file.with_name("metrics.jsonl.tmp")
-            with rewritten.open("w") as lines:
+            with rewritten.open("w", encoding="utf-8") as lines:
                 lines.writelines(f"{line}\n" for line in kept)
                 lines.flush()
                 os.fsync(lines.fileno())
             rewritten.replace(file)  # in one move: a crash leaves the old curve or the new one
-    return file.open("a")
+    return file.open("a", encoding="utf-8")
 
 
 def _logged_step(line: str) -> float:
@@ -121,9 +121,9 @@ def _start_wandb(
     config: Mapping[str, Any] | None,
 ) -> Any:
     id_file = folder / "wandb_id.txt"
-    known = id_file.read_text().strip() if resumed_step is not None and id_file.exists() else None
+    known = id_file.read_text("utf-8").strip() if resumed_step is not None and id_file.exists() else None
     run = wandb.init(project=project, name=name, config=dict(config or {}), dir=str(folder), id=known, resume="allow")
-    id_file.write_text(run.id)
+    id_file.write_text(run.id, "utf-8")
     return run
 
 

@@ -6,7 +6,6 @@ tying. `open_weights` checks all that from headers alone and then reads any part
 """
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from wallx_jax import hub, tree
+from wallx_jax.files import read_json_object
 from wallx_jax.models.config import ActionConfig, LoraConfig, WallXConfig
 from wallx_jax.models.dtypes import ISLANDS
 from wallx_jax.models.wallx import abstract_params
@@ -33,6 +33,7 @@ from wallx_jax.weights.safetensors_io import (
 
 FLOATS = ("F32", "BF16", "F16", "F64")
 NORMALIZERS = "normalizers.safetensors"
+MOST_MISSING = 1000  # layers; to list the tensors of more would take too long
 LISTED = 50  # names per kind of problem that an error spells out; more are grouped by layer
 
 Put = Callable[[str, np.ndarray], Any]
@@ -247,7 +248,11 @@ def read_normalizers(directory: str | Path) -> dict[str, dict[str, dict[str, np.
 
 
 def _canonical(directory: Path, tensors: Tensors) -> dict[str, str]:
-    """{canonical name: name in the file}, without normalizers."""
+    """{canonical name: name in the file}, without normalizers.
+
+    Raises:
+        WeightsError: one tensor has two names, or tensors hold no values.
+    """
     found: dict[str, str] = {}
     for name in tensors:
         if names.NORMALIZER.fullmatch(name):
@@ -255,6 +260,14 @@ def _canonical(directory: Path, tensors: Tensors) -> dict[str, str]:
         if (short := names.canonical(name)) in found:
             raise WeightsError(f"{directory} has the same tensor under two names: {found[short]} and {name}")
         found[short] = name
+    if empty := [
+        f"{name} {list(tensors.info[name].shape)}" for name in found.values() if 0 in tensors.info[name].shape
+    ]:
+        shown = empty if len(empty) <= LISTED else names.group(empty)
+        raise WeightsError(
+            f"{directory}: tensors without values ({len(empty)}), as a save leaves them that did not gather the "
+            "parameters of a sharded model; save it again:\n" + "\n".join(f"  {entry}" for entry in shown)
+        )
     return found
 
 
@@ -262,12 +275,18 @@ def _config(
     directory: Path, tensors: Tensors, found: Mapping[str, str], numerics: Mapping[str, Any] | None
 ) -> WallXConfig:
     try:
-        hf = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        config = WallXConfig.from_hf(hf)
+        hf = read_json_object(directory / "config.json")
     except FileNotFoundError:
         raise WeightsError(f"{directory} has no config.json; copy it from where the weights came from") from None
-    except (ValueError, AttributeError) as error:
-        raise WeightsError(f"{directory}: config.json: {error}") from None
+    except ValueError as error:
+        raise WeightsError(str(error)) from None
+    try:
+        config = WallXConfig.from_hf(hf)
+    except ValueError as error:
+        raise WeightsError(f"{directory}: {error}") from None
+    for field, layers in (("num_hidden_layers", config.text.num_hidden_layers), ("depth", config.vision.depth)):
+        if layers > len(found) + MOST_MISSING:
+            raise WeightsError(f"{directory}: config.json: {field} is {layers}, but there are {len(found)} tensors")
 
     def size(path: str, axis: int, otherwise: int) -> int:
         name = names.BY_PATH[path].name(layer=0, qwen=False)
@@ -287,14 +306,17 @@ def _config(
     else:
         config = config.replace(action={"intermediate_size": None})
 
-    if "param_dtype" not in hf.get("wallx_jax", {}):
+    if "param_dtype" not in (hf.get("wallx_jax") or {}):
         config = config.replace(numerics={"param_dtype": _lossless(tensors, found)})
     config = config.replace(numerics=numerics or {})
 
     stored_both = names.EMBEDDING in found and names.HEAD in found
     tied = config.text.tie_word_embeddings
     if tied and stored_both and not _equal(tensors, found[names.EMBEDDING], found[names.HEAD]):
-        if "tie_word_embeddings" in {**hf.get("text_config", {}), **hf}:  # transformers leaves it out where it is false
+        if "tie_word_embeddings" in {
+            **(hf.get("text_config") or {}),
+            **hf,
+        }:  # transformers leaves it out where it is false
             warnings.warn(
                 f"{directory}: config.json says tie_word_embeddings, but {names.HEAD} differs from the embedding; "
                 "both are kept and the model is untied",

@@ -20,7 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from wallx_jax.files import atomic_file
+from wallx_jax.files import atomic_file, read_json_object
 
 DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -179,11 +179,11 @@ def open_tensors(directory: Path) -> Tensors:
 def _read_shards(directory: Path) -> dict[str, TensorInfo]:
     index = directory / INDEX
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_unique)["weight_map"]
-        if not weight_map or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise TypeError("weight_map must name a shard for each tensor")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"{index} is malformed: {error}") from None
+        weight_map = read_json_object(index, object_pairs_hook=_unique).get("weight_map")
+    except ValueError as error:
+        raise WeightsError(str(error)) from None
+    if not weight_map or not isinstance(weight_map, dict) or not all(isinstance(x, str) for x in weight_map.values()):
+        raise WeightsError(f"{index} is malformed: its weight_map must name a file for each tensor; copy it again")
     shards = sorted(set(weight_map.values()))
     if outside := [shard for shard in shards if Path(shard).name != shard]:
         raise WeightsError(f"{index} names files outside its folder: {', '.join(outside)}")
