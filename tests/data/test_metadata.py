@@ -233,6 +233,14 @@ def test_what_official_datasets_lack_is_not_asked_for(copied):
     assert LeRobotSource(read_info(copied), 4, CAMERAS)[25].frame == 5
 
 
+def test_tasks_whose_data_are_damaged_behind_a_whole_footer(copied):
+    file = copied / edits.TASKS
+    content = file.read_bytes()
+    file.write_bytes(content[:4] + b"\xff" * 60 + content[64:])
+    with pytest.raises(DatasetError, match="tasks.parquet cannot be read as a parquet table .*; copy it again"):
+        read_info(copied)
+
+
 def write_tasks(root, columns: dict, index: str | None = None) -> None:
     """`index`: the column that pandas had as its index."""
     table = pa.table(columns)

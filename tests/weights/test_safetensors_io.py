@@ -216,6 +216,25 @@ def test_directories_without_readable_weights(tmp_path, files, message):
         open_tensors(tmp_path)
 
 
+def test_one_whole_file_goes_before_an_index_and_pickles_as_in_transformers(tmp_path):
+    shard(tmp_path, {"model-1.safetensors": ["a"]})
+    write_safetensors(tmp_path / io.SINGLE, {"b": np.zeros(2, np.float32)})
+    (tmp_path / "pytorch_model.bin").touch()
+    (tmp_path / "optimizer.pt").touch()  # of a trainer's checkpoint: no weights of a model
+    with pytest.warns(
+        UserWarning, match="model.safetensors is read.*and model-1.safetensors, .*index.json, pytorch_mo"
+    ):
+        assert list(open_tensors(tmp_path)) == ["b"]
+
+
+def test_files_that_an_index_does_not_name_are_said(tmp_path):
+    shard(tmp_path, {"model-1.safetensors": ["a"], "model-2.safetensors": ["b"]})
+    write_safetensors(tmp_path / "model-2-of-3.safetensors", {"b": np.ones(2, np.float32)})
+    write_safetensors(tmp_path / io.NORMALIZERS, {"c": np.ones(2, np.float32)})  # beside the weights on purpose
+    with pytest.warns(UserWarning, match="index.json with its files is read, .*and model-2-of-3.safetensors are not"):
+        assert sorted(open_tensors(tmp_path)) == ["a", "b"]
+
+
 def test_no_directory(tmp_path):
     with pytest.raises(WeightsError, match="not a folder"):
         open_tensors(tmp_path / "nowhere")

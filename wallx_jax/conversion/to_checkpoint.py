@@ -20,8 +20,8 @@ from wallx_jax.training.checkpoint import metadata_json
 from wallx_jax.training.checkpoint_dir import CheckpointError, reason
 from wallx_jax.training.checkpoint_stream import ParamWriter, new_checkpoint
 from wallx_jax.weights import names
-from wallx_jax.weights.load import NORMALIZERS, Weights, open_weights
-from wallx_jax.weights.safetensors_io import DTYPE_NAMES, INDEX, WeightsError
+from wallx_jax.weights.load import Weights, open_weights
+from wallx_jax.weights.safetensors_io import DTYPE_NAMES, INDEX, NORMALIZERS, WeightsError
 
 THREADS = 4
 SMALL_FILE = 64 << 20  # bytes; a tokenizer, configuration or template is smaller

@@ -23,8 +23,7 @@ from wallx_jax.training.checkpoint_dir import CheckpointError
 from wallx_jax.training.checkpoint_stream import StoredModel
 from wallx_jax.weights import names
 from wallx_jax.weights.export import tensor_specs, write_json, write_weights
-from wallx_jax.weights.load import NORMALIZERS
-from wallx_jax.weights.safetensors_io import DTYPES, Tensors, WeightsError, read_header
+from wallx_jax.weights.safetensors_io import DTYPES, NORMALIZERS, Tensors, WeightsError, read_header
 
 Layout = Literal["wall_x", "qwen2_5_vl"]
 ROBOT = ("processor.json", "norm_stats.json", "fast", "robots")  # what a VLM has no use for

@@ -21,7 +21,7 @@ def read_tasks(file: Path) -> dict[int, str]:
         if "task_index" not in schema.names:
             raise DatasetError(f"{file} lacks the column 'task_index'; it has {schema.names}")
         column = _task_column(schema, file)
-        table = opened.read([column, "task_index"])
+    table = parquet.read_columns(file, [column, "task_index"])
     numbers, texts = parquet.integers(table, "task_index", file), table[column].to_pylist()
     if len(set(numbers.tolist())) != len(numbers):
         twice = sorted({int(n) for n in numbers if (numbers == n).sum() > 1})

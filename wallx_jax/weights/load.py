@@ -23,6 +23,7 @@ from wallx_jax.weights.names import Slot
 from wallx_jax.weights.safetensors_io import (
     DTYPE_NAMES,
     INDEX,
+    NORMALIZERS,
     SINGLE,
     Tensors,
     WeightsError,
@@ -32,7 +33,6 @@ from wallx_jax.weights.safetensors_io import (
 )
 
 FLOATS = ("F32", "BF16", "F16", "F64")
-NORMALIZERS = "normalizers.safetensors"
 MOST_MISSING = 1000  # layers; to list the tensors of more would take too long
 LISTED = 50  # names per kind of problem that an error spells out; more are grouped by layer
 

@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import struct
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ DTYPES = {
 DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+NORMALIZERS = "normalizers.safetensors"  # statistics that upstream keeps among the weights
+WEIGHTS = ("*.safetensors", INDEX, "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
 class WeightsError(ValueError):
@@ -163,17 +166,33 @@ def _map_file(path: Path) -> mmap.mmap:
 
 
 def open_tensors(directory: Path) -> Tensors:
-    """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` lists.
+    """The tensors of `model.safetensors`, or else of the shards that `model.safetensors.index.json` lists: what
+    transformers takes of a directory. Other weights beside them are not read, which a warning says.
 
     Raises:
         WeightsError: if there is neither, or a header or the index is malformed, or they contradict each other.
     """
     directory = Path(directory)
     if (directory / SINGLE).is_file():
-        return Tensors(read_header(directory / SINGLE))
-    if (directory / INDEX).is_file():
-        return Tensors(_read_shards(directory))
-    raise WeightsError(_nothing_to_read(directory))
+        tensors, read = read_header(directory / SINGLE), SINGLE
+    elif (directory / INDEX).is_file():
+        tensors, read = _read_shards(directory), f"{INDEX} with its files"
+    else:
+        raise WeightsError(_nothing_to_read(directory))
+    if beside := _other_weights(directory, {SINGLE, *(info.file.name for info in tensors.values())}):
+        warnings.warn(
+            f"{directory} holds several sets of weights: {read} is read, as transformers does, and {', '.join(beside)} "
+            "are not; remove what does not belong to the model",
+            stacklevel=2,
+        )
+    return Tensors(tensors)
+
+
+def _other_weights(directory: Path, read: set[str]) -> list[str]:
+    """Weight files of a directory other than those that are read; the index counts beside one whole file."""
+    kept = {*read, NORMALIZERS, *([] if (directory / SINGLE).is_file() else [INDEX])}
+    found = {file.name for pattern in WEIGHTS for file in directory.glob(pattern)}
+    return sorted(found - kept)
 
 
 def _read_shards(directory: Path) -> dict[str, TensorInfo]:
