@@ -18,7 +18,7 @@ for request in json.loads(sys.argv[1]):
     try:
         path = hub.resolve(**request)
         print(json.dumps(sorted(str(x.relative_to(path)) for x in path.rglob("*") if x.is_file())))
-    except FileNotFoundError as error:
+    except OSError as error:
         print(json.dumps(str(error)))
 """
 MODEL = {"path_or_repo": "acme/model"}
@@ -109,6 +109,49 @@ def test_what_can_only_be_a_path_is_not_looked_up(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         hub.resolve(name)
+
+
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+@pytest.mark.parametrize("name", ["mine/arm", "runs/arm"])
+def test_a_path_into_a_folder_that_is_here_is_no_repository(run, server, tmp_path, name, kind):
+    """`server` has both: nobody is asked. runs/ is where our commands write, whether it is there or not."""
+    server.repos |= {"mine/arm": server.repos["acme/model"], "runs/arm": server.repos["acme/model"]}
+    (tmp_path / "mine" / "arn").mkdir(parents=True)
+    (message,) = run({"path_or_repo": name, "kind": kind})
+    assert message.startswith(f"{kind} folder {name!r} does not exist: ") and "\n" not in message
+    assert not server.served
+    if name == "mine/arm":
+        assert f"{tmp_path / 'mine'} has no 'arm' (did you mean 'arn'?)" in message
+        what = " --repo-type dataset" if kind == "dataset" else ""
+        assert message.endswith(f"if the hub's repository is meant, fetch it first: hf download mine/arm{what}")
+    else:
+        assert "hf download" not in message
+
+
+def test_a_repository_that_was_fetched_is_found_beside_a_folder_of_its_owners_name(run, tmp_path):
+    (files,) = run(MODEL)
+    (tmp_path / "acme").mkdir()
+    assert run(MODEL) == [files] == run(MODEL, offline=True)
+
+
+def test_what_is_there_in_place_of_a_path(tmp_path):
+    (tmp_path / "models" / "wall-oss").mkdir(parents=True)
+    for name, hint in (
+        ("models/wal-oss/step", f"{tmp_path / 'models'} has no 'wal-oss' (did you mean 'wall-oss'?)"),
+        ("else/where", f"{tmp_path} has no 'else'"),
+    ):
+        with pytest.raises(FileNotFoundError) as error:
+            hub.resolve(tmp_path / name)
+        assert str(error.value) == f"model folder {str(tmp_path / name)!r} does not exist: {hint}"
+    with pytest.raises(FileNotFoundError, match="write a repository of the hub as OWNER/NAME"):
+        hub.resolve("hf://acme/model")
+
+
+def test_a_cache_that_cannot_be_written_is_called_that(run, tmp_path):
+    (tmp_path / "hf").write_text("a file is in the way of HF_HOME")
+    (message,) = run(MODEL)
+    assert "the hub's cache" in message and "cannot be written" in message and "set HF_HOME" in message
+    assert str(tmp_path / "hf") in message and "\n" not in message and "neither a folder" not in message
 
 
 def test_a_file_is_not_a_folder(tmp_path):

@@ -1,5 +1,6 @@
 """Hugging Face hub repositories as local folders."""
 
+import difflib
 import logging
 import re
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ Kind = Literal["model", "dataset"]
 # Of a model repository: weights, configs, tokenizer and processor files. No pickles.
 MODEL_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.jinja")
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?", re.ASCII)
+RUNS = "runs"  # where our commands write unless told otherwise
 DOWNLOADS = 8  # files at a time
 
 
@@ -27,8 +29,8 @@ def resolve(
 ) -> Path:
     """Returns the folder of a model or dataset.
 
-    A folder that exists is taken as it is (`revision` and `patterns` are the hub's business). Otherwise a string that
-    looks like a repo id ("name" or "owner/name") is downloaded, or taken from the hub's cache when there is no network.
+    A folder that exists is taken as it is (`revision` and `patterns` are the hub's business). Otherwise what
+    `may_be_repo` takes for a repo id is downloaded, or taken from the hub's cache when there is no network.
 
     Args:
         kind: which kind of hub repository to look for.
@@ -37,6 +39,7 @@ def resolve(
 
     Raises:
         FileNotFoundError: in one line: what was looked for, where, why it failed, and where to put it.
+        OSError: the hub's cache cannot be written.
     """
     name = str(path_or_repo)
     path = Path(name).expanduser()
@@ -44,8 +47,8 @@ def resolve(
         return path
     if path.is_file():
         raise FileNotFoundError(f"{kind} {name!r} is a file; give the folder that holds it")
-    if not REPO_ID.fullmatch(name):
-        raise FileNotFoundError(f"{kind} folder {name!r} does not exist")
+    if not may_be_repo(name, kind):
+        raise FileNotFoundError(f"{kind} folder {name!r} does not exist{_hint(name, path, kind)}")
 
     import huggingface_hub  # here, so that local folders need not wait for it
 
@@ -54,8 +57,52 @@ def resolve(
     try:
         found = huggingface_hub.snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns)
     except Exception as error:  # a dozen kinds, from two HTTP libraries, each with a page of traceback
-        raise _not_found(name, kind, revision, error) from None
+        raise _unwritable_cache(error) or _not_found(name, kind, revision, error) from None
     return Path(found)
+
+
+def may_be_repo(name: str, kind: Kind) -> bool:
+    """Whether a name can mean a repository of the hub: "name" or "owner/name", but no path into a folder that is here,
+    unless the hub's cache has that repository. `runs/NAME`, where our commands write, never does."""
+    if not REPO_ID.fullmatch(name):
+        return False
+    owner, _, rest = name.partition("/")
+    if not rest:
+        return True
+    return owner != RUNS and (not Path(owner).exists() or _cache_folder(name, kind).is_dir())
+
+
+def _hint(name: str, path: Path, kind: Kind) -> str:
+    """What is there in place of a path that does not exist."""
+    if "://" in name:
+        return ": write a repository of the hub as OWNER/NAME"
+    if not name:
+        return ""
+    nearest = next(parent for parent in path.absolute().parents if parent.is_dir())
+    missing = path.absolute().relative_to(nearest).parts[0]
+    try:
+        names = [child.name for child in nearest.iterdir()]
+    except OSError:
+        names = []
+    close = difflib.get_close_matches(missing, names, 1, cutoff=0.65)
+    meant = f" (did you mean {close[0]!r}?)" if close else ""
+    hint = f": {nearest} has no {missing!r}{meant}"
+    if REPO_ID.fullmatch(name) and not name.startswith(f"{RUNS}/"):
+        hint += f"; if the hub's repository is meant, fetch it first: {_fetch_command(name, kind)}"
+    return hint
+
+
+def _fetch_command(name: str, kind: Kind, revision: str | None = None) -> str:
+    """What puts a repository into the hub's cache."""
+    what = " --repo-type dataset" if kind == "dataset" else ""
+    return f"hf download {name}{what}{f' --revision {revision}' if revision else ''}"
+
+
+def _cache_folder(repo_id: str, kind: Kind) -> Path:
+    """Where the hub's client keeps a repository."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"{kind}s--{repo_id.replace('/', '--')}"
 
 
 def fetch_files(repo_id: str, kind: Kind, commit: str, names: Sequence[str]) -> None:
@@ -68,6 +115,7 @@ def fetch_files(repo_id: str, kind: Kind, commit: str, names: Sequence[str]) -> 
 
     Raises:
         FileNotFoundError: in one line, the first file that cannot be fetched, and why.
+        OSError: the hub's cache cannot be written.
     """
     import huggingface_hub
 
@@ -75,7 +123,7 @@ def fetch_files(repo_id: str, kind: Kind, commit: str, names: Sequence[str]) -> 
         try:
             huggingface_hub.hf_hub_download(repo_id, name, repo_type=kind, revision=commit)
         except Exception as error:
-            raise FileNotFoundError(
+            raise _unwritable_cache(error) or FileNotFoundError(
                 f"{name} of {kind} {repo_id!r} (revision {commit}) could not be fetched ({_reason(error)}); what has "
                 "arrived is kept: try again"
             ) from None
@@ -123,7 +171,7 @@ def newest_version(repo_id: str, kind: Kind, newest: Version) -> str | None:
 def _refs(repo_id: str, kind: Kind) -> list[str]:
     """Names of a repository's branches and tags, from the hub or else from its cache."""
     import huggingface_hub
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
     try:
         refs = huggingface_hub.HfApi().list_repo_refs(repo_id, repo_type=kind)
@@ -131,7 +179,7 @@ def _refs(repo_id: str, kind: Kind) -> list[str]:
     except errors.RepositoryNotFoundError as error:  # also when it is gated
         raise _not_found(repo_id, kind, None, error) from None
     except Exception:  # no network, in the words of whichever HTTP library
-        folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repo_id.replace('/', '--')}" / "refs"
+        folder = _cache_folder(repo_id, kind) / "refs"
         return [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()]
 
 
@@ -141,9 +189,22 @@ def _not_found(name: str, kind: Kind, revision: str | None, error: Exception) ->
     return FileNotFoundError(
         f"{kind} {name!r} (revision {revision or 'main'}) is neither a folder here nor in the hub's cache "
         f"{constants.HF_HUB_CACHE}, and could not be fetched from {constants.ENDPOINT} ({_reason(error)}); "
-        f"give the path of a folder that holds it, or fill the cache: hf download {name}"
-        f"{' --repo-type dataset' if kind == 'dataset' else ''}{f' --revision {revision}' if revision else ''}"
+        f"give the path of a folder that holds it, or fill the cache: {_fetch_command(name, kind, revision)}"
     )
+
+
+def _unwritable_cache(error: BaseException | None) -> OSError | None:
+    """The error to raise if a fetch failed because of a file here, which only the client's cache can be."""
+    from huggingface_hub import constants
+
+    while error is not None:
+        if isinstance(error, OSError) and error.filename is not None:
+            return OSError(
+                f"the hub's cache {constants.HF_HOME} cannot be written ({error.strerror}: {error.filename}); set "
+                "HF_HOME to a folder that can"
+            )
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _reason(error: Exception) -> str:

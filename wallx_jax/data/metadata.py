@@ -205,9 +205,11 @@ def _find_repo(repo_id: str, revision: str | None) -> tuple[Path, str | None]:
     if revision is None and (home / repo_id / "meta" / "info.json").is_file():
         return home / repo_id, None
     try:
-        if revision is None and hub.REPO_ID.fullmatch(repo_id):
+        if revision is None and hub.may_be_repo(repo_id, "dataset"):
             revision = hub.newest_version(repo_id, "dataset", NEWEST)
         root = hub.resolve(repo_id, kind="dataset", revision=revision, patterns=["meta/*"])
     except FileNotFoundError as error:
+        if not hub.REPO_ID.fullmatch(repo_id):
+            raise
         raise FileNotFoundError(f"{error} (lerobot's cache {home} has no {repo_id} either)") from None
     return root, root.name  # the hub's cache names a snapshot's folder after the commit
