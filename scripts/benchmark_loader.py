@@ -30,6 +30,10 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+from wallx_jax import extras
+
+extras.require("train", __name__, __doc__)
+
 import av
 import demo_assets
 import numpy as np

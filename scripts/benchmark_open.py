@@ -21,6 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from wallx_jax import extras
+
+extras.require("train", __name__, __doc__)
+
 import numpy as np
 from benchmark_stats import write_dataset
 

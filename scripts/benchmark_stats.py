@@ -16,6 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from wallx_jax import extras
+
+extras.require("train", __name__, __doc__)
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq

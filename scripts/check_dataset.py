@@ -23,6 +23,10 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from wallx_jax import extras
+
+extras.require("train", __name__, __doc__)
+
 from wallx_jax.command_line import CommandLineError, launch
 from wallx_jax.config import ConfigError, default_config, resolve
 from wallx_jax.data.mapping import IMAGE_PREFIX

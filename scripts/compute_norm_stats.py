@@ -16,6 +16,10 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
+from wallx_jax import extras
+
+extras.require("train", __name__, __doc__)
+
 from wallx_jax.command_line import CommandLineError, launch
 from wallx_jax.config import ConfigError, resolve
 from wallx_jax.data.metadata import DatasetInfo, read_info

@@ -16,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 
+from wallx_jax import extras
+
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUTS = 50
 
@@ -26,6 +28,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=1500, help="demonstrations in the dataset")
     parser.add_argument("--steps", type=int, help="optimizer updates; default: configs/demo.py's")
     args = parser.parse_args()
+    extras.require("train", __name__)
     start = time.perf_counter()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the hub

@@ -18,6 +18,10 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
+from wallx_jax import extras
+
+extras.require("train", __name__, __doc__)
+
 from wallx_jax import tree
 from wallx_jax.data.prompt import prompt_text
 from wallx_jax.data.tokenizer import Tokenizer

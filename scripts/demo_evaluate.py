@@ -8,6 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from wallx_jax import extras
+
+extras.require("train", __name__, __doc__)
+
 import matplotlib
 import numpy as np
 import tabletop

@@ -16,6 +16,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from wallx_jax import extras
+
+extras.require("train", __name__, __doc__)
+
 from wallx_jax import tree
 from wallx_jax.data import processor as processors
 from wallx_jax.data.normalize import NormStats, Stats

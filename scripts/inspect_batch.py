@@ -13,6 +13,10 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
+from wallx_jax import extras
+
+extras.require("train", __name__, __doc__)
+
 from wallx_jax.command_line import launch
 from wallx_jax.config import resolve
 from wallx_jax.data.mixture import open_parts

@@ -12,6 +12,10 @@ import argparse
 import json
 from pathlib import Path
 
+from wallx_jax import extras
+
+extras.require("train", __name__, __doc__)
+
 from wallx_jax.evaluation import openloop, plots, subject
 
 

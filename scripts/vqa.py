@@ -12,6 +12,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from wallx_jax import extras
+
+extras.require("train", __name__, __doc__)
+
 from wallx_jax.data.video import read_video
 from wallx_jax.evaluation import subject
 from wallx_jax.inference.load import load_vlm

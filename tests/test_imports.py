@@ -13,13 +13,15 @@ PACKAGE = Path(wallx_jax.__path__[0])
 
 # Part of the package, by prefix (the longest counts) -> the prefixes that it may import, besides itself.
 SETTINGS = {
-    "tree", "files", "robots", "vectors", "ranges", "config", "run_config", "command_line", "upstream_yaml", "hub",
+    "tree", "files", "extras", "robots", "vectors", "ranges", "config", "run_config", "command_line", "upstream_yaml",
+    "hub",
 }  # fmt: skip
 DATASET_CHECKS = {
     f"evaluation.{name}" for name in ("preflight", "dataset_check", "findings", "frames", "signals", "videos")
 }
 ALLOWED = {
-    "": set(),
+    "": {"extras"},
+    "extras": set(),
     "tree": set(),
     "hub": set(),
     "files": set(),
@@ -36,7 +38,7 @@ ALLOWED = {
     "weights": {"tree", "hub", "files", "models"},
     "data.batch": set(),
     "data.template": set(),
-    "data": {"tree", "hub", "files", "config", "run_config", "robots", "vectors", "ranges", "models.config"},
+    "data": {"tree", "hub", "files", "extras", "config", "run_config", "robots", "vectors", "ranges", "models.config"},
     "training": SETTINGS | {"models", "weights", "data"},
     # Serving a checkpoint needs to read it, but nothing else of training.
     "inference": SETTINGS | {"models", "weights", "data", "training.checkpoint", "training.checkpoint_dir"},
@@ -48,7 +50,7 @@ ALLOWED = {
     "serving": SETTINGS | {"models.config", "data", "inference"},
     "train": SETTINGS
     | {"models", "weights", "data", "training", "inference", "devices", "compile_cache", "evaluation.preflight"},
-    "doctor": {"config", "devices", "compile_cache", "training.checkup", "training.parts"},
+    "doctor": {"config", "extras", "devices", "compile_cache", "training.checkup", "training.parts"},
 }
 HEAVY = ("torch", "torchvision", "lerobot")
 

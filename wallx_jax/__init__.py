@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import Any
 
+from wallx_jax import extras
+
 __version__ = "0.1.0"
 
 # Looked up on first use, so that importing the package stays light.
@@ -17,5 +19,10 @@ __all__ = list(_EXPORTS)
 
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
+        try:
+            return getattr(import_module(_EXPORTS[name]), name)
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] in extras.PACKAGES["train"]:
+                extras.require("train", __name__)
+            raise
     raise AttributeError(f"module 'wallx_jax' has no attribute {name!r}")

@@ -1,16 +1,22 @@
 """`--config=FILE --config.key=value --workdir=DIR`: flags, one-line errors, and the configuration as text."""
 
+import ast
 import difflib
+import io
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from wallx_jax.config import TABLES, ConfigError, default_config, flatten, nearest
+from wallx_jax.config import PER_DATASET, TABLES, ConfigError, default_config, flatten
+
+flags.disclaim_key_flags()  # --config and --workdir are flags of the program that is launched: its --help has them
+_ORDINARY: list[str] = []  # the command line that ml_collections looks at: without settings in tables
 
 
 class CommandLineError(ValueError):
@@ -24,12 +30,16 @@ def launch(main: Callable[[ConfigDict], None], needs_config: bool = True) -> Non
     exit code 2 and the message alone.
     """
     values = flags.FLAGS
+    use_any_terminal()
     if "config" not in values:
-        config_flags.DEFINE_config_file("config", lock_config=True, help_string="File, e.g. configs/aloha.py.")
+        text = "File, e.g. configs/aloha.py; --config.key=value changes one of its settings."
+        config_flags.DEFINE_config_file("config", lock_config=True, help_string=text, sys_argv=_ORDINARY)
         flags.DEFINE_string("workdir", None, "Output directory; replaces config.save_path.")
     configs: list[ConfigDict | None] = []
 
     def parse(argv: Sequence[str]) -> Sequence[str]:
+        if {"-h", "-help", "--help"} & set(argv[1:]):
+            app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
         try:
             config, rest = parse_config(argv, values, needs_config)
         except CommandLineError as error:
@@ -58,13 +68,17 @@ def parse_config(
         CommandLineError: for an unknown key, a wrong type, a file that fails or arguments that nobody reads.
     """
     try:
-        rest = values(argv)
+        argv = values.read_flags_from_files(argv, force_gnu=False)
+        _ORDINARY[:], in_tables = _without_tables(argv)
+        rest = values(_ORDINARY)
         config = values.config
         if config is None and needs_config:
             raise CommandLineError("which configuration? Add --config=FILE, e.g. --config=configs/aloha.py")
         if config is not None and not isinstance(config, ConfigDict):
             getattr(config, "lock", None)  # stands for a file that could not be read: any access raises why
             raise CommandLineError(f"get_config() returned {type(config).__name__}; return a changed default_config()")
+        for setting in in_tables:
+            _set_in_table(config, *setting)
     except CommandLineError:
         raise
     except Exception as error:  # flags, ml_collections and the user's file raise whatever they like
@@ -96,10 +110,6 @@ def explain(error: Exception, argv: Sequence[str]) -> str:
     unknown = re.search(r'Key "([^"]+)" does not exist', text)
     if unknown:
         return f"the configuration sets {unknown[1]!r}: there is no such setting{_nearest_key(unknown[1], list(known))}"
-    for argument, key in settings:
-        if (table := _table(key)) and any(f"'{name}'" in text.replace("\\", "") for name in key.split(".")):
-            hint = nearest(key.rsplit(".", 1)[-1], list(known[table]))
-            return f"{argument}: no new names in tables here{hint}; write c.{table} = {{...}} in the configuration file"
     return re.sub(r"^\w+(Error|Exception): ", "", last)
 
 
@@ -112,6 +122,75 @@ def _settings(argv: Sequence[str]) -> list[tuple[str, str]]:
 def _table(key: str) -> str | None:
     """The table that a key is, or is in."""
     return next((table for table in TABLES if f"{key}.".startswith(f"{table}.")), None)
+
+
+def _without_tables(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str, str]]]:
+    """Splits off the settings in tables, which may have names that the configuration lacks: ml_collections takes none.
+
+    Returns:
+        the rest of the command line; (argument, key, value as text) of each setting in a table.
+    """
+    ordinary, in_tables, rest = [], [], list(argv)
+    while rest:
+        argument = rest.pop(0)
+        match = re.fullmatch(r"--?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
+        if match is None or _table(match[1]) is None:
+            ordinary.append(argument)
+            continue
+        if match[2] is None and (not rest or rest[0].startswith("-")):
+            raise CommandLineError(f"{argument}: the value is missing; write {argument}=VALUE")
+        in_tables.append((argument, match[1], rest.pop(0) if match[2] is None else match[2]))
+    return ordinary, in_tables
+
+
+def _set_in_table(config: ConfigDict, argument: str, key: str, text: str) -> None:
+    """Replaces a whole table, or sets one of its entries, which may be new."""
+    table = _table(key)
+    inside = key[len(table) + 1 :]
+    names = inside.split(".") if table == "datasets" else [inside]
+    value = text if _takes_text(table, names) else _literal(text)
+    content: Any = value
+    if inside:
+        content = entry = flatten(config)[table]
+        for name in names[:-1]:
+            entry = entry.setdefault(name, {})
+            if not isinstance(entry, dict):
+                raise CommandLineError(f"{argument}: {name!r} is {entry!r}, and has no entries")
+        entry[names[-1]] = value
+    if not isinstance(content, dict):
+        raise CommandLineError(
+            f"{argument}: not a table; write --config.{table}='{{\"NAME\": VALUE, ...}}', or an entry of it as "
+            f"--config.{table}.NAME=VALUE"
+        )
+    *parents, last = table.split(".")
+    for parent in parents:
+        config = config[parent]
+    try:
+        config[last] = content
+    except ValueError:  # of all texts ConfigDict refuses these alone
+        raise CommandLineError(f"{argument}: a name has a dot; use names without dots") from None
+
+
+def _takes_text(table: str, names: list[str]) -> bool:
+    """Whether an entry is text as it is written, also where it looks like a number."""
+    if table == "datasets":
+        *parents, last = names
+        return "camera_views" in parents or (last in PER_DATASET and default_config().get_type(last) is str)
+    return bool(names[0]) and table in ("camera_views", "prompt.view_names")
+
+
+def _literal(text: str) -> Any:
+    """A Python literal, as ml_collections reads tuples; other text is text."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def use_any_terminal() -> None:
+    """Makes standard output write what its encoding lacks as escapes: in a C locale a name may fail to print."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def render(config: ConfigDict) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 import jax
 from packaging.requirements import Requirement
 
-from wallx_jax import compile_cache, devices
+from wallx_jax import compile_cache, devices, extras
 from wallx_jax.config import PLATFORMS
 from wallx_jax.training.checkup import Checkup, check_up
 from wallx_jax.training.parts import gib
@@ -46,21 +46,21 @@ def look_at_packages(checkup: Checkup) -> None:
         checkup.say("wallx-jax", "not installed, imported from the directory")
         return
     missing: dict[str, list[str]] = {}
-    extras = importlib.metadata.metadata("wallx-jax").get_all("Provides-Extra") or []
+    known = importlib.metadata.metadata("wallx-jax").get_all("Provides-Extra") or []
     for requirement in requirements:
         needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
         here = _version(requirement.name)
         if here is None and needed:
             checkup.problems.append(f"{requirement.name} is not installed: pip install '{requirement.name}'")
         elif here is None:
-            for extra in extras:
+            for extra in known:
                 if requirement.marker.evaluate({"extra": extra}):
                     missing.setdefault(extra, []).append(requirement.name)
         elif not requirement.specifier.contains(here, prereleases=True):
             wants = f"{requirement.name}{requirement.specifier}"
             checkup.problems.append(f"{requirement.name} {here} is installed, {wants} is wanted: pip install '{wants}'")
     for extra, names in missing.items():
-        checkup.say("extra", f"{extra} is not complete, it lacks {', '.join(names)}: pip install 'wallx-jax[{extra}]'")
+        checkup.say("extra", f"{extra} is not complete, it lacks {', '.join(names)}: {extras.install(extra)}")
 
 
 def look_at_devices(checkup: Checkup, wanted: str | None) -> None:

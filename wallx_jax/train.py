@@ -21,7 +21,10 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from wallx_jax import compile_cache, devices
+from wallx_jax import compile_cache, devices, extras
+
+extras.require("train", __name__, __doc__)
+
 from wallx_jax.command_line import launch, render
 from wallx_jax.config import ConfigError, flatten, resolve
 from wallx_jax.data.batch import Batch, describe

@@ -82,7 +82,7 @@ def test_an_old_format_names_the_conversion(copied, version):
         module = str(error.value).split("python -m ")[1].split()[0]
         assert importlib.util.find_spec(module) is not None
     else:
-        assert "pip install 'wallx-jax[lerobot]' && python -m lerobot.scripts" in str(error.value)
+        assert 'pip install "wallx-jax[lerobot]" && python -m lerobot.scripts' in str(error.value)
 
 
 def test_a_newer_format(copied):

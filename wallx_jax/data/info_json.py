@@ -9,6 +9,7 @@ from typing import Any
 
 from packaging.version import Version
 
+from wallx_jax import extras
 from wallx_jax.data.errors import DatasetError
 from wallx_jax.files import read_json_object
 
@@ -87,7 +88,7 @@ def _conversion_command(repo_id: str, root: Path | None) -> str:
     try:
         moved, install = Version(importlib.metadata.version("lerobot")) >= Version("0.5"), ""
     except importlib.metadata.PackageNotFoundError:
-        moved, install = True, "pip install 'wallx-jax[lerobot]' && "
+        moved, install = True, f"{extras.install('lerobot')} && "
     module = "lerobot.scripts" if moved else "lerobot.datasets.v30"
     folder = "" if root is None else f" --root={root.resolve() if moved else root.resolve().parent}"
     return f"{install}python -m {module}.convert_dataset_v21_to_v30 --repo-id={repo_id}{folder} --push-to-hub=false"

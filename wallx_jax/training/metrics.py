@@ -13,6 +13,8 @@ from typing import Any, TextIO
 
 import jax
 
+from wallx_jax import extras
+
 
 class MetricWriter:
     """Writes scalars to {save_path}/metrics.jsonl, {save_path}/tensorboard/ and, when asked, to wandb.
@@ -47,8 +49,8 @@ class MetricWriter:
         if jax.process_index() != 0:
             return
         # Packages first: a missing one must not leave files behind.
-        tensorboard = _import("tensorboardX", "pip install 'wallx-jax[train]'")
-        wandb = _import("wandb", "pip install 'wallx-jax[wandb]', or set use_wandb=False") if use_wandb else None
+        tensorboard = _import("tensorboardX", extras.install("train"))
+        wandb = _import("wandb", f"{extras.install('wandb')}, or set use_wandb=False") if use_wandb else None
         folder = Path(save_path).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         self._lines = _open_lines(folder / "metrics.jsonl", resumed_step)
