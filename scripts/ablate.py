@@ -8,7 +8,6 @@ An input that can be replaced without harm is one that the policy ignores.
 
 import argparse
 import json
-from pathlib import Path
 
 from wallx_jax import extras
 
@@ -23,7 +22,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=64, help="held-out frames, spread evenly")
     parser.add_argument("--steps", type=int, default=10, help="Euler steps")
     parser.add_argument("--seed", type=int, default=0, help="of the noise, of the policy's and of the pictures")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--out", type=subject.output_folder, default="runs/ablation")
     arguments = parser.parse_args()
 
     tested = subject.open_subject(arguments)

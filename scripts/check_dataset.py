@@ -32,7 +32,7 @@ from wallx_jax.config import ConfigError, default_config, resolve
 from wallx_jax.data.mapping import IMAGE_PREFIX
 from wallx_jax.data.metadata import is_depth, read_info
 from wallx_jax.data.mixture import open_parts
-from wallx_jax.evaluation import dataset_check, dataset_report, plots, subject
+from wallx_jax.evaluation import dataset_check, dataset_report, plots, preflight, subject
 from wallx_jax.robots import KEY_MAPPINGS
 
 # Two scripts may name a flag alike, and be imported into one program.
@@ -50,7 +50,9 @@ def main(config: ConfigDict | None) -> None:
         config.repo_id, config.dataset_root, config.dataset_revision = flags.FLAGS.dataset, None, None
         config.robot_name, config.datasets = None, {}
     config.save_path = str(output)
-    parts = open_parts(resolve(config))
+    run = resolve(config)
+    preflight.check_folders(run)
+    parts = open_parts(run)
     failed = False
     for part in parts:
         report = dataset_check.check(part, decode)
@@ -76,6 +78,8 @@ def dataset_config() -> ConfigDict:
         cameras = [key for key in info.camera_keys if not is_depth(info.features[key])]
         views = {key.removeprefix(IMAGE_PREFIX).replace(".", "_"): key for key in cameras}
         config.camera_views, config.resolution = views, dict.fromkeys(views, -1)
+        config.prompt.view_names = dict.fromkeys(views, "view")  # any words: these are names of cameras, none misspelt
+        config.action_horizon = min(config.action_horizon, int(info.episode_lengths.max()))  # nobody has chosen one
     return config
 
 

@@ -22,7 +22,7 @@ from wallx_jax.config import resolve
 from wallx_jax.data.mixture import open_parts
 from wallx_jax.data.pipeline import samples, shuffled
 from wallx_jax.data.setup import build_augment, split_sources
-from wallx_jax.evaluation import inspection, plots
+from wallx_jax.evaluation import inspection, plots, preflight
 from wallx_jax.training import start
 
 flags.DEFINE_integer(
@@ -32,7 +32,9 @@ flags.DEFINE_integer(
 
 def main(config: ConfigDict) -> None:
     logging.getLogger("absl").setLevel(logging.WARNING)
-    parts = open_parts(resolve(config))
+    run = resolve(config)
+    preflight.check_folders(run)
+    parts = open_parts(run)
     _, processors = start.plan_parts(parts)
 
     inputs, actions, rows = [], [], []

@@ -10,7 +10,6 @@ mean action.
 
 import argparse
 import json
-from pathlib import Path
 
 from wallx_jax import extras
 
@@ -26,7 +25,7 @@ def main() -> None:
     parser.add_argument("--stride", type=int, help="frames between predictions; default: the horizon")
     parser.add_argument("--steps", type=int, default=10, help="Euler steps")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
-    parser.add_argument("--out", type=Path, default=Path("runs/openloop"))
+    parser.add_argument("--out", type=subject.output_folder, default="runs/openloop")
     arguments = parser.parse_args()
 
     tested = subject.open_subject(arguments)

@@ -136,11 +136,17 @@ def test_numerics_replace_only_what_was_set():
 
 
 def test_run_ends_at_steps_or_epochs_whichever_comes_first():
-    assert resolve(usable(num_epoch=3)).loop.total_steps(7) == 21
-    assert resolve(usable(num_training_steps=5, num_epoch=3)).loop.total_steps(7) == 5
+    assert resolve(usable(num_epoch=3)).loop.total_steps(frames=70, global_batch=10) == 21
+    assert resolve(usable(num_training_steps=5, num_epoch=3)).loop.total_steps(70, 10) == 5
     loop = resolve(usable(num_training_steps=50, num_epoch=3)).loop
-    assert (loop.total_steps(7), loop.decay_steps(7)) == (21, 50)
-    assert resolve(usable(num_training_steps=50, num_epoch=0)).loop.total_steps(7) == 50
+    assert (loop.total_steps(70, 10), loop.decay_steps(70, 10)) == (21, 50)
+    assert resolve(usable(num_training_steps=50, num_epoch=0)).loop.total_steps(70, 10) == 50
+
+
+@pytest.mark.parametrize(("frames", "batch"), [(265, 200), (399, 200), (7, 200), (200, 200), (1000, 3)])
+def test_epochs_are_passes_over_the_frames(frames, batch):
+    steps = resolve(usable(num_epoch=10)).loop.total_steps(frames, batch)
+    assert 10 * frames <= steps * batch < 10 * frames + batch
 
 
 def test_key_masks():
@@ -163,6 +169,16 @@ def test_key_masks():
         ({"learning_rate": 1e-5}, ["min_lr", "5e-05", "1e-05"]),
         ({"batch_size_per_gpu": 0}, ["batch_size_per_gpu", "above 0"]),
         ({"num_workers": -1}, ["num_workers", "negative"]),
+        ({"seed": -1}, ["seed = -1", "negative"]),
+        ({"seed": 2**32}, ["seed = 4294967296", "below 2**32"]),
+        ({"weight_decay": math.inf}, ["weight_decay", "finite"]),
+        ({"lora__alpha": math.nan}, ["lora.alpha", "finite"]),
+        ({"learning_rates": ("^vision/=nan",)}, ["learning_rates", "PATTERN=RATE"]),
+        ({"datasets": {"a": {"repo_id": "b", "weight": math.nan}}}, ["datasets.a.weight = nan", "above 0"]),
+        ({"datasets": {"a": {"repo_id": "b", "weight": True}}}, ["datasets.a.weight = True", "above 0"]),
+        ({"datasets": {"a": {"repo_id": "b", "weight": "2"}}}, ["datasets.a.weight = '2'", "above 0"]),
+        ({"dof_config": {"arm": True}}, ["dof_config.arm = True", "a number of dims"]),
+        ({"resolution__face_view": True}, ["resolution.face_view = True", "pixels"]),
         ({"platform": "gpus"}, ["platform = 'gpus'", "'cpu', 'gpu', 'tpu'", 'did you mean "gpu"']),
         ({"compile_cache": ""}, ["compile_cache = ''", "'auto' or 'off'"]),
         ({"eval_batches": True}, ["eval_batches", "int", "bool"]),
@@ -213,6 +229,7 @@ def test_key_masks():
         ({"dof_config": {"arm": 7}, "predict_action_keys": (7,)}, ["predict_action_keys", "7", "strings"]),
         ({"resolution__face_view": 7}, ["resolution.face_view", "7", "28"]),
         ({"camera_views": {"overhead": "cam"}}, ["resolution.overhead", "missing"]),
+        ({"camera_views": {"left_wrist": "cam"}}, ["resolution.left_wrist: missing", 'did you mean "left_wrist_view"']),
         ({"camera_views": {"face_view": "cam", "top_view": "cam"}}, ["camera_views", "two views"]),
         ({"camera_views": {"face_view": 3}}, ["camera_views.face_view", "3"]),
         ({"frame_cache": ""}, ["frame_cache", "empty"]),
@@ -283,6 +300,29 @@ def test_unknown_view_names_the_nearest():
     views = dict(default_config().resolution.items())
     (error,) = errors_of(resolve, usable(resolution=views | {"face_veiw": 128}))
     assert "face_veiw" in error and 'did you mean "face_view"' in error
+
+
+@pytest.mark.parametrize(
+    "view", ["face_veiw", "fase_view", "faceview", "Face_view", "topview", "right_wirst_view", "front_view"]
+)
+@pytest.mark.parametrize("pixels", [False, True])
+def test_a_misspelt_view_is_asked_about_before_its_pixels_are(view, pixels):
+    """Its name would stand in the prompt."""
+    c = usable(camera_views={view: "cam"})
+    if pixels:
+        c.resolution = {**c.resolution, view: 256}
+    (error,) = errors_of(resolve, c)
+    assert error.startswith(f'camera_views.{view}: did you mean "') and f"prompt.view_names.{view}" in error
+    c.prompt.view_names = {view: "words of its own"}
+    c.resolution = {**c.resolution, view: 256}
+    assert resolve(c).data.prompt.view_label(view) == "words of its own"
+
+
+@pytest.mark.parametrize("view", ["elbow", "wrist_view", "left_view", "overhead"])
+def test_a_view_of_ones_own_needs_pixels_alone(view):
+    c = usable(camera_views={view: "cam"})
+    c.resolution = {**c.resolution, view: 256}
+    assert resolve(c).data.prompt.view_label(view) == view
 
 
 def test_fast_with_frozen_vlm_has_nothing_to_train():
@@ -413,6 +453,92 @@ def test_places_that_do_not_fit_come_at_once():
     assert "dof_config.b" in beyond and "action[10:15] goes beyond the 14 dims of 'action'" in beyond
     assert "'c' and 'd' both have 1 dims of 'action', from dim 3 on" in twice
     assert "relative_action_keys: 'c' has 4 dims in dof_config and 2 in agent_pos_config" in relative
+
+
+SO101 = ["shoulder_pan.pos", "shoulder_lift.pos", "elbow_flex.pos", "wrist_flex.pos", "wrist_roll.pos", "gripper.pos"]
+
+
+def robot_of(names, count=None, state_names=None, **changes):
+    """What check_dataset makes of a dataset with dims of these names."""
+    vectors = {
+        key: {"dtype": "float32", "shape": [count or len(names)], "names": names_of}
+        for key, names_of in (("action", names), ("observation.state", state_names or names))
+    }
+    camera = {"observation.images.cam": {"dtype": "video", "shape": [480, 640, 3]}}
+    run = resolve(usable(repo_id="me/mine", camera_views={"face_view": "cam"}, **changes))
+    return check_dataset(run, dataset(repo_id="me/mine", features=vectors | camera)).robot
+
+
+@pytest.mark.parametrize(
+    ("names", "table", "words"),
+    [
+        (SO101, ["gripper", *[name[:-4] for name in SO101[:-1]]],
+         ["'gripper' stands at dim 0, which the dataset calls 'shoulder_pan.pos'; its 'gripper.pos' is dim 5;",
+          "say where all of them are: {'gripper': 'action[5:6]', ...}"]),
+        (SO101, ["shoulder_lift", "shoulder_pan", "elbow_flex", "wrist_flex", "wrist_roll", "gripper"],
+         ["'shoulder_lift' stands at dim 0, which the dataset calls 'shoulder_pan.pos'"]),
+        (["a", "B", "c"], ["b", "A", "c"], ["'b' stands at dim 0, which the dataset calls 'a'"]),
+        (["main_pan", "main_lift", "main_gripper"], ["gripper", "lift", "pan"], ["'gripper' stands at dim 0"]),
+        (["left_a", "left_b", "right_a", "right_b"], {"right": 2, "left": 2}, ["'right' stands at dim 0", "'left_a'"]),
+        (["left_a", "left_b", "right_a", "right_b", "right_c"], {"left": 3, "right": 2},
+         ["'left' stands at dim 2, which the dataset calls 'right_a'"]),
+        ({"motors": ["x", "y", "gripper"]}, {"gripper": 1, "arm": 2}, ["'gripper' stands at dim 0", "calls 'x'"]),
+    ],
+)  # fmt: skip
+def test_names_in_another_order_than_the_datasets_are_refused(names, table, words):
+    """Another joint would be trained."""
+    table = table if isinstance(table, dict) else dict.fromkeys(table, 1)
+    count = sum(table.values())
+    names = {"motors": names} if isinstance(names, list) else names
+    with pytest.raises(ConfigError) as caught:
+        robot_of(names, count, dof_config=table, predict_action_keys=(next(iter(table)),))
+    (error,) = caught.value.errors
+    assert error.startswith("dof_config: ") and "write the names in the dataset's order, or say where" in error
+    assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize(
+    ("names", "table"),
+    [
+        (SO101, dict.fromkeys([name[:-4] for name in SO101], 1)),
+        (SO101, {"arm": 5, "gripper": 1}),
+        (SO101, dict.fromkeys("abcdef", 1)),
+        (None, {"b": 1, "a": 1, "c": 4}),
+        (["0", "1", "2", "3", "4", "5"], {"x": 1, "rest": 5}),
+        (["pos_x", "pos_y", "pos_z", "rot_x", "rot_y", "rot_z"], dict.fromkeys(["x", "y", "z", "a", "b", "c"], 1)),
+        (["j", "gripper", "gripper_force", "a", "b", "c"], dict.fromkeys(["j", "gripper", "aux", "a", "b", "c"], 1)),
+        (["joint_1", "joint_10", "c", "d", "e", "f"], dict.fromkeys(["joint_1", "tool", "c", "d", "e", "f"], 1)),
+        (["left_a", "left_b", "left_c", "right_a", "right_b", "right_c"], {"left": 3, "right": 3}),
+        (["arm_left_1", "arm_left_2", "arm_2", "x", "y", "z"], {"arm_left": 2, "arm": 1, "rest": 3}),
+        (["x", "x", "y", "y", "z", "z"], {"x": 2, "y": 2, "z": 2}),
+    ],
+)  # fmt: skip
+def test_names_in_the_datasets_order_or_of_ones_own_are_taken(names, table):
+    found = robot_of(names, 6, dof_config=table, agent_pos_config=table)
+    assert dict(found.dof) == dict(found.agent_pos) == table
+
+
+def test_the_order_of_the_state_is_checked_like_that_of_the_action():
+    table = {"arm": 1, "hand": 1}
+    with pytest.raises(ConfigError, match="agent_pos_config: 'arm' stands at dim 0, which the dataset calls 'hand'"):
+        robot_of(["arm", "hand"], state_names=["hand", "arm"], dof_config=table, agent_pos_config=table)
+    found = robot_of(["arm", "hand"], state_names=["hand", "arm"], dof_config=table)
+    assert found.agent_pos == (("state", 2),), "the action's names would be wrong for it"
+
+
+def test_an_action_is_relative_to_its_own_state():
+    changes = {"dof_config": {"both": 2}, "agent_pos_config": {"both": 2}, "relative_action_keys": ("both",)}
+    with pytest.raises(
+        ConfigError, match=r"'arm' would be relative to the state 'hand', its own is dim 1.*state\[1:2\]"
+    ):
+        robot_of(["arm", "hand"], state_names=["hand", "arm"], **changes)
+    by_place = {
+        "dof_config": {"arm": "action[0:1]", "hand": "action[1:2]"},
+        "agent_pos_config": {"arm": "observation.state[1:2]", "hand": "observation.state[0:1]"},
+    }
+    found = robot_of(["arm", "hand"], state_names=["hand", "arm"], **by_place, relative_action_keys=("arm", "hand"))
+    assert found.relative_to() == (0, 1)
+    assert robot_of(["a", "b"], state_names=["c", "d"], **changes).relative_to() == (0, 1), "other names say nothing"
 
 
 def test_a_state_that_is_not_named_like_the_action_has_nothing_to_be_relative_to():

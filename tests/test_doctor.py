@@ -128,6 +128,26 @@ BREAKS = {
         "",
         "metadata.json lacks model",
     ),
+    "metadata a list": (
+        lambda step: (step / "metadata/metadata.json").write_text("[]"),
+        "",
+        "metadata.json holds a JSON array; expected an object",
+    ),
+    "metadata an LFS pointer": (
+        lambda step: (step / "metadata/metadata.json").write_text("version https://git-lfs.github.com/spec/v1"),
+        "",
+        "metadata.json is a Git LFS pointer",
+    ),
+    "metadata of other types": (
+        lambda step: rewrite(step / "metadata/metadata.json", lambda m: m.update(loss="low")),
+        "",
+        "metadata.json: loss is 'low'; copy it again",
+    ),
+    "position of another type": (
+        lambda step: rewrite(step / "data/position.json", lambda p: p.update(batches_drawn="7")),
+        "",
+        "its position in the data cannot be read",
+    ),
     "arrays gone": (
         lambda step: max((step / "params").rglob("d/*"), key=lambda file: file.stat().st_size).unlink(),
         "",
@@ -208,6 +228,15 @@ def test_small_shared_memory_is_a_problem(command, monkeypatch):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage._replace(free=64 << 20))
     failed, text = command()
     assert "--shm-size" in failed and "num_workers=0" in failed
+
+
+def test_caches_that_cannot_be_written_are_said(command, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(doctor.constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    text = command()[1]
+    assert f"{tmp_path / 'file'} is a file, no folder: set HF_HOME to another folder" in text
+    assert f"{tmp_path / 'file'} is a file, no folder: set XDG_CACHE_HOME to another folder" in text
 
 
 def test_command_line(tmp_path):

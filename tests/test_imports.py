@@ -50,7 +50,7 @@ ALLOWED = {
     "serving": SETTINGS | {"models.config", "data", "inference"},
     "train": SETTINGS
     | {"models", "weights", "data", "training", "inference", "devices", "compile_cache", "evaluation.preflight"},
-    "doctor": {"config", "extras", "devices", "compile_cache", "training.checkup", "training.parts"},
+    "doctor": {"config", "extras", "files", "devices", "compile_cache", "training.checkup", "training.parts"},
 }
 HEAVY = ("torch", "torchvision", "lerobot")
 

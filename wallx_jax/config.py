@@ -148,7 +148,7 @@ def default_config() -> OrderedConfig:
     # Optimisation. Steps are optimizer updates.
     c.optimizer = "adamw"  # or "adafactor", whose second moments are factored: 8 GiB less per moment at the 3B size
     c.learning_rate = 9e-5  # peak
-    c.min_lr = 5e-5  # at the end of the cosine
+    c.min_lr = 5e-5  # learning_rate at the end of the cosine; other peaks fall to the same share of themselves
     c.num_warmup_steps = 100  # from 0 to the peak, linear
     c.batch_size_per_gpu = 8  # samples per device and micro-batch
     c.gradient_accumulation_steps = 1  # micro-batches per update
@@ -325,6 +325,7 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f' (did you mean "{close[0]}"?)' if close else ""
 
 
+SLIP = 0.85  # likeness (difflib) from which on a name is taken for a misspelt one: a letter or two are wrong
 OPTIMIZERS = ("adamw", "adafactor")
 PLATFORMS = ("cpu", "gpu", "tpu")
 REQUIRED = ("pretrained_wallx_path", "repo_id", "save_path")
@@ -436,6 +437,8 @@ def _value_errors(v: Mapping[str, Any]) -> list[str]:
             errors.append(f"augment.{name} = {v[f'augment.{name}']}: must be from 0 to {most}")
     if not 0 < v["augment.crop"] <= 1:
         errors.append(f"augment.crop = {v['augment.crop']}: must be above 0 and at most 1")
+    if v["seed"] >= 2**32:
+        errors.append(f"seed = {v['seed']}: must be below 2**32, which the order of the samples is drawn from")
     if v["split_mode"] not in ("episode", "frame"):
         errors.append(f"split_mode = {v['split_mode']!r}: choose 'episode' or 'frame'")
     if v["unreadable_frames"] not in ("stop", "skip"):
@@ -560,11 +563,24 @@ def _relation_errors(v: Mapping[str, Any]) -> list[str]:
             hint = nearest(view, known)
             errors.append(f"resolution.{view} = {pixels!r}: no camera has this view{hint}; known are {known}")
     for view in cameras:
-        if view not in v["resolution"]:
-            errors.append(f"resolution.{view}: missing; camera_views has this view, set its pixels, e.g. 256")
+        if view not in VIEW_NAMES and view not in v["prompt.view_names"] and (meant := _nearest_view(view, SLIP)):
+            errors.append(
+                f'camera_views.{view}: did you mean "{meant}"? A view of your own needs its words in the prompt, '
+                f"prompt.view_names.{view}, and its pixels, resolution.{view}"
+            )
+        elif view not in v["resolution"]:
+            hint = f' (did you mean "{meant}"?)' if (meant := _nearest_view(view, 0.5)) else ""
+            errors.append(f"resolution.{view}: missing; camera_views has this view{hint}, set its pixels, e.g. 256")
     if len(set(v["camera_views"].values())) < len(v["camera_views"]):
         errors.append(f"camera_views = {v['camera_views']}: one camera has two views; give each its own")
     return errors
+
+
+def _nearest_view(view: str, cutoff: float) -> str | None:
+    """The known view whose name or words in the prompt are closest: "front_view" is called "face_view"."""
+    names = {text: name for name, words in VIEW_NAMES.items() for text in (words, name)}
+    close = difflib.get_close_matches(view, names, 1, cutoff)
+    return names[close[0]] if close else None
 
 
 def _view_name_errors(*datasets: Mapping[str, Any]) -> list[str]:

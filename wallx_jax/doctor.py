@@ -18,10 +18,12 @@ from collections import Counter
 from pathlib import Path
 
 import jax
+from huggingface_hub import constants
 from packaging.requirements import Requirement
 
 from wallx_jax import compile_cache, devices, extras
 from wallx_jax.config import PLATFORMS
+from wallx_jax.files import unusable_folder
 from wallx_jax.training.checkup import Checkup, check_up
 from wallx_jax.training.parts import gib
 
@@ -103,10 +105,14 @@ def explain_preallocation(checkup: Checkup) -> None:
 
 
 def look_at_machine(checkup: Checkup) -> None:
-    """Disk, shared memory and open files."""
-    checkup.say(
-        "disk", f"{gib(shutil.disk_usage('.').free)} free here; compiled programs: {compile_cache.default_folder()}"
-    )
+    """Disk, caches, shared memory and open files."""
+    checkup.say("disk", f"{gib(shutil.disk_usage('.').free)} free here")
+    for title, folder, variable in (
+        ("hub cache", Path(constants.HF_HUB_CACHE), "HF_HOME"),
+        ("XLA cache", compile_cache.default_folder(), "XDG_CACHE_HOME"),
+    ):
+        why = unusable_folder(folder)
+        checkup.say(title, f"{folder}{f'; {why}: set {variable} to another folder' if why else ''}")
     open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if open_files < LEAST_OPEN_FILES:
         checkup.problems.append(f"{open_files} open files are allowed, too few for data workers: ulimit -n 4096")

@@ -61,6 +61,21 @@ def read_json_object(path: Path, object_pairs_hook: Callable[[list], Any] | None
 _JSON_TYPES = {list: "array", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
 
 
+def unusable_folder(path: str | Path) -> str | None:
+    """Says why files cannot be written into a folder `path`, which need not exist yet; None if they can. Tried with a
+    temporary folder in it, or in the one that it would be made in."""
+    path = Path(path).expanduser().absolute()
+    try:
+        existing = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+        if not existing.is_dir():
+            kind = "a broken link" if existing.is_symlink() and not existing.exists() else "a file"
+            return f"{existing} is {kind}, no folder"
+        with tempfile.TemporaryDirectory(prefix=".wallx_jax.", dir=existing):
+            return None
+    except OSError as error:
+        return f"{error.filename or path} cannot be written ({error.strerror})"
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """`with atomic_file(path) as file:` writes bytes that appear at `path` only when the block has succeeded."""

@@ -169,14 +169,15 @@ class LoopConfig:
     profile_warmup_iters: int
     profile_active_iters: int
 
-    def total_steps(self, updates_per_epoch: int) -> int:
-        """Updates until the run ends: num_training_steps or num_epoch epochs, whichever comes first."""
-        limits = [self.num_training_steps, self.num_epoch * updates_per_epoch]
-        return min(limit for limit in limits if limit)
+    def total_steps(self, frames: int, global_batch: int) -> int:
+        """Updates until the run ends: num_training_steps or num_epoch passes over the training frames, whichever comes
+        first. The last pass is a whole one, so that up to an update more is made."""
+        passes = -(-self.num_epoch * max(frames, 1) // global_batch)
+        return min(limit for limit in (self.num_training_steps, passes) if limit)
 
-    def decay_steps(self, updates_per_epoch: int) -> int:
+    def decay_steps(self, frames: int, global_batch: int) -> int:
         """Updates over which the learning rate falls: num_training_steps, even where num_epoch ends the run earlier."""
-        return self.num_training_steps or self.total_steps(updates_per_epoch)
+        return self.num_training_steps or self.total_steps(frames, global_batch)
 
 
 @dataclass(frozen=True)

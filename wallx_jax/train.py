@@ -44,7 +44,7 @@ from wallx_jax.training.flops import update_flops
 from wallx_jax.training.interruption import EXIT_CODE, Interrupted, StopRequest
 from wallx_jax.training.loop import NonFiniteError, Steps, abstract_batch, run_loop
 from wallx_jax.training.metrics import MetricWriter
-from wallx_jax.training.optimizer import is_trainable
+from wallx_jax.training.optimizer import check_patterns, is_trainable
 from wallx_jax.training.plan import Length, make_plan
 from wallx_jax.training.progress import Progress
 from wallx_jax.training.state import TrainState, keep_gradients
@@ -79,6 +79,7 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
         Interrupted: SIGTERM or SIGINT came while training; a checkpoint has been saved.
     """
     settings = start.resumable(resolve(config))
+    preflight.check_folders(settings)
     distributed.initialize(settings.distributed)
     devices.require(settings.platform)
     if dry_run:
@@ -99,8 +100,9 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
     order = start.data_order(parts, [len(train) for train, _ in sources], global_batch, loop.seed)
     start.check_same_order(origin, order)
     share, shares = sharding.data_share(mesh)
-    updates_per_epoch = max(sum(len(train) for train, _ in sources) // global_batch, 1)
-    total_steps, decay_steps = loop.total_steps(updates_per_epoch), loop.decay_steps(updates_per_epoch)
+    epoch = sum(len(train) for train, _ in sources)
+    total_steps, decay_steps = loop.total_steps(epoch, global_batch), loop.decay_steps(epoch, global_batch)
+    noted += preflight.check_length(settings, epoch, global_batch, total_steps)
     numbers = range(len(parts)) if len(parts) > 1 else [None]
     streams = [
         samples(train, processor, loop.seed, build_augment(part.settings), number)
@@ -110,8 +112,9 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
     batches = Batches(stream, global_batch // shares, settings.data.num_workers, share, shares)
 
     abstract = start.abstract_state(origin.config, settings.optim, decay_steps, mesh)
+    check_patterns(settings.optim, abstract.params)
     frames = [(len(train), len(held)) for train, held in sources]
-    length = Length(global_batch, updates_per_epoch, total_steps, decay_steps)
+    length = Length(global_batch, epoch, total_steps, decay_steps)
     plan = make_plan(parts, origin, processors[0].config, abstract, mesh, frames, length)
     if dry_run:
         batches.close()

@@ -92,13 +92,30 @@ def join(parts: Iterable[Slice], features: Features) -> str:
 def dim_names(vector: str, features: Features) -> list[str]:
     """What the dataset calls each dim; where it says nothing its number, with its feature in a joined vector."""
     parts = locate(vector, features)
-    named = []
-    for part in parts:
+    joined = len(parts) > 1
+    numbers = (f"{part.feature}[{dim}]" if joined else str(dim) for part in parts for dim in range(*_span(part)))
+    return [number if name is None else name for name, number in zip(own_names(vector, features), numbers, strict=True)]
+
+
+def own_names(vector: str, features: Features) -> list[str | None]:
+    """What the dataset calls each dim; None where it says nothing."""
+    named: list[str | None] = []
+    for part in locate(vector, features):
         names, count = features[part.feature].get("names"), widths(features)[part.feature]
         if isinstance(names, Mapping):  # {"motors": [...]}, or {name: number}
             lists = [value for value in names.values() if isinstance(value, list)]
             names = lists[0] if lists else list(names)
-        if not names or len(names) != count:
-            names = [f"{part.feature}[{i}]" if len(parts) > 1 else str(i) for i in range(count)]
-        named += [str(name) for name in names[part.start : part.stop]]
+        said = isinstance(names, list) and len(names) == count
+        named += [str(names[dim]) if said else None for dim in range(*_span(part))]
     return named
+
+
+def place(vector: str, dim: int, features: Features) -> str:
+    """Where a dim of a vector is in the dataset: "action[5:6]"."""
+    places = [(part.feature, place) for part in locate(vector, features) for place in range(*_span(part))]
+    feature, start = places[dim]
+    return f"{feature}[{start}:{start + 1}]"
+
+
+def _span(part: Slice) -> tuple[int, int]:
+    return part.start, part.stop

@@ -14,6 +14,7 @@ import tiny_run
 import wallx_jax.train
 from wallx_jax import tree
 from wallx_jax.config import ConfigError
+from wallx_jax.data.errors import DatasetError
 from wallx_jax.data.fast import FastTokenizer
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.models.wallx import abstract_params
@@ -39,9 +40,9 @@ def plan_of(model_dir, dataset_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Weights, "read", refuse)
     monkeypatch.setattr(LeRobotSource, "__getitem__", refuse)
 
-    def call(model=model_dir, **changes):
+    def call(model=model_dir, save_path=tmp_path / "run", **changes):
         changes = {"mesh__fsdp": 2} | changes
-        config = tiny_run.run_config(model, dataset_dir, tmp_path / "run", **changes)
+        config = tiny_run.run_config(model, dataset_dir, save_path, **changes)
         assert wallx_jax.train.run(config, dry_run=True) is None
         assert not (tmp_path / "run").exists()
         return capsys.readouterr().out
@@ -59,7 +60,7 @@ def test_the_plan(plan_of, model_dir):
     assert "face_view = observation.images.cam_high 64x96 read at 56x84" in text
     # 2 samples x 2 devices x 3; an update takes more than half an epoch of 20 frames.
     assert "batch        12 = 2 samples x 2 copies x 3 micro-batches; 2 x cpu, mesh data 1, fsdp 2, tensor 1" in text
-    assert "length       20 updates of 12 samples, 1 per epoch: 20 epochs" in text
+    assert "length       20 updates of 12 samples, 1.667 per epoch: 12 epochs" in text
     assert re.search(r"rate +(vlm|action_expert), peak 0\.001; .*: 0 at 0, 0\.001 at 5, .*, 0\.0001 at 20\n", text)
     sizes = re.search(r"parameters ([\d.]+) MiB, gradients ([\d.]+) MiB, optimizer ([\d.]+) MiB", text)
     parameters, gradients, optimizer = map(float, sizes.groups())
@@ -99,6 +100,13 @@ def test_fast_tokens(plan_of, dataset_dir, tmp_path):
 def test_what_is_wrong_is_an_error_as_in_a_real_run(plan_of, model_dir, tmp_path):
     for changes, error, match in (
         ({"dof_config": {"arm": 13}}, ConfigError, "sums to 13.*has 14"),
+        ({"learning_rates": ("^vison/=1e-5",)}, ConfigError, r"'\^vison/' matches no parameter .*\"vision\""),
+        ({"lora__rank": 2, "lora__targets": ("decoder/", "visoin")}, ConfigError, "'visoin' matches no linear layer"),
+        (
+            {"action_horizon": 9},
+            DatasetError,
+            "all 4 are shorter than the horizon of 9 .* has 8; lower",
+        ),
         ({"max_length": 20}, ConfigError, "raise max_length"),
         ({"mesh__fsdp": 3}, ValueError, "does not fit 2 devices"),
         ({"platform": "tpu"}, wallx_jax.train.devices.DeviceError, "asks for the TPU"),
@@ -112,6 +120,36 @@ def test_what_is_wrong_is_an_error_as_in_a_real_run(plan_of, model_dir, tmp_path
     with pytest.raises(WeightsError):
         plan_of(broken)
     assert not (tmp_path / "run").exists()
+
+
+def test_folders_that_cannot_be_written_are_found(plan_of, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    folders = {"save_path": "file", "frame_cache": "file/below", "profile_save_path": "link"}
+    with pytest.raises(ConfigError) as error:
+        plan_of(profile=True, **{key: str(tmp_path / name) for key, name in folders.items()})
+    assert [re.split(": | = ", text)[0] for text in error.value.errors] == list(folders)
+    assert error.value.errors[0].endswith(f"{tmp_path / 'file'} is a file, no folder; choose another folder")
+    assert error.value.errors[1].endswith(f"{tmp_path / 'file'} is a file, no folder; choose another folder")
+    assert error.value.errors[2].endswith(f"{tmp_path / 'link'} is a broken link, no folder; choose another folder")
+    with pytest.raises(ConfigError, match="save_path = '/proc/x/run': .*cannot be written"):
+        plan_of(save_path="/proc/x/run")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] != "m") == ["file", "link"]
+
+
+def test_what_cannot_be_meant_is_said(plan_of):
+    text = plan_of(num_training_steps=20, num_warmup_steps=20, gradient_accumulation_steps=6)
+    assert (
+        "settings: warning  num_warmup_steps: 20 updates of warm-up in a run of 20: the peak is never reached; lower it"
+    ) in text
+    assert "settings: warning  batch_size_per_gpu: an update has 24 samples, more than there are training fr" in text
+    text = plan_of(num_training_steps=20, num_warmup_steps=19, gradient_accumulation_steps=5)
+    assert "settings: " not in text
+
+
+def test_epochs_are_passes_over_the_frames(plan_of):
+    text = plan_of(num_training_steps=None, num_epoch=10, gradient_accumulation_steps=4)
+    assert "length       13 updates of 16 samples, 1.25 per epoch: 10.4 epochs" in text
 
 
 @pytest.mark.slow

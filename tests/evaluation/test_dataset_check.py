@@ -370,7 +370,11 @@ def colors(file):
 def test_script(script, root, tmp_path):
     out = tmp_path / "out"
     code, text = script(f"--dataset={root}", f"--output={out}", "--decode=12")
-    assert code == 0 and "warning  episodes: 4 of 4 are shorter" in text and f"report.json in {out}" in text
+    assert (
+        code == 0
+        and "warning  episodes: 3 of 4 are shorter than the horizon of 8" in text
+        and f"report.json in {out}" in text
+    )
     report = json.loads((out / "report.json").read_text())
     assert report["frames_looked_at"] == 12 and set(report["cameras"]) == {HIGH, WRIST}
     for name in ("contact_sheet", "dimensions", "trace"):

@@ -8,12 +8,12 @@ import pytest
 import tiny_run
 
 from wallx_jax import tree
-from wallx_jax.config import resolve
+from wallx_jax.config import ConfigError, resolve
 from wallx_jax.models.config import PRESETS
 from wallx_jax.models.wallx import abstract_params
 from wallx_jax.run_config import MeshConfig
 from wallx_jax.training import parts, plan, sharding, start
-from wallx_jax.training.optimizer import is_trainable
+from wallx_jax.training.optimizer import check_patterns, is_trainable
 from wallx_jax.training.state import create_state
 
 TINY = PRESETS["tiny"]
@@ -58,3 +58,54 @@ def test_memory_is_what_a_placed_state_takes(axes, changes):
     assert memory == plan.Memory(*map(on_first_device, (state.params, trained, state.opt_state)))
     summed = plan.memory_of(start.abstract_state(model, optim, 10, mesh), optim, 4)
     assert summed.gradients == 2 * memory.gradients, "float32 gradients and their float32 sum"
+
+
+def check(**changes):
+    optim = optim_of(**changes)
+    check_patterns(optim, abstract_params(dataclasses.replace(TINY, lora=optim.lora)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "messages"),
+    [
+        ({"learning_rates": ("^vison/=1e-5",)}, ["'^vison/' matches no parameter (did you mean \"vision\"?)"]),
+        ({"learning_rates": ("decoder/layer/attn=1",)}, ['matches no parameter (did you mean "decoder/layers/attn"?)']),
+        (
+            {"learning_rates": ("^zzz/=1e-5", "^vision/=1e-5", "xx=1")},
+            ["'^zzz/' matches no parameter; the first part of a path is one of ['action', 'decoder'", "'xx'"],
+        ),
+        (
+            {"learning_rates": ("^vision/=1e-5",), "freeze_vlm": True},
+            ["'^vision/' matches frozen parameters alone, such as 'vision/"],
+        ),
+        (
+            {"learning_rates": ("/attn/q/kernel=1e-5",), "lora__rank": 2},
+            ["matches frozen parameters alone, such as 'decoder/layers/attn/q/kernel'"],
+        ),
+        (
+            {"learning_rates": ("^vision/=1e-5", "^decoder/=1e-5", "merger|decoder/norm=1e-6")},
+            ["'merger|decoder/norm' matches only what ['^decoder/', '^vision/'] took before it"],
+        ),
+        (
+            {"lora__rank": 2, "lora__targets": ("decoder/layers/attn/", "visoin/blocks")},
+            ["'visoin/blocks' matches no linear layer that gets an adapter (did you mean \"vision/blocks"],
+        ),
+        (
+            {"lora__rank": 2, "lora__targets": ("decoder/layers/attn/", "^action/w1")},
+            ["'^action/w1' matches no linear layer that gets an adapter; the action heads never get one"],
+        ),
+        ({"lora__rank": 2, "lora__targets": ("vision/", "one", "two")}, ["'one' matches no", "'two' matches no"]),
+    ],
+)
+def test_patterns_without_an_effect_are_named(changes, messages):
+    with pytest.raises(ConfigError) as error:
+        check(**changes)
+    found = error.value.errors
+    assert len(found) == len(messages) and all(text in line for text, line in zip(messages, found, strict=True)), found
+
+
+def test_patterns_with_an_effect_pass():
+    check(learning_rates=("attn/q/lora_a=1e-5", "mlp/.*/lora=1e-6", "^decoder/=1e-4"), lora__rank=2)
+    check(learning_rates=("^vision/blocks/=1e-5", "^vision/=1e-6"))
+    check(learning_rates=("^action/=1e-5", "mlp/action=1e-4"), freeze_vlm=True)
+    check(lora__targets=("nothing without a rank",))

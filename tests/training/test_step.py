@@ -369,6 +369,15 @@ def test_adafactor_keeps_hardly_any_moments():
     assert moments < 0.01 * params
 
 
+@pytest.mark.parametrize("peak", [1e-3, 7e-4, 1e-5])
+def test_every_peak_falls_to_the_same_share_of_itself(peak):
+    """min_lr is what is left of learning_rate."""
+    config = dataclasses.replace(OPTIM, learning_rate=1e-3, min_lr=1e-4, warmup_steps=3)
+    rate = schedule(peak, config, 10)
+    np.testing.assert_allclose([rate(3), rate(10)], [peak, 0.1 * peak], rtol=1e-5)
+    assert rate(9) > 0.1 * peak, "the last update's"
+
+
 def test_learning_rates_by_pattern():
     config = dataclasses.replace(
         OPTIM, action_expert_learning_rate=7e-4, learning_rates=(("^vision/", 1e-5), ("mlp/action/down", 2e-5))

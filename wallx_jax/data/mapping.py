@@ -4,6 +4,7 @@ import dataclasses
 
 from wallx_jax import vectors
 from wallx_jax.config import ConfigError, nearest
+from wallx_jax.data import naming
 from wallx_jax.data.metadata import DatasetInfo, is_depth
 from wallx_jax.run_config import Camera, RunConfig
 
@@ -15,8 +16,9 @@ def check_dataset(run: RunConfig, info: DatasetInfo) -> RunConfig:
     """Checks cameras, state and action of a dataset against the configuration.
 
     A camera may be written without its "observation.images." prefix. An empty dof_config becomes one group of all the
-    action's dimensions; an empty agent_pos_config becomes dof_config where that fits the state, else one group. Where a
-    table says places in the dataset, its dims are counted, and its key becomes the vector of those places.
+    action's dimensions; an empty agent_pos_config becomes dof_config where that fits the state and its names, else one
+    group. Where a table says places in the dataset, its dims are counted, and its key becomes the vector of those
+    places. Names that stand where the dataset has others of them are refused: see `data.naming`.
 
     Returns:
         `run` with camera keys, state, action and dimension groups completed.
@@ -35,7 +37,7 @@ def check_dataset(run: RunConfig, info: DatasetInfo) -> RunConfig:
     dof, action_key = _vector("dof_config", robot.dof, "action_key", data.action_key, info, errors)
     agent_pos, state_key = _vector("agent_pos_config", robot.agent_pos, "state_key", data.state_key, info, errors)
     if not robot.agent_pos and not _says_places(robot.dof) and _total(agent_pos) in (0, _total(robot.dof)):
-        agent_pos = dof
+        agent_pos = agent_pos if _total(agent_pos) and naming.misplaced(dof, state_key, info) else dof
     actions, states = dict(dof), dict(agent_pos)
     for setting, keys, table, groups in (
         ("predict_action_keys", robot.predict_keys, "dof_config", actions),
@@ -50,6 +52,10 @@ def check_dataset(run: RunConfig, info: DatasetInfo) -> RunConfig:
                 f"relative_action_keys: {key!r} has {actions[key]} dims in dof_config and {states[key]} in "
                 "agent_pos_config; an action is relative to a state of as many dims"
             )
+    if not errors and robot.relative_keys:
+        relative_to = dataclasses.replace(robot, dof=dof, agent_pos=agent_pos).relative_to()
+        if wrong := naming.mistaken(relative_to, action_key, state_key, info):
+            errors.append(f"relative_action_keys: {wrong}")
     if not any(task.strip() for task in info.tasks.values()):
         errors.append(f"{info.repo_id} has no instructions: every sample needs a task text")
     if errors:
@@ -127,6 +133,8 @@ def _vector(
             f"{setting} sums to {_total(groups)} dims {dict(groups)}, but {key!r} of {info.repo_id} has {dims}; "
             f"correct {setting}, or leave it empty to use all {dims}"
         )
+    elif table and (wrong := naming.misplaced(table, key, info)):
+        errors.append(f"{setting}: {wrong}")
     return groups, key
 
 

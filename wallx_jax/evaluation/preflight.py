@@ -1,12 +1,52 @@
-"""What would stop a run after its weights are loaded, found in its datasets before."""
+"""What would stop a run after its weights are loaded, or make no sense, found in settings and datasets before."""
 
 from collections.abc import Sequence
 
+from wallx_jax.config import ConfigError
 from wallx_jax.data.errors import DatasetError, FrameError
 from wallx_jax.data.mixture import Part
 from wallx_jax.evaluation import findings
 from wallx_jax.evaluation.dataset_check import check_tables
-from wallx_jax.evaluation.findings import ERROR, OK, Finding
+from wallx_jax.evaluation.findings import ERROR, OK, WARNING, Finding
+from wallx_jax.files import unusable_folder
+from wallx_jax.run_config import RunConfig
+
+
+def check_folders(run: RunConfig) -> None:
+    """Can the folders that a run writes be written?
+
+    Raises:
+        ConfigError: naming every setting whose folder cannot, and why.
+    """
+    folders = {"save_path": run.loop.save_path, "frame_cache": run.data.frame_cache}
+    if run.loop.profile:
+        folders["profile_save_path"] = run.loop.profile_save_path
+    found = {key: unusable_folder(path) for key, path in folders.items() if path is not None}
+    errors = [f"{key} = {folders[key]!r}: {why}; choose another folder" for key, why in found.items() if why]
+    if errors:
+        raise ConfigError(*errors)
+
+
+def check_length(run: RunConfig, frames: int, global_batch: int, total_steps: int) -> list[tuple[str, Finding]]:
+    """Looks for lengths that cannot be meant.
+
+    Args:
+        frames: training frames of all datasets.
+        global_batch: samples of an update.
+        total_steps: updates of the run.
+
+    Returns:
+        ("settings", finding) of each.
+    """
+    found = []
+    if run.optim.warmup_steps >= total_steps:
+        text = f"{run.optim.warmup_steps:,} updates of warm-up in a run of {total_steps:,}: the peak is never reached"
+        found.append(Finding(WARNING, "num_warmup_steps", text, "lower it, or train longer"))
+    if global_batch > frames:
+        text = f"an update has {global_batch:,} samples, more than there are training frames, {frames:,}"
+        remedy = "lower batch_size_per_gpu or gradient_accumulation_steps"
+        found.append(Finding(WARNING, "batch_size_per_gpu", text, remedy))
+    return [("settings", finding) for finding in found]
 
 
 def check(parts: Sequence[Part]) -> list[tuple[str, Finding]]:

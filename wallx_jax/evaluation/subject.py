@@ -17,6 +17,7 @@ from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.mapping import check_dataset
 from wallx_jax.data.metadata import DatasetInfo, read_info
 from wallx_jax.data.pipeline import split_frames
+from wallx_jax.files import unusable_folder
 from wallx_jax.inference.load import load_policy
 from wallx_jax.inference.policy import Policy
 from wallx_jax.training import checkpoint_dir, start
@@ -47,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", help="configuration file as for training, e.g. configs/aloha.py; tells a model directory its robot"
     )
+
+
+def output_folder(text: str) -> Path:
+    """The type of an argument that names a folder to write, found to be unusable before anything is computed."""
+    if why := unusable_folder(text):
+        raise argparse.ArgumentTypeError(f"{why}; choose another folder")
+    return Path(text).expanduser()
 
 
 def run(main: Callable[[], None]) -> None:

@@ -1,17 +1,19 @@
 """AdamW or Adafactor with learning-rate groups and freezing; the schedule counts optimizer updates.
 
 Upstream's scheduler ticks once per process and per update, so its 100 warm-up "steps" are 100 / processes updates
-here; and with groups it divides min_lr by 1e-3 instead of the base rate. Neither is reproduced.
+here; and with groups it lets each peak fall to min_lr / 1e-3 of itself, instead of min_lr / learning_rate. Neither is
+reproduced.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from wallx_jax import tree
+from wallx_jax.config import ConfigError, nearest
 from wallx_jax.models.lora import is_adapter
 from wallx_jax.models.stack import stacked_path
 from wallx_jax.run_config import OptimConfig
@@ -53,9 +55,58 @@ def is_trainable(config: OptimConfig) -> Callable[[str], bool]:
     return lambda path: group_of(path, config) != "frozen"
 
 
+def check_patterns(config: OptimConfig, params: tree.Tree) -> None:
+    """Checks that each pattern of `learning_rates` and each of `lora.targets` has an effect on these parameters, with
+    their adapters.
+
+    Raises:
+        ConfigError: naming every pattern that has none, why, and the nearest path.
+    """
+    paths = [stacked_path(path) for path in tree.flatten(params)]
+    trained, errors = is_trainable(config), []
+    given: dict[str, str] = {}  # path -> the pattern whose rate it has
+    for pattern, _ in config.learning_rates:
+        entry = f"learning_rates: {pattern!r}"
+        matched = [path for path in paths if re.search(pattern, path)]
+        trainable = [path for path in matched if trained(path)]
+        if not matched:
+            errors.append(f"{entry} matches no parameter{_nearest_path(pattern, paths)}")
+        elif not trainable:
+            errors.append(f"{entry} matches frozen parameters alone, such as {matched[0]!r}; leave it out")
+        elif all(path in given for path in trainable):
+            earlier = list(dict.fromkeys(given[path] for path in trainable))
+            errors.append(
+                f"{entry} matches only what {earlier} took before it, the first match counts; put it before, or leave "
+                "it out"
+            )
+        for path in trainable:
+            given.setdefault(path, pattern)
+    adapted = [path.removesuffix("/lora_a") for path in paths if path.endswith("/lora_a")]
+    layers = [path.removesuffix("/kernel") for path in paths if path.endswith("/kernel")]
+    for target in config.lora.targets if adapted else ():
+        if not any(re.search(target, layer) for layer in adapted):
+            heads = any(re.search(target, layer) for layer in layers)
+            why = "; the action heads never get one, they are trained themselves" if heads else ""
+            errors.append(
+                f"lora.targets: {target!r} matches no linear layer that gets an adapter"
+                f"{why or _nearest_path(target, layers)}"
+            )
+    if errors:
+        raise ConfigError(*errors)
+
+
+def _nearest_path(pattern: str, paths: Sequence[str]) -> str:
+    """The path, or beginning of paths, that a pattern is closest to."""
+    parts = [path.split("/") for path in paths]
+    known = dict.fromkeys("/".join(part[:length]) for part in parts for length in range(1, len(part) + 1))
+    return nearest(re.sub(r"[\\^$.*+?|()\[\]{}]", "", pattern).strip("/"), list(known)) or (
+        f"; the first part of a path is one of {sorted({part[0] for part in parts})}"
+    )
+
+
 def schedule(peak: float, config: OptimConfig, decay_steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 to `peak`, then a cosine that ends at update `decay_steps`, at the fraction
-    min_lr / learning_rate of the peak."""
+    """Linear warm-up from 0 to `peak`, then a cosine to the fraction min_lr / learning_rate of the peak: min_lr itself
+    where the peak is learning_rate. It is there after `decay_steps` updates, the last of which is made just above."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=peak,

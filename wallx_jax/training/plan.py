@@ -25,10 +25,10 @@ from wallx_jax.training.state import TrainState
 
 @dataclass(frozen=True)
 class Length:
-    """Samples of a whole update, updates of an epoch, of the run, and until the learning rate has fallen."""
+    """Samples of a whole update and of an epoch; updates of the run, and until the learning rate has fallen."""
 
     global_batch: int
-    updates_per_epoch: int
+    epoch: int
     total_steps: int
     decay_steps: int
 
@@ -88,8 +88,8 @@ class Plan:
                 f"sample       {sample['prompt']} prompt tokens "
                 f"({sum(sample['images'].values())} of images: {views}{fast}){actions}",
                 f"batch        {self.batch}",
-                f"length       {updates}, {length.updates_per_epoch:,} per epoch: "
-                f"{length.total_steps / length.updates_per_epoch:.3g} epochs",
+                f"length       {updates}, {length.epoch / length.global_batch:.4g} per epoch: "
+                f"{length.total_steps * length.global_batch / length.epoch:.3g} epochs",
                 f"rate         {groups}; the curve of learning_rate: {curve}",
                 "parameters",
                 *(f"  {line}" for line in parts.table(self.rows)),
