@@ -79,7 +79,6 @@ def dataset_config() -> ConfigDict:
         views = {key.removeprefix(IMAGE_PREFIX).replace(".", "_"): key for key in cameras}
         config.camera_views, config.resolution = views, dict.fromkeys(views, -1)
         config.prompt.view_names = dict.fromkeys(views, "view")  # any words: these are names of cameras, none misspelt
-        config.action_horizon = min(config.action_horizon, int(info.episode_lengths.max()))  # nobody has chosen one
     return config
 
 

@@ -372,7 +372,7 @@ def test_script(script, root, tmp_path):
     code, text = script(f"--dataset={root}", f"--output={out}", "--decode=12")
     assert (
         code == 0
-        and "warning  episodes: 3 of 4 are shorter than the horizon of 8" in text
+        and "warning  episodes: all 4 are shorter than the horizon of 32" in text
         and f"report.json in {out}" in text
     )
     report = json.loads((out / "report.json").read_text())

@@ -73,8 +73,8 @@ class Vector:
 def of_lengths(info: DatasetInfo, horizon: int) -> Iterator[Finding]:
     if (longest := int(info.episode_lengths.max())) < horizon:
         text = f"all {info.num_episodes} are shorter than the horizon of {horizon} frames, the longest has {longest}"
-        remedy = f"lower action_horizon to at most {longest}: what is beyond was never recorded, in any sample"
-        yield Finding(ERROR, "episodes", text, remedy, stops_training=True)
+        remedy = f"lower action_horizon to at most {longest}: every chunk ends in repetitions of the last action"
+        yield Finding(WARNING, "episodes", text, remedy)
     elif short := int((info.episode_lengths < horizon).sum()):
         text = f"{short} of {info.num_episodes} are shorter than the horizon of {horizon} frames"
         yield Finding(WARNING, "episodes", text, "lower action_horizon: past the end a chunk repeats the last action")
