@@ -409,5 +409,5 @@ def test_what_the_disk_refuses_is_one_line(model_dir, dataset_dir, tmp_path):
     (tmp_path / "file").touch()
     cached = tiny_run.run_config(model_dir, dataset_dir, tmp_path / "a", frame_cache=str(tmp_path / "file"))
     for config in (tiny_run.run_config(model_dir, dataset_dir, tmp_path / "file" / "run"), cached):
-        with pytest.raises(SystemExit, match=r"^error: .*file"):
+        with pytest.raises(SystemExit, match=r"^error: .*\n.* is a file, no folder"):
             wallx_jax.train.main(config)
