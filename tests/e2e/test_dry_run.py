@@ -133,9 +133,7 @@ def test_folders_that_cannot_be_written_are_found(plan_of, tmp_path):
 
 def test_what_cannot_be_meant_is_said(plan_of):
     text = plan_of(num_training_steps=20, num_warmup_steps=20, gradient_accumulation_steps=6, action_horizon=9)
-    assert (
-        "warning  episodes: all 4 are shorter than the horizon of 9 frames, the longest has 8; lower" in text
-    )
+    assert "warning  episodes: all 4 are shorter than the horizon of 9 frames, the longest has 8; lower" in text
     assert (
         "settings: warning  num_warmup_steps: 20 updates of warm-up in a run of 20: the peak is never reached; lower it"
     ) in text
