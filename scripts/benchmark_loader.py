@@ -128,7 +128,7 @@ def prepare(root: Path, folder: Path) -> tuple[Part, Processor]:
     (part,) = open_parts(resolve(c))
     tokenizer = demo_assets.write_tokenizer(folder / "tokenizer")
     stats = load_stats(part.settings, part.source)
-    return part, build_processor(part.settings, part.info, tokenizer, None, stats, CHANNELS, CHANNELS)
+    return part, build_processor(part.settings, part.source, tokenizer, None, stats, CHANNELS, CHANNELS)
 
 
 def steady(batches: Iterator[Any], batch: int, workers: int, seconds: float) -> dict[str, float]:

@@ -34,13 +34,23 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if data.startswith(LFS_POINTER):
         raise ValueError(f"{path} is a Git LFS pointer, not the file; fetch it with `git lfs pull`")
     try:
-        content = json.loads(data.decode("utf-8-sig"))
+        content = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_no_key_twice)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON (line {error.lineno}: {error.msg}); copy it again") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); copy it again") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not sound JSON ({error}); copy it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {_JSON_TYPES[type(content)]}; expected an object")
+    return content
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there more than once")
     return content
 
 

@@ -191,7 +191,7 @@ def plan_parts(parts: Sequence[Part]) -> tuple[Origin, tuple[Processor, ...]]:
     for part in parts:
         stats = load_stats(part.settings, part.source)
         channels = (action.state_dim, action.action_dim)
-        fresh.append(build_processor(part.settings, part.info, origin.tokenizer, fast, stats, *channels))
+        fresh.append(build_processor(part.settings, part.source, origin.tokenizer, fast, stats, *channels))
     return origin, in_one_layout(parts, fresh)
 
 
