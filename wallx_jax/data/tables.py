@@ -321,16 +321,21 @@ class _TaskLists:
     """The instructions that meta/episodes lists for each episode."""
 
     def __init__(self, info: DatasetInfo):
-        self._most = max(info.tasks, default=0) + 1
         episodes, tasks = info.listed_tasks.T
-        self._episodes, self._pairs = np.unique(episodes), np.unique(episodes * self._most + tasks)
+        self._episodes, self._tasks = np.unique(episodes), np.array(sorted(info.tasks), np.int64)
+        self._pairs = np.unique(self._pair(episodes, tasks))
 
     def contradict(self, episodes: np.ndarray, tasks: np.ndarray) -> np.ndarray:
         """Tells which rows, given by `episode_index` and `task_index` (int [n]), have a task that is not listed for
         their episode, bool [n]; where nothing is listed none has."""
-        pairs, place = np.unique(episodes * self._most + tasks, return_inverse=True)
-        wrong = np.isin(pairs // self._most, self._episodes) & ~np.isin(pairs, self._pairs)
-        return wrong[place]
+        runs = np.flatnonzero(np.r_[len(tasks) > 0, (np.diff(episodes) != 0) | (np.diff(tasks) != 0)])
+        counts, episodes, tasks = np.diff(runs, append=len(tasks)), episodes[runs], tasks[runs]
+        wrong = np.isin(episodes, self._episodes) & ~np.isin(self._pair(episodes, tasks), self._pairs)
+        return np.repeat(wrong, counts)
+
+    def _pair(self, episodes: np.ndarray, tasks: np.ndarray) -> np.ndarray:
+        """A number for each pair, made of places rather than of the numbers themselves, which may be large."""
+        return np.searchsorted(self._episodes, episodes) * len(self._tasks) + np.searchsorted(self._tasks, tasks)
 
 
 def _files_of(root: Path, template: str) -> list[Path]:
