@@ -1,6 +1,6 @@
 # On a fresh machine with python3 (3.11 or 3.12) each of these works at once:
 #
-#   make demo       records, trains and evaluates a tiny model on the CPU; about 1.2 GB of packages, no PyTorch
+#   make demo       records, trains and evaluates a tiny model on the CPU; about 1.1 GB of packages, no PyTorch
 #   make test       all tests, with lerobot and PyTorch as references
 #   make test-fast  those that take seconds
 #   make lint       ruff

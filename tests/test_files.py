@@ -9,12 +9,6 @@ from wallx_jax.files import read_json_object, read_text
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [file for name in ("wallx_jax", "scripts", "convert", "configs") for file in (ROOT / name).rglob("*.py")]
-# Not yet through wallx_jax.files.
-WAITING = {
-    ROOT / "wallx_jax" / name
-    for name in ("training/start.py", "training/checkpoint.py", "training/checkpoint_dir.py", "data/processor.py",
-                 "inference/load.py")
-}  # fmt: skip
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
 
 
@@ -79,7 +73,7 @@ def text_calls(file: Path) -> list[ast.Call]:
 def test_text_files_are_utf8_whatever_the_locale():
     """Who names no encoding leaves it to the locale."""
     unspecified = []
-    for file in set(SOURCES) - WAITING:
+    for file in SOURCES:
         for call in text_calls(file):
             given = [*call.args, *(keyword.value for keyword in call.keywords)]
             if not any(isinstance(value, ast.Constant) and value.value == "utf-8" for value in given):
@@ -90,7 +84,7 @@ def test_text_files_are_utf8_whatever_the_locale():
 def test_small_files_are_read_in_one_place():
     """json.loads of a file's text names no file: `files.read_json_object` does."""
     elsewhere = []
-    for file in set(SOURCES) - WAITING - {ROOT / "scripts" / "torch_reference.py"}:  # runs without our package
+    for file in set(SOURCES) - {ROOT / "scripts" / "torch_reference.py"}:  # runs without our package
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             call = ast.unparse(node) if isinstance(node, ast.Call) else ""
             if call.startswith(("json.load", "yaml.load")) and ("read_text" in call and "read_text(path)" not in call):

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,12 +40,15 @@ def read_text(path: Path) -> str:
     return text
 
 
-def read_json_object(path: Path, object_pairs_hook: Callable[[list], Any] | None = None) -> dict[str, Any]:
-    """Reads a small JSON file that holds an object; raises as `read_text`, and ValueError where it is cut off or holds
-    something else. `object_pairs_hook`: as in `json.loads`."""
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Reads a small JSON file that holds an object.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_text`; also where it is cut off, has a key twice or holds something else.
+    """
     text = read_text(path)
     try:
-        content = json.loads(text, object_pairs_hook=object_pairs_hook)
+        content = json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         is_cut_off = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
         what = "it is cut off" if is_cut_off else f"unexpected text at column {error.colno}"
@@ -55,6 +58,19 @@ def read_json_object(path: Path, object_pairs_hook: Callable[[list], Any] | None
         raise ValueError(f"{path} is malformed ({what}); copy it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {_JSON_TYPES[type(content)]}; expected an object, copy it again")
+    return content
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An `object_pairs_hook` of json.loads, which by itself takes the last of several values.
+
+    Raises:
+        ValueError: a key is there more than once.
+    """
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
     return content
 
 

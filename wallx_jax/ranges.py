@@ -15,6 +15,8 @@ def parse_ranges(text: str) -> tuple[tuple[int, int | None], ...]:
     Raises:
         ValueError: an entry has another form or holds no number.
     """
+    if not isinstance(text, str):
+        raise ValueError(f"{text!r} is no text; write e.g. '0:50,60'")
     ranges = []
     for entry in text.split(","):
         match = re.fullmatch(r"(\d+)|(\d*):(\d*)", entry.strip())

@@ -3,6 +3,7 @@ import os
 import pickle
 import shutil
 
+import edits
 import numpy as np
 import pytest
 import synthetic
@@ -134,6 +135,25 @@ def test_another_dataset_at_the_same_path_has_another_cache(dataset_dir, tmp_pat
     assert len({first, folder(), folder("0:3")}) == 3
     video.write_bytes(next((dataset_dir / "videos").rglob("*.mp4")).read_bytes())
     assert folder() == first
+
+
+def test_a_picture_that_is_replaced_has_another_cache(tmp_path):
+    root = synthetic.write_dataset(tmp_path / "dataset", camera_type="image")
+    (root / "images").mkdir()
+    for camera in CAMERAS:
+        rows = edits.column(root, edits.DATA, camera)
+        for number, row in enumerate(rows):
+            (root / f"images/{camera}_{number}.png").write_bytes(row["bytes"])
+        links = [{"bytes": None, "path": f"images/{camera}_{number}.png"} for number in range(len(rows))]
+        edits.set_column(root, edits.DATA, camera, links)
+
+    def folder():
+        return CachedSource(LeRobotSource(read_info(root), 3, CAMERAS), CONFIG, tmp_path / "c").folder
+
+    before = folder()
+    assert folder() == before
+    shutil.copy(root / f"images/{CAMERAS[0]}_3.png", root / f"images/{CAMERAS[0]}_4.png")
+    assert folder() != before
 
 
 def test_a_full_disk_is_one_error_and_leaves_nothing(source, tmp_path, monkeypatch):

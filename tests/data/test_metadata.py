@@ -146,6 +146,18 @@ FIELDS = {
     "feature text": (lambda c: c["features"].update(action="float32"), "feature 'action' is \"float32\""),
     "video_path missing": (lambda c: c.pop("video_path"), "'video_path' is null, expected a path"),
     "data_path": (lambda c: c.update(data_path="data/{episode}.parquet"), "'data_path' is .*expected a path"),
+    "data_path absolute": (
+        lambda c: c.update(data_path="/data/{file_index}"),
+        "'data_path' is .*expected a path below",
+    ),
+    "data_path outside": (lambda c: c.update(data_path="../{file_index}"), "'data_path' is .*expected a path below"),
+    "data_path empty": (lambda c: c.update(data_path=""), "'data_path' is .*expected a path below"),
+    "data_path with an index": (lambda c: c.update(data_path="{file_index[0]}"), "'data_path' is .*expected a path"),
+    "data_path with a wildcard": (lambda c: c.update(data_path="**/{file_index}"), "'data_path' is .*expected a path"),
+    "fps of no camera": (lambda c: c.update(fps=1e300), "'fps' is 1e\\+300, expected a number above 0 and up to 10000"),
+    "names a number": (lambda c: c["features"]["action"].update(names=5), "feature 'action' has names 5"),
+    "names of lists": (lambda c: c["features"][HIGH].update(names=[["h"], "w", "c"]), "feature .* has names \\[\\["),
+    "info a number": (lambda c: c["features"][HIGH].update(info=5), "feature .* has info 5, expected an object"),
 }
 
 
@@ -157,9 +169,46 @@ def test_a_wrong_field_in_info_json(copied, field):
         read_info(copied)
 
 
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda text: text.replace('"fps": ', '"fps": 30, "fps": '), "the key 'fps' occurs twice"),
+        (lambda text: "[" * 100_000, "is malformed"),
+        (lambda text: text.replace('"fps": ', f'"fps": {"9" * 5000}'), "is malformed"),
+    ],
+)
+def test_json_that_is_odd(copied, edit, message):
+    file = copied / "meta/info.json"
+    file.write_text(edit(file.read_text()))
+    with pytest.raises(DatasetError, match=f"info.json .*{message}"):
+        read_info(copied)
+
+
 def test_several_wrong_fields_are_one_error(copied):
     edits.edit_info(copied, lambda c: (c.pop("fps"), c.pop("data_path")))
     with pytest.raises(DatasetError, match="'fps' is null.*'data_path' is null"):
+        read_info(copied)
+
+
+def test_the_version_without_its_letter(copied):
+    edits.edit_info(copied, lambda content: content.update(codebase_version="3.0"))
+    assert read_info(copied).num_episodes == 4
+
+
+def test_episodes_as_a_list(copied):
+    with pytest.raises(DatasetError, match=r"episodes = \[0, 2\]: .*write e.g. '0:50,60'"):
+        read_info(copied, episodes=[0, 2])
+
+
+def test_files_that_macos_leaves(copied):
+    (copied / "meta/episodes/chunk-000/._file-000.parquet").write_bytes(b"Mac OS X")
+    assert read_info(copied).num_episodes == 4
+
+
+def test_an_episode_in_two_tables_names_both(copied):
+    other = copied / "meta/episodes/chunk-000/file-007.parquet"
+    shutil.copy(copied / edits.EPISODES, other)
+    with pytest.raises(DatasetError, match="file-007.parquet: episode_index 0 is there twice .also in .*file-000"):
         read_info(copied)
 
 
@@ -279,7 +328,7 @@ NO_TASKS = {
         {"task_index": [0, 1], "english": [ONE, OTHER], "french": ["a", "b"]},
         "any of the columns \\['english', 'french'\\] may hold the instructions; keep one and call it 'task'",
     ),
-    "no number": ({"task": [ONE, OTHER]}, "lacks the column 'task_index'"),
+    "no number": ({"task": [ONE, OTHER]}, "lacks columns \['task_index'\]"),
     "number twice": ({"task_index": [1, 1], "task": [ONE, OTHER]}, "task_index \\[1\\] is there more than once"),
     "no whole number": ({"task_index": [0.5, 1.0], "task": [ONE, OTHER]}, "does not convert to int64"),
 }

@@ -127,7 +127,7 @@ def processors(parts, tmp_path_factory):
     tokenizer = tiny_run.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
     tokenizer.add_wallx_tokens(None)
     return [
-        build_processor(part.settings, part.info, tokenizer, None, load_stats(part.settings, part.source), 20, 20)
+        build_processor(part.settings, part.source, tokenizer, None, load_stats(part.settings, part.source), 20, 20)
         for part in parts
     ]
 

@@ -160,7 +160,7 @@ def test_lerobots_own_stats(tmp_path, caplog):
         ({"q01": [2], "q99": [1]}, "q99 is below q01 at dims \\[0\\]"),
         ({"q01": [float("nan")], "q99": [1]}, "q01 is not finite at dims \\[0\\]"),
         ({"q01": [0], "q99": [float("inf")]}, "q99 is not finite"),
-        ({"q01": [0, 0], "q99": [1]}, "q99 has shape"),
+        ({"q01": [0, 0], "q99": [1]}, r"q01 has shape \(2,\), q99 \(1,\)"),
         ({"mean": [0], "std": [1]}, "needs q01 and q99, it has \\['mean', 'std'\\]"),
         ({"q01": ["a"], "q99": [1]}, "could not convert"),
         ([1, 2], "needs q01 and q99, it has list"),

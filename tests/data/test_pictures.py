@@ -4,17 +4,19 @@ import io
 
 import edits
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import synthetic
 from PIL import Image
 
-from wallx_jax.data.errors import FrameError
+from wallx_jax.data.errors import DatasetError, FrameError
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.metadata import read_info
-from wallx_jax.data.pictures import ImageColumns, decode
+from wallx_jax.data.pictures import ImageColumns, decode, linked_files
 
 HIGH = next(iter(synthetic.CAMERAS))
+FIELDS = [("bytes", pa.binary()), ("path", pa.string())]
 RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
 
 
@@ -52,6 +54,69 @@ def test_images_in_files(tmp_path):
     np.testing.assert_array_equal(decode({"bytes": None, "path": "images/0.png"}, tmp_path), RGB)
     with pytest.raises(FileNotFoundError):
         decode({"bytes": None, "path": "images/1.png"}, tmp_path)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_photographs_are_turned_as_they_say(tmp_path, orientation):
+    upright = Image.fromarray(np.kron(RGB[::4, ::5] // 64 * 64, np.ones((8, 8, 1), np.uint8)))
+    turn = {1: None, 3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+    stored = upright.transpose(turn[orientation]) if turn[orientation] is not None else upright
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(file, "PNG", exif=exif)
+    np.testing.assert_array_equal(decode(file.getvalue(), tmp_path), np.asarray(upright))
+
+
+def column(root, change):
+    """Changes the column of a camera."""
+    values = edits.column(root, edits.DATA, HIGH)
+
+    def edit(table):
+        array = change(values)
+        return table.set_column(table.column_names.index(HIGH), HIGH, array)
+
+    edits.edit_table(root, edits.DATA, edit)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda rows: pa.array([[1, 2]] * len(rows)), "is of type list<.*>, not of encoded images"),
+        (lambda rows: pa.array([*rows[:-2], None, None]), "has no image in 2 rows"),
+        (
+            lambda rows: pa.array([{"bytes": None, "path": None}, *rows[1:]], pa.struct(FIELDS)),
+            "has no image in 1 rows",
+        ),
+        (lambda rows: pa.array([None, *(row["bytes"] for row in rows[1:])], pa.binary()), "has no image in 1 rows"),
+    ],
+)
+def test_columns_without_images_are_refused_when_the_dataset_is_opened(root, change, message):
+    column(root, change)
+    with pytest.raises(DatasetError, match=f"file-000.parquet: column '{HIGH}' {message}"):
+        LeRobotSource(read_info(root), 2, [HIGH])
+
+
+def test_a_table_that_lacks_a_camera(root):
+    edits.edit_table(root, edits.DATA, lambda table: table.drop_columns([HIGH]))
+    with pytest.raises(DatasetError, match=f"file-000.parquet lacks the column '{HIGH}'"):
+        LeRobotSource(read_info(root), 2, [HIGH])
+
+
+def test_a_column_of_paths(root):
+    expected = LeRobotSource(read_info(root), 2, [HIGH])[5].images[0]
+    (root / "images").mkdir()
+    for number, row in enumerate(edits.column(root, edits.DATA, HIGH)):
+        (root / f"images/{number}.png").write_bytes(row["bytes"])
+    column(root, lambda rows: pa.array([f"images/{number}.png" for number in range(len(rows))]))
+    np.testing.assert_array_equal(LeRobotSource(read_info(root), 2, [HIGH])[5].images[0], expected)
+    assert len(linked_files(root / edits.DATA, HIGH)) == len(edits.column(root, edits.DATA, HIGH))
+
+
+def test_an_image_of_another_size_than_promised(root):
+    column(root, lambda rows: pa.array([*rows[:3], {"bytes": encode(Image.fromarray(RGB)), "path": None}, *rows[4:]]))
+    source = LeRobotSource(read_info(root), 2, [HIGH])
+    with pytest.raises(FrameError, match=r"frame 3: .*the image is 20x30 \(height x width\), meta/info.json says"):
+        source[3]
 
 
 @pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])

@@ -107,7 +107,7 @@ def test_only_the_files_of_chosen_episodes_are_read(tmp_path, monkeypatch):
     root = write(tmp_path / "tables", files=3)
     read = []
     real = parquet.read_columns
-    monkeypatch.setattr(parquet, "read_columns", lambda file, columns: read.append(file.stem) or real(file, columns))
+    monkeypatch.setattr(parquet, "read_columns", lambda file, *columns: read.append(file.stem) or real(file, *columns))
     open_table(root, episodes="1")
     assert set(read) - {"file-000", "tasks"} == {"file-001"}
 
@@ -216,6 +216,8 @@ KEY_FAULTS = {
     "negative": ("frame_index", [-1, *range(1, 4), *range(6), *range(3)], "'frame_index' .*in 1 of 13 rows.*: -1"),
     "unknown task": ("task_index", [0] * 12 + [5], "'task_index' is not one of meta/tasks.parquet in 1 of 13 rows, "
                      ".*: 5"),
+    "episode below 0": ("episode_index", [-1] * 4 + [1] * 6 + [2] * 3, "4 rows are of episodes that meta/episodes does "
+                        "not have \\(episode_index -1\\)"),
     "unknown episode": ("episode_index", [0] * 4 + [7] * 6 + [2] * 3, "6 rows are of episodes that meta/episodes does "
                         "not have \\(episode_index 7\\)"),
     "null": ("index", [None, *range(1, 13)], "column 'index' is null in row 0"),
@@ -266,6 +268,63 @@ def test_a_damaged_file_is_named(root, content):
     message = "Git LFS pointer" if content and b"lfs" in content else "cannot be read as a parquet table"
     with pytest.raises(DatasetError, match=f"file-000.parquet.*{message}"):
         open_table(root)
+
+
+def test_a_task_that_meta_episodes_does_not_list(root):
+    texts = edits.column(root, edits.TASKS, "task")
+    assert len(texts) >= 2
+    edits.set_column(root, edits.TASKS, "task", texts[::-1])
+    with pytest.raises(DatasetError, match="'task_index' is not among the tasks that meta/episodes lists .* 13 of 13"):
+        open_table(root)
+    edits.set_column(root, edits.TASKS, "task", [f"{text}, please" for text in texts])
+    open_table(root)  # reworded
+    edits.set_column(root, edits.TASKS, "task", texts)
+    edits.set_column(root, edits.EPISODES, "tasks", [None, [], texts])
+    open_table(root)  # nothing listed, or more than there is
+    edits.set_column(root, edits.EPISODES, "tasks", texts[0:1] * 3, pa.string())
+    with pytest.raises(DatasetError, match="'task_index' is not among the tasks"):
+        open_table(root)
+
+
+def test_frames_that_go_back_in_time(root):
+    """Keys that were exchanged betray themselves by the timestamps, also where no video needs those."""
+    for key in ("frame_index", "index"):
+        values = edits.column(root, edits.DATA, key)
+        values[5], values[6] = values[6], values[5]
+        edits.set_column(root, edits.DATA, key, values)
+    with pytest.raises(DatasetError, match="'timestamp' is not at or after that of the frame before in 1 of 13 rows"):
+        open_table(root)
+    edits.set_column(root, edits.DATA, "timestamp", [0.0] * 13)
+    open_table(root)  # no clock
+    edits.edit_table(root, edits.DATA, lambda table: table.drop_columns(["timestamp"]))
+    open_table(root)
+
+
+def test_two_columns_of_one_name(root):
+    edits.edit_table(root, edits.DATA, lambda table: table.append_column("index", table["index"]))
+    with pytest.raises(DatasetError, match="file-000.parquet has more than one column 'index'"):
+        open_table(root)
+
+
+def test_arrays_with_a_type_of_their_own(root):
+    """As `datasets` and pyarrow's tensors write them."""
+    expected = np.array(open_table(root).state)
+    values = pa.FixedShapeTensorArray.from_numpy_ndarray(expected.astype(np.float32))
+    edits.edit_table(root, edits.DATA, lambda table: table.set_column(table.column_names.index(STATE), STATE, values))
+    np.testing.assert_array_equal(open_table(root).state, expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["bool", "float16"])
+def test_a_type_that_cannot_hold_the_values(root, dtype):
+    recorded = np.array(edits.column(root, edits.DATA, STATE), np.float32)
+    edits.edit_info(root, lambda content: content["features"][STATE].update(dtype=dtype))
+    if dtype == "bool":
+        with pytest.raises(DatasetError, match=f"column '{STATE}' of type float does not convert to bool"):
+            open_table(root)
+        edits.set_column(root, edits.DATA, STATE, (recorded > 0).astype(np.float32).tolist())
+        np.testing.assert_array_equal(open_table(root).state, recorded > 0)
+    else:
+        np.testing.assert_array_equal(open_table(root).state, recorded)
 
 
 def test_times_are_checked_for_videos_only(root):
@@ -349,7 +408,17 @@ def test_a_full_disk_says_where_and_how_much(root, monkeypatch):
         source.low_dim(0)
 
 
-def test_patterns_of_paths():
-    assert (
-        tables._pattern("data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet") == "data/chunk-*/file-*.parquet"
-    )
+def test_only_files_that_are_called_so_are_tables(tmp_path):
+    names = [
+        "chunk-000/file-000",
+        "chunk-012/file-1000",
+        "chunk-000/file-000.bak",
+        "chunk-000/._file-001",
+        "a/file-002",
+    ]
+    for name in names:
+        path = tmp_path / "data" / f"{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    found = tables._files_of(tmp_path, "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet")
+    assert [str(path.relative_to(tmp_path / "data").with_suffix("")) for path in found] == names[:2]

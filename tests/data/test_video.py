@@ -87,10 +87,37 @@ def test_times_within_half_a_frame(tmp_path, offset):
         assert number(file.read(wanted / FPS + offset)) == wanted
 
 
-def test_the_nearest_of_more_frames_than_the_dataset_has(tmp_path):
-    file = VideoFile(write_video(tmp_path / "video.mp4", fps=3 * FPS), FPS)
-    for wanted in (0, 5, 6, 12, 3):
-        assert number(file.read(wanted / FPS + 0.001)) == 3 * wanted
+@pytest.mark.parametrize("times", [2, 3, 4, 5, 10])
+def test_the_nearest_of_more_frames_than_the_dataset_has(tmp_path, times):
+    file = VideoFile(write_video(tmp_path / "video.mp4", fps=times * FPS), FPS)
+    wanted = range(COUNT // times)
+    for place in (*wanted, *np.random.default_rng(0).permutation(len(wanted)), 0):
+        for offset in (0.0, 0.001, -0.001):
+            assert number(file.read(place / FPS + offset)) == times * place
+
+
+@pytest.mark.parametrize("matrix, code", [("bt709", 1), ("smpte170m", 6), (None, 2)])
+@pytest.mark.parametrize("full_range", [False, True])
+def test_colors_of_tagged_videos(tmp_path, matrix, code, full_range):
+    """Every tag gives the colors that were recorded; a video without one counts as BT.601."""
+    color, file = np.array([200, 40, 30]), tmp_path / "video.mp4"
+    red, blue = (0.2126, 0.0722) if matrix == "bt709" else (0.299, 0.114)
+    luma = np.array([red, 1 - red - blue, blue]) @ color
+    chroma = [(color[2] - luma) / (2 - 2 * blue), (color[0] - luma) / (2 - 2 * red)]
+    y, (u, v) = (luma, chroma) if full_range else (16 + luma * 219 / 255, np.array(chroma) * 224 / 255)
+    planes = np.concatenate([np.full(48 * 64, y), np.full(24 * 32, 128 + u), np.full(24 * 32, 128 + v)]).round()
+    with av.open(str(file), "w") as out:
+        stream = out.add_stream("libx264", rate=FPS, options={"crf": "1"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.colorspace = code
+        stream.codec_context.color_range = 2 if full_range else 1
+        for i in range(4):
+            frame = av.VideoFrame.from_ndarray(planes.astype(np.uint8).reshape(72, 64), format="yuv420p")
+            frame.pts, frame.colorspace, frame.color_range = i, code, 2 if full_range else 1
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    for image in (VideoFile(file, FPS).read(0.1), read_video(file, FPS)[0][1]):
+        np.testing.assert_allclose(image.reshape(-1, 3).mean(axis=0), color, atol=3)
 
 
 def test_a_frame_that_is_not_there(tmp_path):

@@ -44,9 +44,11 @@ def test_beside_lerobots_loader(tmp_path):
     assert speeds[figures["lerobot_backend"]] == max(speed for speed in speeds.values() if speed)
     assert all(ms > 0 for ms in figures["per_sample"].values())
     for measured in (figures, figures["one_process"]):
-        for name in ("lerobot", "lerobot_resized"):
-            ratio = measured["wallx_jax"]["samples_per_s"] / measured[name]["samples_per_s"]
-            assert measured["ratio_samples_per_s"][name] == ratio
+        for suffix, name in (("", "lerobot_resized"), ("_unresized", "lerobot")):
+            ours, its = measured["wallx_jax"], measured[name]
+            assert measured[f"ratio_samples_per_s{suffix}"] == ours["samples_per_s"] / its["samples_per_s"]
+            ratio = its["cpu_ms_per_sample"] / ours["cpu_ms_per_sample"]
+            assert measured[f"ratio_cpu_per_sample{suffix}"] == ratio
         assert all(len(rounds) == 3 for rounds in measured["rounds"].values())
     assert figures["lerobot"]["worker_mib"] > figures["wallx_jax"]["worker_mib"] > 0, "ours does without torch"
 

@@ -37,7 +37,7 @@ def traced(folder, steps: range, **changes) -> set[int]:
 )
 def test_the_trace_has_the_steps_of_the_window(tmp_path, caplog, steps, changes, kept):
     assert traced(tmp_path, steps, **changes) == kept
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("wallx_jax")]
 
 
 def test_a_run_that_ends_before_the_window_is_told(tmp_path, caplog):
@@ -52,4 +52,4 @@ def test_no_profile_unless_asked(tmp_path, caplog):
     with ProfileWindow(loop, 0, 1) as window:
         window.before(1)
         window.after(1, jnp.zeros(()))
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("wallx_jax")]

@@ -19,6 +19,7 @@ from wallx_jax.data.fetch import data_files, video_files
 from wallx_jax.data.images import resize
 from wallx_jax.data.lerobot import LeRobotSource, RawSample
 from wallx_jax.data.metadata import DatasetInfo
+from wallx_jax.data.pictures import linked_files
 from wallx_jax.data.processor import ProcessorConfig
 from wallx_jax.data.tables import FrameTable
 
@@ -162,7 +163,10 @@ class CachedSource:
         info = self.info
         names = {str(path.relative_to(info.root)) for path in (info.root / "meta" / "episodes").rglob("*.parquet")}
         for camera in self.source.cameras:
-            names |= set(video_files(info, camera) if info.is_video(camera) else data_files(info))
+            if info.is_video(camera):
+                names |= set(video_files(info, camera))
+            else:
+                names |= set(data_files(info)).union(*(linked_files(file, camera) for file in self.table.files))
         facts = {
             "fps": info.fps,
             "episodes": hashlib.sha256(info.episode_numbers.tobytes()).hexdigest(),

@@ -8,10 +8,10 @@ import numpy as np
 
 from wallx_jax.data.errors import unreadable
 from wallx_jax.data.metadata import DatasetInfo
-from wallx_jax.data.pictures import ImageColumns
+from wallx_jax.data.pictures import ImageColumns, check_column
 from wallx_jax.data.spans import read_spans
 from wallx_jax.data.tables import FrameTable
-from wallx_jax.data.video import VideoReader, decode_in_order, place_in_video, video_runs
+from wallx_jax.data.video import VideoReader, check_size, decode_in_order, place_in_video, video_runs
 
 
 class CameraReader:
@@ -24,14 +24,17 @@ class CameraReader:
 
     Raises:
         ValueError: the dataset has no such camera, or it holds depth maps.
-        DatasetError: the spans of a camera's videos contradict the episodes.
+        DatasetError: the spans of a camera's videos contradict the episodes, or a table lacks its images.
     """
 
     def __init__(self, info: DatasetInfo, cameras: Sequence[str], table: FrameTable):
-        for camera in cameras:
-            info.check_camera(camera)
         self._info, self._table = info, table
+        self._sizes = {camera: info.frame_size(camera) for camera in cameras}
         self._spans = {camera: read_spans(info, camera) for camera in cameras if info.is_video(camera)}
+        for camera in cameras:
+            if camera not in self._spans:
+                for file in table.files:
+                    check_column(file, camera)
         self._open()
 
     def _open(self) -> None:
@@ -53,11 +56,14 @@ class CameraReader:
         info, file = self._info, self.file_of(camera, frame)
         try:
             if camera in self._spans:
-                return self._videos.read(*place_in_video(info, camera, self._spans[camera], frame))
-            self._table.load(frame)
-            return self._images.read(file, camera, int(self._table.row[frame]))
+                image = self._videos.read(*place_in_video(info, camera, self._spans[camera], frame))
+            else:
+                self._table.load(frame)
+                image = self._images.read(file, camera, int(self._table.row[frame]))
+            check_size(image, self._sizes[camera])
         except Exception as error:  # decoders raise what they like
             raise unreadable(camera, file, info.repo_id, info.describe(frame), error) from error
+        return image
 
     def file_of(self, camera: str, frame: int) -> Path:
         """Returns the file that holds the image of a frame, a video or a table."""

@@ -14,7 +14,11 @@ EPISODE_COLUMNS = ("episode_index", "length", "dataset_from_index", "dataset_to_
 
 def _episode_files(root: Path) -> list[Path]:
     folder = root / "meta" / "episodes"
-    return sorted(folder.glob("*/*.parquet")) or [folder]
+    files = sorted(file for file in folder.glob("*/*.parquet") if not file.name.startswith("."))  # as macOS leaves them
+    if not files:
+        what = "holds no tables" if folder.is_dir() else "is missing"
+        raise FileNotFoundError(f"{folder} {what}; the dataset is not complete, copy it again")
+    return files
 
 
 def read_episode_columns(root: Path, columns: Iterable[str]) -> dict[str, np.ndarray]:
@@ -37,10 +41,37 @@ def read_episode_columns(root: Path, columns: Iterable[str]) -> dict[str, np.nda
     numbers = found["episode_index"]
     order = np.argsort(numbers, kind="stable")
     if len(twice := np.flatnonzero(np.diff(numbers[order]) == 0)):
-        raise DatasetError(
-            f"{sources[order[twice[0] + 1]]}: episode_index {numbers[order][twice[0]]} is there twice; {REWRITE}"
-        )
+        one, other = (sources[row] for row in order[twice[0] : twice[0] + 2])
+        also = "" if one == other else f" (also in {one})"
+        raise DatasetError(f"{other}: episode_index {numbers[order][twice[0]]} is there twice{also}; {REWRITE}")
+    if numbers.size and numbers.min() < 0:
+        raise DatasetError(f"{sources[order[0]]}: episode_index {numbers.min()} is below 0; {REWRITE}")
     return {column: values[order] for column, values in found.items()}
+
+
+def read_listed_tasks(root: Path, tasks: Mapping[int, str]) -> np.ndarray:
+    """Reads which instructions meta/episodes lists for which episode, where it does.
+
+    Args:
+        tasks: {task_index: instruction} of meta/tasks.parquet. What is not among them was reworded there, and is left
+            out.
+
+    Returns:
+        (`episode_index`, `task_index`) of each, int64 [n, 2].
+    """
+    numbers: dict[str, list[int]] = {}
+    for number, text in tasks.items():
+        numbers.setdefault(text, []).append(number)
+    pairs: list[tuple[int, int]] = []
+    for file in _episode_files(root):
+        with parquet.open_parquet(file) as opened:
+            if "tasks" not in opened.schema_arrow.names:
+                continue
+        table = parquet.read_columns(file, ["episode_index", "tasks"])
+        for episode, texts in zip(table["episode_index"].to_pylist(), table["tasks"].to_pylist(), strict=True):
+            for text in [texts] if isinstance(texts, str) else texts or ():
+                pairs += [(episode, number) for number in numbers.get(text, ())]
+    return np.array(pairs, np.int64).reshape(-1, 2)
 
 
 def read_episodes(root: Path, repo_id: str, info: Mapping[str, Any]) -> dict[str, np.ndarray]:

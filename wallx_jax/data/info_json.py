@@ -2,9 +2,8 @@
 
 import importlib.metadata
 import json
-import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from packaging.version import Version
@@ -13,6 +12,7 @@ from wallx_jax import extras
 from wallx_jax.data.errors import DatasetError
 from wallx_jax.files import read_json_object
 
+MOST_FPS = 10_000
 FIELDS = {"codebase_version": str, "fps": (int, float), "features": dict, "total_episodes": int, "total_frames": int,
           "data_path": str}  # fmt: skip
 
@@ -35,8 +35,11 @@ def read_info_json(file: Path, repo_id: str, local: bool) -> dict[str, Any]:
     if version.lstrip("v").split(".")[0] in ("1", "2"):
         command = _conversion_command(repo_id, file.parents[1] if local else None)
         raise DatasetError(f"{repo_id} is in LeRobot format {version}; convert it to v3.0 with: {command}")
-    if not version.startswith("v3."):
-        raise DatasetError(f"{repo_id} is in LeRobot format {version}; this package reads v3.0")
+    if version.lstrip("v").split(".")[0] != "3":
+        raise DatasetError(
+            f"{repo_id} is in LeRobot format {version}; this package reads v3.0: correct codebase_version in {file} if "
+            "that is what it is"
+        )
 
     errors = [
         f"{field!r} is {json.dumps(info.get(field))}, expected {_name(kind)}"
@@ -44,8 +47,8 @@ def read_info_json(file: Path, repo_id: str, local: bool) -> dict[str, Any]:
         if not isinstance(info.get(field), kind) or isinstance(info[field], bool)
     ]
     if not errors:
-        if not 0 < info["fps"] < math.inf:
-            errors.append(f"'fps' is {info['fps']}, expected a number above 0")
+        if not 0 < info["fps"] <= MOST_FPS:
+            errors.append(f"'fps' is {info['fps']}, expected a number above 0 and up to {MOST_FPS}")
         for name, feature in info["features"].items():
             errors += _feature_errors(name, feature)
         errors = errors or list(_template_errors(info))
@@ -62,6 +65,13 @@ def _feature_errors(name: str, feature: Any) -> Iterable[str]:
     if not isinstance(dtype, str):
         yield f'feature {name!r} has dtype {json.dumps(dtype)}, expected a string such as "float32"'
         return
+    names = feature.get("names")
+    flat = names is None or isinstance(names, Mapping) or isinstance(names, list) and all(map(_is_text, names))
+    if not flat:
+        yield f"feature {name!r} has names {json.dumps(names)}, expected a list of strings"
+    for key in ("info", "video_info"):
+        if not isinstance(feature.get(key), Mapping | None):
+            yield f"feature {name!r} has {key} {json.dumps(feature[key])}, expected an object"
     is_shape = isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape)
     if not is_shape or (dtype in ("image", "video") and len(shape) not in (2, 3)):
         expected = "[height, width, channels]" if dtype in ("image", "video") else "a list of sizes such as [14]"
@@ -73,9 +83,19 @@ def _template_errors(info: Mapping[str, Any]) -> Iterable[str]:
     fields = {"chunk_index": 0, "file_index": 0, "video_key": "observation.images.x"}
     for key in ("data_path", *(["video_path"] if needs_video else [])):
         try:
-            info[key].format(**fields)
-        except (AttributeError, KeyError, IndexError, ValueError):
-            yield f"{key!r} is {json.dumps(info.get(key))}, expected a path with {{chunk_index}} and {{file_index}}"
+            path = PurePosixPath(info[key].format(**fields))
+            sound = path.name and not path.is_absolute() and ".." not in path.parts and "*" not in str(path)
+        except (AttributeError, KeyError, IndexError, ValueError, TypeError):
+            sound = False
+        if not sound:
+            yield (
+                f"{key!r} is {json.dumps(info.get(key))}, expected a path below the dataset's folder with "
+                "{chunk_index} and {file_index}"
+            )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _name(kind: type | tuple[type, ...]) -> str:

@@ -97,6 +97,11 @@ class LeRobotSource:
     def __repr__(self) -> str:
         return f"LeRobotSource({self.info.repo_id}, {len(self)} frames, horizon {self.horizon}, cameras {self.cameras})"
 
+    @property
+    def instructions(self) -> dict[int, str]:
+        """{task_index: instruction} of those that frames of the dataset have."""
+        return {number: self.info.tasks[number] for number in sorted(self.table.tasks_used)}
+
     def select(self, frames: np.ndarray | Sequence[int]) -> "LeRobotSource":
         """Returns a source of these frames of the dataset, which shares tables and open videos with this one."""
         other = copy.copy(self)

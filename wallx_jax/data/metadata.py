@@ -1,5 +1,6 @@
 """What the meta folder of a LeRobot v3.0 dataset says: episodes, instructions, features, and where its files are."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from huggingface_hub import constants
 from packaging.version import Version
 
 from wallx_jax import hub, ranges, vectors
-from wallx_jax.data.episodes import read_episodes
+from wallx_jax.data.episodes import read_episodes, read_listed_tasks
 from wallx_jax.data.errors import DatasetError
 from wallx_jax.data.info_json import read_info_json
 from wallx_jax.data.tasks import read_tasks
@@ -40,6 +41,7 @@ class DatasetInfo:
         data_path: path of a table file below root, with {chunk_index} and {file_index}.
         video_path: path of a video file below root, with {video_key} too; None without videos.
         whole: whether these are all of the dataset's episodes.
+        listed_tasks: the instructions that meta/episodes lists, as pairs (`episode_index`, `task_index`), int64 [n, 2].
         commit: what missing files are fetched with from the hub; None for a local folder.
     """
 
@@ -54,6 +56,7 @@ class DatasetInfo:
     data_path: str
     video_path: str | None = None
     whole: bool = True
+    listed_tasks: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 2), np.int64))
     commit: str | None = None
 
     @property
@@ -175,7 +178,7 @@ def read_info(repo_id_or_path: str | Path, revision: str | None = None, episodes
     if not (root / "meta" / "info.json").is_file():
         raise FileNotFoundError(f"{root} is not a LeRobot dataset: it has no meta/info.json")
     info = read_info_json(root / "meta" / "info.json", repo_id, local=commit is None)
-    table = read_episodes(root, repo_id, info)
+    table, tasks = read_episodes(root, repo_id, info), read_tasks(root / "meta" / "tasks.parquet")
     selected = np.ones(len(table["episode_index"]), bool)
     if episodes is not None:
         try:
@@ -187,7 +190,8 @@ def read_info(repo_id_or_path: str | Path, revision: str | None = None, episodes
         root=root,
         fps=info["fps"],
         features=info["features"],
-        tasks=read_tasks(root / "meta" / "tasks.parquet"),
+        tasks=tasks,
+        listed_tasks=read_listed_tasks(root, tasks),
         episode_numbers=table["episode_index"][selected],
         episode_lengths=table["length"][selected],
         first_indices=table["dataset_from_index"][selected],

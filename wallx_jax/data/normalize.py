@@ -25,7 +25,7 @@ class Stats:
     """Per-dimension statistics in robot units, float64 [D] each.
 
     Raises:
-        ValueError: naming the statistic, if shapes differ, a value is not finite, or q99 < q01.
+        ValueError: naming the statistic, if shapes differ, a value is not finite, or one contradicts another.
     """
 
     mean: np.ndarray
@@ -47,6 +47,9 @@ class Stats:
             object.__setattr__(self, name, value)
         if (self.q99 < self.q01).any():
             raise ValueError(f"q99 is below q01 at dims {np.flatnonzero(self.q99 < self.q01).tolist()}")
+        for wrong, what in ((self.max < self.min, "max is below min"), (self.std < 0, "std is below 0")):
+            if wrong.any():
+                raise ValueError(f"{what} at dims {np.flatnonzero(wrong).tolist()}")
 
     def __len__(self) -> int:
         return len(self.q01)
@@ -242,6 +245,8 @@ def _read(file: Path, rows: Any, key: str | None, what: str) -> tuple[str, Stats
         )
     try:
         q01, q99 = np.asarray(row["q01"], np.float64), np.asarray(row["q99"], np.float64)
+        if q01.ndim != 1 or q01.shape != q99.shape:
+            raise ValueError(f"q01 has shape {q01.shape}, q99 {q99.shape}; expected one value per dim")
         defaults = {"min": q01, "max": q99, "mean": (q01 + q99) / 2, "std": (q99 - q01) / 2, "q01": q01, "q99": q99}
         return key, Stats(**{name: row.get(name, value) for name, value in defaults.items()})
     except (TypeError, ValueError) as error:

@@ -19,19 +19,25 @@ def open_parquet(file: Path) -> pq.ParquetFile:
 
     Raises:
         FileNotFoundError: if it is missing.
-        DatasetError: if it is empty, cut off, a Git LFS pointer or no parquet file.
+        DatasetError: if it is empty, cut off, a Git LFS pointer or no parquet file, or has two columns of one name.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing; the dataset is not complete, copy it again")
+        what = "is a folder, not the table" if file.is_dir() else "is missing"
+        raise FileNotFoundError(f"{file} {what}; the dataset is not complete, copy it again")
     try:
         # Without a read-ahead buffer, which is for remote files and copies what is mapped.
-        return pq.ParquetFile(file, memory_map=True, pre_buffer=False)
+        opened = pq.ParquetFile(file, memory_map=True, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise DatasetError(_unreadable(file, error)) from error
+    names = opened.schema_arrow.names
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        opened.close()
+        raise DatasetError(f"{file} has more than one column {', '.join(map(repr, twice))}; keep one of each")
+    return opened
 
 
-def read_columns(file: Path, columns: Sequence[str]) -> pa.Table:
-    """Reads columns of a parquet file.
+def read_columns(file: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> pa.Table:
+    """Reads columns of a parquet file, and of the `optional` ones those that it has.
 
     Raises:
         FileNotFoundError, DatasetError: as `open_parquet`; a column is missing or damaged.
@@ -41,7 +47,7 @@ def read_columns(file: Path, columns: Sequence[str]) -> pa.Table:
         if missing := [name for name in columns if name not in have]:
             raise DatasetError(f"{file} lacks columns {missing}; it has {have}")
         try:
-            return table.read(list(columns))
+            return table.read([*columns, *(name for name in optional if name in have)])
         except (pa.ArrowException, OSError) as error:
             raise DatasetError(_unreadable(file, error)) from error
 
@@ -75,6 +81,8 @@ def matrix(
             column and rows.
     """
     values = table[column].combine_chunks()
+    if isinstance(values.type, pa.BaseExtensionType):  # `datasets` and pyarrow have types of their own for arrays
+        values = values.storage
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
 
@@ -96,6 +104,8 @@ def matrix(
     elif width != 1:
         raise DatasetError(f"{file}: column {column!r} has single numbers of type {values.type}, not lists of {width}")
     try:
+        if dtype.kind == "b" and not pc.all(pc.is_in(values.cast(pa.float64()), pa.array([0.0, 1.0]))).as_py():
+            raise pa.ArrowInvalid("there are other numbers than 0 and 1")  # Arrow takes any but 0 for true
         numbers = values.cast(pa.from_numpy_dtype(dtype)).to_numpy(zero_copy_only=False)  # the same type is not copied
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise DatasetError(

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from wallx_jax.data import parquet
+from wallx_jax.data.errors import REWRITE, DatasetError
 
 OPEN_TABLES = 16  # files that a reader keeps open
 COLOR_MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")  # 8 bits per channel
@@ -58,27 +59,90 @@ class ImageColumns:
         return self._files[file]
 
 
-def decode(value: dict | bytes | None, root: Path) -> np.ndarray:
+def check_column(file: Path, camera: str) -> None:
+    """Checks that a table file has images of a camera in every row; mostly its footer tells.
+
+    Raises:
+        DatasetError: it lacks the column, or that holds something else or nulls.
+    """
+    with parquet.open_parquet(file) as table:
+        names = table.schema_arrow.names
+        if camera not in names:
+            raise DatasetError(f"{file} lacks the column {camera!r} with its images; it has {names}")
+        kind = table.schema_arrow.field(camera).type
+        fields = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {"": kind}
+        if not fields.keys() <= {"bytes", "path", ""} or not all(map(_holds_images, fields.values())):
+            raise DatasetError(
+                f"{file}: column {camera!r} is of type {kind}, not of encoded images or paths; write the dataset again"
+            )
+        if all(_may_be_null(table.metadata, ".".join(filter(None, (camera, name)))) for name in fields):
+            values = table.read([camera])[camera].to_pylist()
+            if missing := [row for row, value in enumerate(values) if _bytes_and_path(value) == (None, None)]:
+                raise DatasetError(
+                    f"{file}: column {camera!r} has no image in {len(missing)} rows, the first is row {missing[0]}; "
+                    f"{REWRITE}"
+                )
+
+
+def linked_files(file: Path, camera: str) -> set[str]:
+    """Returns the paths that a table file gives instead of images, as they stand there."""
+    with parquet.open_parquet(file) as table:
+        kind = table.schema_arrow.field(camera).type
+        if pa.types.is_struct(kind) and not _may_be_null(table.metadata, f"{camera}.bytes"):
+            return set()
+        values = table.read([camera])[camera].to_pylist() if _holds_paths(kind) else []
+    return {path for data, path in map(_bytes_and_path, values) if data is None and path is not None}
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind) or _is_text(kind)
+
+
+def _holds_paths(kind: pa.DataType) -> bool:
+    return pa.types.is_struct(kind) or _is_text(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _may_be_null(metadata: pq.FileMetaData, leaf: str) -> bool:
+    """Whether a column may hold nulls, by its statistics."""
+    paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+    if leaf not in paths:
+        return True
+    groups = (metadata.row_group(group).column(paths.index(leaf)) for group in range(metadata.num_row_groups))
+    found = [group.statistics for group in groups]
+    return any(part is None or not part.has_null_count or part.null_count > 0 for part in found)
+
+
+def _bytes_and_path(value: dict | bytes | str | None) -> tuple[bytes | None, str | None]:
+    if isinstance(value, dict):
+        return value.get("bytes"), value.get("path")
+    return (None, value) if isinstance(value, str) else (value, None)
+
+
+def decode(value: dict | bytes | str | None, root: Path) -> np.ndarray:
     """Decodes an entry of an image column, uint8 RGB [H, W, 3].
 
-    Grayscale and palette images are converted; an alpha channel is dropped.
+    Grayscale and palette images are converted, an alpha channel is dropped, and a photograph is turned as its EXIF
+    orientation says.
 
     Args:
-        value: {"bytes": ..., "path": ...} as `datasets` writes it, or the bytes alone.
+        value: {"bytes": ..., "path": ...} as `datasets` writes it, or the bytes or the path alone.
         root: folder that a path is relative to.
 
     Raises:
         ValueError, OSError: it is missing or damaged, or no color image.
     """
-    data = value.get("bytes") if isinstance(value, dict) else value
-    path = value.get("path") if isinstance(value, dict) else None
+    data, path = _bytes_and_path(value)
     if data is None and path is None:
         raise ValueError("there is no image in this row")
     try:
         with Image.open(io.BytesIO(data) if data is not None else root / path) as image:
             if image.mode not in COLOR_MODES:
                 raise ValueError(f"an image of mode {image.mode} is a depth map, not a color image")
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except UnidentifiedImageError:
         raise ValueError("these bytes are no image" if data is not None else f"{path} is no image") from None
     except SyntaxError as error:  # what Pillow raises for damaged PNG files

@@ -21,6 +21,7 @@ from wallx_jax.data.fast import FastTokenizer
 from wallx_jax.data.normalize import Normalizer, NormStats, load_norm_stats, save_norm_stats
 from wallx_jax.data.template import PromptTemplate
 from wallx_jax.data.tokenizer import Tokenizer
+from wallx_jax.files import read_json_object
 
 FILE_NAME = "processor.json"
 ROBOTS = "robots"  # folder with a folder for each robot of a run with several datasets
@@ -275,7 +276,7 @@ class Processor:
     def _save_robot(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         save_norm_stats(directory, self.stats)
-        (directory / FILE_NAME).write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+        (directory / FILE_NAME).write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n", "utf-8")
 
     @classmethod
     def from_dir(cls, directory: str | Path, robot: str | None = None) -> "Processor":
@@ -301,7 +302,7 @@ def read_config(directory: str | Path) -> ProcessorConfig:
     file = Path(directory) / FILE_NAME
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; expected the processor folder of a checkpoint")
-    fields = json.loads(file.read_text())
+    fields = read_json_object(file)
     _check_fields(file, fields, ProcessorConfig)
     if "prompt" in fields:
         _check_fields(file, fields["prompt"], PromptTemplate, "prompt: ")

@@ -12,6 +12,7 @@ from wallx_jax.data import images
 from wallx_jax.data.augment import Augment
 from wallx_jax.data.batch import Batch
 from wallx_jax.data.cache import CachedSource
+from wallx_jax.data.errors import DatasetError
 from wallx_jax.data.fast import FastTokenizer
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.mapping import check_horizon
@@ -112,7 +113,7 @@ def _report(run: RunConfig, info: DatasetInfo, stats: NormStats, seconds: float)
 
 def build_processor(
     run: RunConfig,
-    info: DatasetInfo,
+    source: LeRobotSource,
     tokenizer: Tokenizer,
     fast: FastTokenizer | None,
     stats: NormStats,
@@ -121,26 +122,34 @@ def build_processor(
 ) -> Processor:
     """The preprocessing of this run. `state_dim` and `action_dim` are the model's channels.
 
-    The prompt length is that of the dataset's longest instruction.
+    The prompt length is that of the longest instruction that the dataset's frames have.
 
     Raises:
         ConfigError: prompt and actions do not fit max_length.
+        DatasetError: an instruction is empty, or holds control tokens.
     """
-    cameras = run.data.cameras
+    info, cameras = source.info, run.data.cameras
     views = tuple(camera.view for camera in cameras)
     sizes = tuple(images.target_size(*info.frame_size(camera.key), camera.resolution) for camera in cameras)
     image_tokens = [images.image_token_count(*size) for size in sizes]
     budget = run.data.max_fast_tokens if fast is not None else 0
     template = run.data.prompt
-    tasks = list(info.tasks.values())
-    check_horizon(run, required_prompt_length(tokenizer, tasks, views, image_tokens, template=template))
+    lengths = {}
+    for number, text in source.instructions.items():
+        try:
+            lengths[text] = required_prompt_length(tokenizer, [text], views, image_tokens, template=template)
+        except ValueError as error:
+            file = info.root / "meta" / "tasks.parquet"
+            raise DatasetError(f"{file}: task_index {number}: {error}; repair it and start again") from None
+    longest = max(lengths, key=lengths.get)
+    check_horizon(run, lengths[longest])
     config = ProcessorConfig(
         views=views,
         camera_keys=tuple(camera.key for camera in cameras),
         resolutions=tuple(camera.resolution for camera in cameras),
         image_sizes=sizes,
         horizon=run.data.action_horizon,
-        prompt_length=required_prompt_length(tokenizer, tasks, views, image_tokens, budget, template),
+        prompt_length=required_prompt_length(tokenizer, [longest], views, image_tokens, budget, template),
         label_window=budget + 2 if budget else 0,
         state_dim=state_dim,
         action_dim=action_dim,

@@ -16,8 +16,8 @@ class VideoSpans:
     """Where the episodes are in the video files of a camera.
 
     Attributes:
-        chunk: int32 [E].
-        file: int32 [E], within the chunk.
+        chunk: int64 [E].
+        file: int64 [E], within the chunk.
         start: float64 [E], seconds at which each episode's first frame is shown.
     """
 
@@ -36,6 +36,13 @@ def read_spans(info: DatasetInfo, camera: str) -> VideoSpans:
     table = read_episode_columns(info.root, columns.values())
     rows = np.isin(table["episode_index"], info.episode_numbers)
     chunk, file, start, stop = (table[columns[column]][rows] for column in COLUMNS)
+    if (negative := (chunk < 0) | (file < 0) | (start < -0.5 / info.fps)).any():
+        row = np.flatnonzero(negative)[0]
+        raise DatasetError(
+            f"{info.root / 'meta' / 'episodes'}: videos/{camera} of episode {info.episode_numbers[row]} has "
+            f"chunk_index {chunk[row]}, file_index {file[row]}, from_timestamp {start[row]:g}; none can be below 0: "
+            f"{REWRITE}"
+        )
     numbers, half_frame = info.episode_numbers, 0.5 / info.fps
     where = f"{info.root / 'meta' / 'episodes'}: videos/{camera}/from_timestamp and to_timestamp"
     remedy = f"images would not belong to their states: {REWRITE}, or leave these episodes out (setting `episodes`)"
@@ -52,4 +59,4 @@ def read_spans(info: DatasetInfo, camera: str) -> VideoSpans:
     if len(overlap):
         one, other = numbers[order][overlap[0]], numbers[order][overlap[0] + 1]
         raise DatasetError(f"{where} overlap for episodes {one} and {other}, in the same file; {remedy}")
-    return VideoSpans(chunk.astype(np.int32), file.astype(np.int32), start)
+    return VideoSpans(chunk, file, start)

@@ -121,7 +121,8 @@ def _stats(what: str, columns: Iterable[np.ndarray], bar: tqdm) -> Stats:
         del column  # the differences of a dim are large: two such arrays are held at a time, no more
         if np.isinf(x).any():
             raise ValueError(
-                f"dim {len(rows)} of the {what} has infinite values; scripts/check_dataset.py says in which frames"
+                f"dim {len(rows)} of the {what} has infinite values; scripts/check_dataset.py says in which frames: "
+                "repair them, or leave their episodes out with the setting `episodes`"
             )
         x = x if len(x) else np.zeros(1)
         row = [x.mean(), x.std(), x.min(), x.max()]

@@ -42,6 +42,8 @@ class FrameTable:
         action: the same of the action.
         task: int64 [N], task_index.
         row: int64 [N], place in the table file.
+        files: the table files with frames.
+        tasks_used: the `task_index` that frames have.
         unreadable: uint8 [N], 1 for the frames that `mark_unreadable` was called with, in any process.
 
     Raises:
@@ -51,7 +53,8 @@ class FrameTable:
     def __init__(self, info: DatasetInfo, state: Sequence[Slice], action: Sequence[Slice], check_times: bool = False):
         self.info, self._state, self._action = info, tuple(state), tuple(action)
         self._check_times = check_times
-        self._files, self._file_of_episode = self._find_rows()
+        self._listed_tasks = _TaskLists(info)
+        self.files, self._file_of_episode, self.tasks_used = self._find_rows()
         self._scratch: ScratchFolder | None = None
         self._folder: Path | None = None
         self._arrays: dict[str, np.ndarray] = {}
@@ -90,12 +93,12 @@ class FrameTable:
 
     def file_of(self, frame: int) -> Path:
         """Returns the table file that holds a frame."""
-        return self._files[self._file_of_episode[self.info.locate(frame)[0]]]
+        return self.files[self._file_of_episode[self.info.locate(frame)[0]]]
 
     def runs(self) -> Iterator[np.ndarray]:
         """Yields for each table file its frames in the order of the dataset, int [n]."""
         starts, lengths = self.info.episode_starts, self.info.episode_lengths
-        for number in range(len(self._files)):
+        for number in range(len(self.files)):
             episodes = np.flatnonzero(self._file_of_episode == number)
             yield np.concatenate([starts[e] + np.arange(lengths[e]) for e in episodes])
 
@@ -110,7 +113,7 @@ class FrameTable:
             OSError: there is no room in the temporary directory.
         """
         done = self._map("done")[:, 0]
-        wanted = range(len(self._files)) if frames is None else self._file_of_episode[self.info.locate(frames)[0]]
+        wanted = range(len(self.files)) if frames is None else self._file_of_episode[self.info.locate(frames)[0]]
         missing = [int(number) for number in np.unique(wanted) if not done[number]]
         if not missing:
             return
@@ -122,21 +125,24 @@ class FrameTable:
     def read(self, column: str) -> np.ndarray:
         """Reads a column of single numbers that is none of the attributes, float64 [N]."""
         values = np.empty(self.info.num_frames)
-        for path in self._files:
+        for path in self.files:
             frames = self._frames_of(path)
             read = parquet.matrix(parquet.read_columns(path, [column]), column, path, 1, np.dtype(np.float64))[:, 0]
             values[frames[frames >= 0]] = read[frames >= 0]
         return values
 
-    def _find_rows(self) -> tuple[list[Path], np.ndarray]:
-        """The table files with frames, and the number of each episode's file; checks the keys of every row."""
+    def _find_rows(self) -> tuple[list[Path], np.ndarray, set[int]]:
+        """The table files with frames, the number of each episode's file, and the tasks that are used; checks the keys
+        of every row."""
         info = self.info
-        paths = [path for path in sorted(info.root.glob(_pattern(info.data_path))) if _may_hold(path, info)]
+        paths = [path for path in _files_of(info.root, info.data_path) if _may_hold(path, info)]
         files: list[Path] = []
+        tasks_used: set[int] = set()
         file_of_episode = np.full(info.num_episodes, -1, np.int32)
         seen = np.zeros(info.num_frames, bool)
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            for path, frames in zip(paths, pool.map(self._frames_of, paths), strict=True):
+            for path, (frames, tasks) in zip(paths, pool.map(self._read_keys, paths), strict=True):
+                tasks_used.update(tasks.tolist())
                 frames = frames[frames >= 0]
                 if not (np.diff(frames) > 0).all():
                     frames = np.sort(frames)
@@ -158,20 +164,25 @@ class FrameTable:
                 f"{info.root / 'data'} lacks {len(missing)} of the {info.num_frames} frames that meta/episodes counts, "
                 f"the first is {info.describe(missing[0])}; the dataset is not complete, copy it again"
             )
-        return files, file_of_episode
+        return files, file_of_episode, tasks_used
 
     def _frames_of(self, path: Path) -> np.ndarray:
-        """The frame in each row of a file, int64 [n]; -1 where its episode is not used.
+        """The frame in each row of a file, int64 [n]; -1 where its episode is not used."""
+        return self._read_keys(path)[0]
+
+    def _read_keys(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the frame in each row of a file, int64 [n], -1 where its episode is not used; and the tasks that the
+        others have, int64 [tasks].
 
         Raises:
             DatasetError: keys that contradict each other or the metadata.
         """
         info = self.info
-        columns = [*KEYS, "timestamp"] if self._check_times else [*KEYS]
-        table = parquet.read_columns(path, columns)
+        columns, optional = ([*KEYS, "timestamp"], []) if self._check_times else (KEYS, ["timestamp"])
+        table = parquet.read_columns(path, columns, optional)
         number, place, index, task = (parquet.integers(table, key, path) for key in KEYS)
         # Rows of an episode mostly stand together: what is the same for all of them is looked up once.
-        runs = np.flatnonzero(np.diff(number, prepend=-1))
+        runs = np.flatnonzero(np.r_[len(number) > 0, np.diff(number) != 0])
         counts = np.diff(runs, append=len(number))
         episode = np.minimum(np.searchsorted(info.episode_numbers, number[runs]), info.num_episodes - 1)
 
@@ -199,15 +210,24 @@ class FrameTable:
         expected = of_rows(info.first_indices) + place
         refuse(index != expected, "index", index, "dataset_from_index of meta/episodes + frame_index")
         refuse(~np.isin(task, list(info.tasks)), "task_index", task, "one of meta/tasks.parquet")
-        if self._check_times:
+        contradicts = self._listed_tasks.contradict(number, task)
+        refuse(contradicts, "task_index", task, "among the tasks that meta/episodes lists for its episode")
+        time = np.zeros(len(place))
+        if "timestamp" in table.column_names:
             time = parquet.matrix(table, "timestamp", path, 1, np.dtype(np.float64))[:, 0]
+        if self._check_times:
             off = ~(abs(time - place / info.fps) < 0.5 / info.fps)  # in this form NaN is off
             refuse(off, "timestamp", time, f"frame_index / {info.fps:g} fps, its time in the video,")
-        return np.where(used, of_rows(info.episode_starts) + place, -1)
+        else:
+            order = np.lexsort((place, number))
+            back = np.zeros(len(time), bool)
+            back[order[1:]] = (np.diff(time[order]) < 0) & (np.diff(number[order]) == 0)
+            refuse(back, "timestamp", time, "at or after that of the frame before")
+        return np.where(used, of_rows(info.episode_starts) + place, -1), np.unique(task[used])
 
     def _convert(self, number: int) -> None:
         """Copies a table file's columns into the arrays."""
-        path, info = self._files[number], self.info
+        path, info = self.files[number], self.info
         frames = self._frames_of(path)
         rows = np.flatnonzero(frames >= 0)
         rows = rows[np.argsort(frames[rows], kind="stable")]
@@ -231,9 +251,10 @@ class FrameTable:
         self._write("done", np.array([number]), np.ones((1, 1), np.uint8))  # last: what is marked is whole
 
     def _layout(self, feature: str) -> tuple[int, np.dtype]:
-        """(dims, dtype) of a feature, as meta/info.json says."""
+        """(dims, dtype) of a feature, as meta/info.json says; half precision is widened, the table may have more."""
         described = self.info.features[feature]
-        return int(described["shape"][0]), np.dtype(described["dtype"])
+        dtype = np.dtype(described["dtype"])
+        return int(described["shape"][0]), np.dtype(np.float32) if dtype == np.float16 else dtype
 
     def _shapes(self) -> dict[str, tuple[int, int, np.dtype]]:
         """(rows, columns, dtype) of the arrays."""
@@ -251,7 +272,7 @@ class FrameTable:
             "task": (frames, 1, np.dtype(np.int64)),
             "row": (frames, 1, np.dtype(np.int64)),
             "unreadable": (frames, 1, np.dtype(np.uint8)),
-            "done": (len(self._files), 1, np.dtype(np.uint8)),
+            "done": (len(self.files), 1, np.dtype(np.uint8)),
         }
 
     def _prepare(self) -> None:
@@ -296,9 +317,32 @@ class FrameTable:
             ) from error
 
 
-def _pattern(template: str) -> str:
-    """ "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet" -> "data/chunk-*/file-*.parquet"."""
-    return re.sub(r"\{[^{}]*\}", "*", template)
+class _TaskLists:
+    """The instructions that meta/episodes lists for each episode."""
+
+    def __init__(self, info: DatasetInfo):
+        episodes, tasks = info.listed_tasks.T
+        self._episodes, self._tasks = np.unique(episodes), np.array(sorted(info.tasks), np.int64)
+        self._pairs = np.unique(self._pair(episodes, tasks))
+
+    def contradict(self, episodes: np.ndarray, tasks: np.ndarray) -> np.ndarray:
+        """Tells which rows, given by `episode_index` and `task_index` (int [n]), have a task that is not listed for
+        their episode, bool [n]; where nothing is listed none has."""
+        runs = np.flatnonzero(np.r_[len(tasks) > 0, (np.diff(episodes) != 0) | (np.diff(tasks) != 0)])
+        counts, episodes, tasks = np.diff(runs, append=len(tasks)), episodes[runs], tasks[runs]
+        wrong = np.isin(episodes, self._episodes) & ~np.isin(self._pair(episodes, tasks), self._pairs)
+        return np.repeat(wrong, counts)
+
+    def _pair(self, episodes: np.ndarray, tasks: np.ndarray) -> np.ndarray:
+        """A number for each pair, made of places rather than of the numbers themselves, which may be large."""
+        return np.searchsorted(self._episodes, episodes) * len(self._tasks) + np.searchsorted(self._tasks, tasks)
+
+
+def _files_of(root: Path, template: str) -> list[Path]:
+    """The files below a folder that are called as "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet" says."""
+    pieces = re.split(r"\{[^{}]*\}", template)
+    named = re.compile(r"\d+".join(map(re.escape, pieces)))
+    return sorted(path for path in root.glob("*".join(pieces)) if named.fullmatch(str(path.relative_to(root))))
 
 
 def _may_hold(path: Path, info: DatasetInfo) -> bool:

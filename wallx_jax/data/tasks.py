@@ -17,12 +17,13 @@ def read_tasks(file: Path) -> dict[int, str]:
             which column has the instructions.
     """
     with parquet.open_parquet(file) as opened:
-        schema = opened.schema_arrow
-        if "task_index" not in schema.names:
-            raise DatasetError(f"{file} lacks the column 'task_index'; it has {schema.names}")
-        column = _task_column(schema, file)
+        column = _task_column(opened.schema_arrow, file)
     table = parquet.read_columns(file, [column, "task_index"])
-    numbers, texts = parquet.integers(table, "task_index", file), table[column].to_pylist()
+    numbers = parquet.integers(table, "task_index", file)
+    try:
+        texts = table[column].to_pylist()
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{file}: column {column!r} is not UTF-8 ({error.reason}); write the texts again") from None
     if len(set(numbers.tolist())) != len(numbers):
         twice = sorted({int(n) for n in numbers if (numbers == n).sum() > 1})
         raise DatasetError(f"{file}: task_index {twice} is there more than once; give each instruction its own number")

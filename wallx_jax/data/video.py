@@ -10,7 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pyarrow.parquet as pq
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from wallx_jax.data.errors import unreadable
 from wallx_jax.data.metadata import DatasetInfo
@@ -19,6 +19,7 @@ from wallx_jax.data.spans import VideoSpans, read_spans
 from wallx_jax.files import is_lfs_pointer
 
 OPEN_VIDEOS = 16  # decoders that a process keeps open, of all its readers together
+COLORSPACES = (Colorspace.ITU709, Colorspace.FCC, Colorspace.SMPTE240M)  # tags that ask for other coefficients
 EARLIER_S = (0.0, 1.0, 10.0)  # how far before the wanted time to seek, in turn; then the start of the file
 
 
@@ -39,9 +40,9 @@ class VideoFile:
         self._container = open_video(path)
         self._stream = self._container.streams.video[0]
         context = self._stream.codec_context
-        if context.pix_fmt and context.pix_fmt.startswith("gray") and context.pix_fmt != "gray":
-            self._container.close()
-            raise ValueError(f"{path} holds depth maps ({context.pix_fmt}); choose a color camera")
+        # Within a quarter of the video's own frames a frame is the one that was meant: the next cannot be nearer.
+        rates = (self._stream.average_rate, self._stream.base_rate, fps)
+        self._exact = 0.25 / max(float(rate) for rate in rates if rate)
         # Random access decodes a frame or two at a time: more threads would only add frames in flight.
         context.thread_count = 1
         self._reformatter = VideoReformatter()
@@ -68,7 +69,7 @@ class VideoFile:
             raise ValueError(f"{self.path} has no frame at {seconds:.3f} s")
         if frame.is_corrupt:
             raise ValueError(f"{self.path}: the frame at {seconds:.3f} s is damaged")
-        return self._reformatter.reformat(frame, format="rgb24").to_ndarray()
+        return to_rgb(frame, self._reformatter)
 
     def _time(self, frame: av.VideoFrame) -> float:
         return float(frame.pts * self._stream.time_base)
@@ -77,10 +78,10 @@ class VideoFile:
         """The frame, if it was decoded last or follows soon after that."""
         if self._last is None:
             return None
-        distance = (seconds - self._time(self._last)) * self._fps
-        if abs(distance) < 0.25:
+        distance = seconds - self._time(self._last)
+        if abs(distance) < self._exact:
             return self._last
-        return self._search(seconds)[0] if 0 < distance < self._reach + 0.5 else None
+        return self._search(seconds)[0] if 0 < distance * self._fps < self._reach + 0.5 else None
 
     def _seek(self, seconds: float) -> None:
         """Goes to the last key frame that is not later."""
@@ -100,10 +101,32 @@ class VideoFile:
                 nearest, least = frame, abs(offset)
                 self._reach = max(self._reach, count)
             started_late |= count == 0 and offset > self._half_frame
-            # Where the video has more frames than the dataset, the next one may be nearer still.
-            if offset >= 0 or least < 0.5 * self._half_frame:
+            if offset >= 0 or abs(offset) < self._exact:
                 break
         return nearest, started_late
+
+
+def check_size(image: np.ndarray, promised: tuple[int, int]) -> None:
+    """Raises ValueError unless an image has the (height, width) that meta/info.json promises."""
+    if image.shape[:2] != promised:
+        found, said = (f"{height}x{width}" for height, width in (image.shape[:2], promised))
+        raise ValueError(f"the image is {found} (height x width), meta/info.json says {said}")
+
+
+def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
+    """Converts a decoded frame to uint8 RGB [H, W, 3], with the coefficients of the color space that it is tagged with.
+
+    Untagged frames count as BT.601, as everywhere. lerobot's "torchcodec" heeds the tag, its "pyav" does not.
+    """
+    colors = {}
+    if frame.colorspace in COLORSPACES:  # RGB has none, but PyAV acts on a difference alone
+        colors = {
+            "src_colorspace": frame.colorspace,
+            "dst_colorspace": Colorspace.ITU601,
+            "src_color_range": frame.color_range,
+            "dst_color_range": ColorRange.JPEG,
+        }
+    return reformatter.reformat(frame, format="rgb24", **colors).to_ndarray()
 
 
 class VideoReader:
@@ -166,13 +189,14 @@ def decode_in_order(
         FrameError: naming dataset, episode, frame and file.
     """
     spans = read_spans(info, camera) if spans is None else spans
-    video = None
+    video, size = None, info.frame_size(camera)
     for frame in itertools.chain.from_iterable(video_runs(info, spans)) if frames is None else frames:
         file, seconds = place_in_video(info, camera, spans, frame)
         try:
             if video is None or video.path != file:
                 video = VideoFile(file, info.fps)
             image = video.read(seconds)
+            check_size(image, size)
         except Exception as error:  # decoders raise what they like
             raise unreadable(camera, file, info.repo_id, info.describe(frame), error) from error
         yield int(frame), image
@@ -202,23 +226,48 @@ def open_video(path: Path) -> av.container.InputContainer:
 
     Raises:
         FileNotFoundError: it is missing.
-        ValueError: it is a Git LFS pointer or no video.
+        ValueError: it is a Git LFS pointer, no video, or one of depth maps.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
+        raise FileNotFoundError(f"{path} is {'a folder, no video' if path.is_dir() else 'missing'}")
     if is_lfs_pointer(path):
         raise ValueError(f"{path} is a Git LFS pointer, not the video; fetch it with `git lfs pull`")
     try:
         container = av.open(str(path))
     except (av.FFmpegError, OSError) as error:
         raise ValueError(f"{path} cannot be opened as a video: {error.strerror or error}") from None
-    if not container.streams.video:
+    if not container.streams.video or container.format.name.endswith("_pipe"):  # a single picture
         container.close()
         raise ValueError(f"{path} has no video stream: it is cut off or no video")
     if container.streams.video[0].codec_context is None:
         container.close()
         raise ValueError(f"{path} is of a codec that the installed PyAV does not decode, or damaged")
+    if _is_cut_off(path):
+        container.close()
+        raise ValueError(f"{path} is cut off; copy it again")
+    pixels = container.streams.video[0].codec_context.pix_fmt
+    if pixels and pixels.startswith("gray") and pixels != "gray":
+        container.close()
+        raise ValueError(f"{path} holds depth maps ({pixels}); choose a color camera")
     return container
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether an MP4 file ends before its boxes do; other files: no."""
+    size, start = path.stat().st_size, 0
+    with path.open("rb") as file:
+        while start < size:
+            file.seek(start)
+            header = file.read(16)
+            if start == 0 and header[4:8] != b"ftyp":
+                return False
+            length = int.from_bytes(header[:4], "big")
+            if length == 1:  # a long box
+                length = int.from_bytes(header[8:16], "big")
+            if length == 0:  # to the end of the file
+                return False
+            start += max(length, 8)
+    return start > size
 
 
 def read_video(file: Path, fps: float) -> tuple[list[np.ndarray], float]:
@@ -237,10 +286,10 @@ def read_video(file: Path, fps: float) -> tuple[list[np.ndarray], float]:
         try:
             rate = float(video.streams.video[0].average_rate or fps)
             step = max(rate / fps, 1.0)
-            kept, frames = 0, []
+            kept, frames, reformatter = 0, [], VideoReformatter()
             for number, frame in enumerate(video.decode(video=0)):
                 if number >= kept * step:
-                    frames.append(frame.to_ndarray(format="rgb24"))
+                    frames.append(to_rgb(frame, reformatter))
                     kept += 1
         except av.FFmpegError as error:
             raise ValueError(f"{file} cannot be decoded: {error.strerror or error}") from error

@@ -18,6 +18,8 @@ from wallx_jax.evaluation.findings import Finding, Vector
 from wallx_jax.evaluation.frames import Look
 from wallx_jax.evaluation.signals import Following
 
+LONGEST = 250  # frames of lag between action and state that are looked for, a second's at most
+
 
 @dataclass(frozen=True, eq=False)
 class Tables:
@@ -105,7 +107,7 @@ def check_tables(part: Part) -> Tables:
     state, action = vectors
     pairs = signals.pairs(state.names, action.names)
     left, right = ([pair[side] for pair in pairs] for side in (0, 1))
-    following = signals.following(states[:, left], actions[:, right], episodes, longest=max(round(info.fps), 1))
+    following = signals.following(states[:, left], actions[:, right], episodes, min(max(round(info.fps), 1), LONGEST))
     counts = _count_tasks(info, source.table.task, episodes)
     cameras = [camera.key for camera in data.cameras]
     found = [

@@ -4,7 +4,7 @@ Legend: N frames, D robot dims.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -214,9 +214,9 @@ def of_tasks(info: DatasetInfo, frames: Sequence[int]) -> Iterator[Finding]:
 
 def of_videos(source: LeRobotSource, only_present: bool = False) -> Iterator[Finding]:
     """`only_present`: as in `videos.problems`."""
-    for camera, problem in videos.problems(source, only_present):
-        remedy = "copy the file again, or leave its episodes out with the setting `episodes`"
-        yield Finding(ERROR, camera, problem, remedy, stops_training=True)
+    for problem in videos.problems(source, only_present):
+        severity = ERROR if problem.certain else WARNING
+        yield Finding(severity, problem.camera, problem.message, problem.remedy, stops_training=problem.certain)
 
 
 def of_frames(info: DatasetInfo, look: Look) -> Iterator[Finding]:
@@ -235,17 +235,8 @@ def of_frames(info: DatasetInfo, look: Look) -> Iterator[Finding]:
             which = _listed(map(str, seen.frozen))
             text = f"the same picture all through {len(seen.frozen)} of the episodes looked at: {which}"
             yield Finding(WARNING, camera, text, "see contact_sheet.png: if the camera hung, cut these episodes")
-        yield from of_size(info, camera, seen.sizes)
     if look.frames and not look.undecodable:
         yield Finding(OK, "frames", f"{look.frames} of {info.num_frames} were decoded, of every camera")
-
-
-def of_size(info: DatasetInfo, camera: str, sizes: Set[tuple[int, int]]) -> Iterator[Finding]:
-    """`sizes`: the (height, width) that decoded frames had."""
-    if other := sizes - {tuple(info.frame_size(camera))}:
-        found, said = (", ".join(f"{h}x{w}" for h, w in sorted(x)) for x in (other, [info.frame_size(camera)]))
-        text = f"there are frames of {found} (height x width), meta/info.json says {said}"
-        yield Finding(ERROR, camera, text, "correct meta/info.json, or encode the camera anew", stops_training=True)
 
 
 def _listed(items: Iterable[str], chosen: np.ndarray | None = None, most: int = 8) -> str:

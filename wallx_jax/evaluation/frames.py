@@ -30,12 +30,16 @@ class Undecodable:
 
 @dataclass
 class Seen:
-    """What was seen of a camera. brightness: mean over frames and pixels, of 255. sizes: the (height, width) that
-    decoded frames had. dark: how many were black. frozen: the episodes whose frames were all the same."""
+    """What was seen of a camera.
+
+    Attributes:
+        brightness: mean over frames and pixels, of 255.
+        dark: how many frames were black.
+        frozen: the episodes whose frames were all the same.
+    """
 
     frames: int = 0
     brightness: float = 0.0
-    sizes: set[tuple[int, int]] = field(default_factory=set)
     dark: int = 0
     frozen: list[int] = field(default_factory=list)
 
@@ -108,7 +112,6 @@ def _note(seen: Seen, image: np.ndarray) -> None:
     seen.brightness += (brightness - seen.brightness) / (seen.frames + 1)
     seen.frames += 1
     seen.dark += brightness < BLACK
-    seen.sizes.add(image.shape[:2])
 
 
 def _same(before: np.ndarray | None, image: np.ndarray) -> bool:

@@ -64,8 +64,8 @@ def check(parts: Sequence[Part]) -> list[tuple[str, Finding]]:
     noted = []
     for part in parts:
         videos = list(findings.of_videos(part.source, only_present=part.info.commit is not None))
-        frames, sizes = _first_frames(part)
-        found = [*check_tables(part).findings, *sizes, *videos, *frames]
+        frames = _first_frames(part)
+        found = [*check_tables(part).findings, *videos, *frames]
         skipped = [*videos, *frames] if part.settings.data.unreadable_frames == "skip" else []
         if fatal := [finding for finding in found if finding.stops_training and finding not in skipped]:
             lines = [f"  - {finding.about}: {finding.message}; {finding.remedy}" for finding in fatal]
@@ -74,17 +74,15 @@ def check(parts: Sequence[Part]) -> list[tuple[str, Finding]]:
     return noted
 
 
-def _first_frames(part: Part) -> tuple[list[Finding], list[Finding]]:
-    """Decodes the first frame of each camera: those that cannot be read, and those of another size than promised."""
-    images, unreadable, sizes = part.source.images, [], []
+def _first_frames(part: Part) -> list[Finding]:
+    """Decodes the first frame of each camera, and returns what is wrong with it."""
+    images, unreadable = part.source.images, []
     for camera in part.source.cameras:
         if part.info.commit is not None and not images.file_of(camera, 0).is_file():
             continue
         try:
-            image = images.read(camera, 0)
+            images.read(camera, 0)
         except FrameError as error:
             remedy = "scripts/check_dataset.py looks at the others"
             unreadable.append(Finding(ERROR, camera, str(error), remedy, stops_training=True))
-        else:
-            sizes += findings.of_size(part.info, camera, {image.shape[:2]})
-    return unreadable, sizes
+    return unreadable

@@ -1,7 +1,6 @@
 """Opens what a user has: a checkpoint of ours, a Wall-X directory, a Qwen2.5-VL directory, or a hub repository."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from wallx_jax.data.fast import FastTokenizer
 from wallx_jax.data.normalize import NormStats, Stats, load_norm_stats
 from wallx_jax.data.processor import Processor, ProcessorConfig
 from wallx_jax.data.tokenizer import Tokenizer
+from wallx_jax.files import read_json_object
 from wallx_jax.inference.policy import Policy
 from wallx_jax.inference.vlm import VLM
 from wallx_jax.models.config import LoraConfig, WallXConfig
@@ -136,10 +136,13 @@ def _with_ids(config: WallXConfig, tokenizer: Tokenizer) -> WallXConfig:
 def read_limits(files: Path) -> images.Limits:
     """The pixels that a directory's preprocessor_config.json keeps images between."""
     file = files / "preprocessor_config.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found = read_json_object(file) if file.is_file() else {}
     size = found.get("size") or {}
+    size = size if isinstance(size, dict) else {}
     smallest = found.get("min_pixels") or size.get("shortest_edge") or images.IMAGE_LIMITS.smallest
     largest = found.get("max_pixels") or size.get("longest_edge") or images.IMAGE_LIMITS.largest
+    if not all(isinstance(pixels, int) and pixels > 0 for pixels in (smallest, largest)):
+        raise ValueError(f"{file}: min_pixels {smallest!r} and max_pixels {largest!r} must be numbers of pixels")
     return images.Limits(smallest, largest)
 
 

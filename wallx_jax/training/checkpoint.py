@@ -20,6 +20,7 @@ import jax
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from wallx_jax.files import read_json_object
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.training import checkpoint_dir
 from wallx_jax.training.checkpoint_dir import CheckpointError
@@ -239,7 +240,7 @@ def restore_state(
     wanted = leaves_by_path(abstract_state)
 
     def load(step: Path) -> Any:
-        json.loads(checkpoint_dir.metadata_file(step).read_text())  # damaged: nobody could act with this checkpoint
+        read_json_object(checkpoint_dir.metadata_file(step))  # damaged: nobody could act with this checkpoint
         compare_state(step, abstract_state)
         leaves = _from_items(ocp.load_checkpointables(step, jax.tree.map(_placed, _items(wanted))), wanted)
         if data_iterator is not None:
@@ -273,7 +274,7 @@ def _restore_iterator(step: Path, data_iterator: DataIterator) -> None:
     remedy = "set resume.load_ckpt_only=True to go on from its weights with fresh data"
     if not (step / "data").is_dir():
         raise CheckpointError(f"the checkpoint {step} has no position in the data; {remedy}")
-    state = json.loads(file.read_text())
+    state = read_json_object(file)
     try:
         data_iterator.set_state(state)
     except Exception as error:

@@ -14,7 +14,6 @@ the word "latest": the newest checkpoint of `save_path`. Who reads several thing
 """
 
 import itertools
-import json
 import logging
 import re
 import shutil
@@ -25,6 +24,7 @@ from typing import Any, TypeVar
 import jax
 
 from wallx_jax import hub
+from wallx_jax.files import read_json_object
 from wallx_jax.models.config import WallXConfig
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ def prepare(folder: Path, resumed_step: int | None) -> None:
 
 def read_metadata(path: str | Path, save_path: str | Path | None = None) -> dict[str, Any]:
     """metadata.json of the (newest) checkpoint: step, time, loss, config, model, tokens, numerics, versions."""
-    return first_readable(path, save_path, lambda step: json.loads(metadata_file(step).read_text()))
+    return first_readable(path, save_path, lambda step: read_json_object(metadata_file(step)))
 
 
 def metadata_file(step: Path) -> Path:

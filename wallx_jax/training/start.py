@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from wallx_jax.data.mixture import Part, in_one_layout
 from wallx_jax.data.processor import Processor, ProcessorConfig
 from wallx_jax.data.setup import build_processor, load_fast_tokenizer, load_stats
 from wallx_jax.data.tokenizer import Tokenizer
+from wallx_jax.files import read_json_object
 from wallx_jax.models import stack
 from wallx_jax.models.config import ActionConfig, LoraConfig, WallXConfig
 from wallx_jax.models.wallx import abstract_params
@@ -106,7 +106,7 @@ def find(run: RunConfig, robot_state_dim: int, robot_action_dim: int, fast: Fast
 
 def _with_small_files(checkpoint: Path) -> Path:
     """The checkpoint; raises whatever comes up when metadata or assets are damaged."""
-    json.loads(checkpoint_dir.metadata_file(checkpoint).read_text())
+    read_json_object(checkpoint_dir.metadata_file(checkpoint))
     assets = checkpoint / "assets"
     Tokenizer.from_dir(assets)
     if (assets / processors.FILE_NAME).is_file():
@@ -191,7 +191,7 @@ def plan_parts(parts: Sequence[Part]) -> tuple[Origin, tuple[Processor, ...]]:
     for part in parts:
         stats = load_stats(part.settings, part.source)
         channels = (action.state_dim, action.action_dim)
-        fresh.append(build_processor(part.settings, part.info, origin.tokenizer, fast, stats, *channels))
+        fresh.append(build_processor(part.settings, part.source, origin.tokenizer, fast, stats, *channels))
     return origin, in_one_layout(parts, fresh)
 
 

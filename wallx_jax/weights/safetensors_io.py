@@ -21,7 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from wallx_jax.files import atomic_file, read_json_object
+from wallx_jax.files import atomic_file, read_json_object, unique_keys
 
 DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -75,7 +75,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     try:
         if not text.startswith(b"{"):
             raise ValueError("it does not begin with '{'")
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} has a malformed header: {error or 'nested too deeply'}") from None
 
@@ -99,14 +99,6 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if end < size:
         raise WeightsError(f"{path} is malformed: {size - end} bytes after the last tensor belong to none")
     return tensors
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
-    return found
 
 
 def _tensor_info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
@@ -198,7 +190,7 @@ def _other_weights(directory: Path, read: set[str]) -> list[str]:
 def _read_shards(directory: Path) -> dict[str, TensorInfo]:
     index = directory / INDEX
     try:
-        weight_map = read_json_object(index, object_pairs_hook=_unique).get("weight_map")
+        weight_map = read_json_object(index).get("weight_map")
     except ValueError as error:
         raise WeightsError(str(error)) from None
     if not weight_map or not isinstance(weight_map, dict) or not all(isinstance(x, str) for x in weight_map.values()):
