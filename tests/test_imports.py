@@ -13,7 +13,8 @@ PACKAGE = Path(wallx_jax.__path__[0])
 
 # Part of the package, by prefix (the longest counts) -> the prefixes that it may import, besides itself.
 SETTINGS = {
-    "tree", "files", "robots", "vectors", "ranges", "config", "run_config", "command_line", "upstream_yaml", "hub",
+    "tree", "switches", "files", "robots", "vectors", "ranges", "config", "run_config", "command_line", "upstream_yaml",
+    "hub",
 }  # fmt: skip
 DATASET_CHECKS = {
     f"evaluation.{name}" for name in ("preflight", "dataset_check", "findings", "frames", "signals", "videos")
@@ -21,6 +22,7 @@ DATASET_CHECKS = {
 ALLOWED = {
     "": set(),
     "tree": set(),
+    "switches": set(),
     "hub": set(),
     "files": set(),
     "robots": set(),
@@ -32,7 +34,7 @@ ALLOWED = {
     "config": {"run_config", "robots", "vectors", "ranges", "models.config", "data.template"},
     "command_line": {"config"},
     "upstream_yaml": {"config"},
-    "models": {"tree", "data.batch"},
+    "models": {"tree", "switches", "data.batch"},
     "weights": {"tree", "hub", "files", "models"},
     "data.batch": set(),
     "data.template": set(),
