@@ -178,7 +178,8 @@ def test_fake_inference_finds_what_is_not_finite(run, tmp_path, factor):
     if np.isnan(factor):
         assert "action_proj_back.weight holds NaN or infinity" in code
     else:
-        assert code == 1 and not json.loads(text)["finite"]
+        figures = json.loads(text)
+        assert code == 1 and not figures["finite"] and "the actions are not finite at dims 0, 1" in figures["error"]
 
 
 def test_inspect_batch(robot_config, tmp_path):
