@@ -25,7 +25,8 @@ from wallx_jax.data import processor as processors
 from wallx_jax.data.normalize import NormStats, Stats
 from wallx_jax.evaluation import subject
 from wallx_jax.inference.load import load_policy, load_vlm, model_config
-from wallx_jax.inference.policy import Policy
+from wallx_jax.inference.policy import ActionNotFiniteError, Policy
+from wallx_jax.inference.speaker import LogitsError
 from wallx_jax.inference.vlm import VLM
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.training import checkpoint_dir
@@ -59,27 +60,33 @@ def smoke(arguments: argparse.Namespace) -> dict:
     vlm = VLM(policy.config, policy.params, policy.processor.tokenizer) if acts else load_vlm(folder)
     loaded = time.perf_counter() - start
     figures = {"model": str(folder), "device": jax.devices()[0].device_kind, "load_s": loaded}
-    figures |= {**_size(vlm.config, vlm.params), "finite": _finite(vlm.params)}
+    figures |= {
+        **_size(vlm.config, vlm.params),
+        "finite": True,
+    }  # weights that are not are refused when they are loaded
+    try:
+        if acts and policy.processor.config.objective == "flow":
+            figures |= _act(policy, arguments)
+        picture = np.random.default_rng(0).integers(0, 256, (*CAMERA, 3), np.uint8)
+        answer, figures["text_ms"] = _timed(
+            lambda: vlm.ask("What is in the picture?", picture, max_tokens=arguments.max_tokens), arguments.repeats
+        )
+        figures |= {"text_tokens": len(answer.tokens), "text": answer.text}
+    except (ActionNotFiniteError, LogitsError) as error:
+        figures |= {"finite": False, "error": str(error)}
+    return figures
 
+
+def _act(policy: Policy, arguments: argparse.Namespace) -> dict:
     rng = np.random.default_rng(0)
-    picture = rng.integers(0, 256, (*CAMERA, 3), np.uint8)
-    if acts:
-        layout, dims = policy.processor.config, policy.processor.state.dims
-        observation = {
-            "images": {view: rng.integers(0, 256, (*CAMERA, 3), np.uint8) for view in layout.views},
-            "state": policy.processor.state.unnormalize(rng.uniform(-1, 1, dims)),
-            "instruction": "pick up the red block",
-        }
-        if layout.objective == "flow":
-            batch = [observation] * arguments.batch
-            chunk, figures["chunk_ms"] = _timed(
-                lambda: policy.predict(batch, steps=arguments.steps).actions, arguments.repeats
-            )
-            figures |= {"actions": list(chunk.shape), "finite": figures["finite"] and bool(np.isfinite(chunk).all())}
-    answer, figures["text_ms"] = _timed(
-        lambda: vlm.ask("What is in the picture?", picture, max_tokens=arguments.max_tokens), arguments.repeats
-    )
-    return figures | {"text_tokens": len(answer.tokens), "text": answer.text}
+    observation = {
+        "images": {view: rng.integers(0, 256, (*CAMERA, 3), np.uint8) for view in policy.processor.config.views},
+        "state": policy.processor.state.unnormalize(rng.uniform(-1, 1, policy.processor.state.dims)),
+        "instruction": "pick up the red block",
+    }
+    batch = [observation] * arguments.batch
+    chunk, times = _timed(lambda: policy.predict(batch, steps=arguments.steps).actions, arguments.repeats)
+    return {"chunk_ms": times, "actions": list(chunk.shape)}
 
 
 def _policy(folder: Path, is_pytorch: bool, horizon: int) -> Policy:
@@ -106,10 +113,6 @@ def _size(config: WallXConfig, params: tree.Tree) -> dict:
         "layers": config.text.num_hidden_layers,
         "vocabulary": config.text.vocab_size,
     }
-
-
-def _finite(params: tree.Tree) -> bool:
-    return all(bool(jax.numpy.isfinite(leaf).all()) for leaf in tree.flatten(params).values())
 
 
 def _timed(call, repeats: int):

@@ -46,9 +46,12 @@ def main() -> None:
         plots.episode(file, part, chunks[rows], names, policy.processor.predicted, title)
     (arguments.out / "openloop.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     for name in ("policy", "hold_still", "mean_action"):
-        print(f"{name:12} mean absolute error {result[name]['mae']:.4g}")
+        error = result[name]["mae"]  # None where no frame has a prediction
+        print(f"{name:12} mean absolute error {'-' if error is None else f'{error:.4g}'}")
     if failed := result["policy"]["failed_frames"]:
-        print(f"{failed} of {len(recorded)} frames have no prediction: what was said is no chunk of actions")
+        print(
+            f"{failed} of {len(recorded)} frames have no prediction: what the policy gave is no chunk of finite actions"
+        )
     print(
         f"{len(recorded)} chunks of {len(result['episodes'])} episodes; pictures and openloop.json in {arguments.out}"
     )

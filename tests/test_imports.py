@@ -13,8 +13,8 @@ PACKAGE = Path(wallx_jax.__path__[0])
 
 # Part of the package, by prefix (the longest counts) -> the prefixes that it may import, besides itself.
 SETTINGS = {
-    "tree", "files", "extras", "robots", "vectors", "ranges", "config", "run_config", "command_line", "upstream_yaml",
-    "hub",
+    "tree", "switches", "files", "extras", "robots", "vectors", "ranges", "config", "run_config", "command_line",
+    "upstream_yaml", "hub",
 }  # fmt: skip
 DATASET_CHECKS = {
     f"evaluation.{name}" for name in ("preflight", "dataset_check", "findings", "frames", "signals", "videos")
@@ -23,6 +23,7 @@ ALLOWED = {
     "": {"extras"},
     "extras": set(),
     "tree": set(),
+    "switches": set(),
     "hub": set(),
     "files": set(),
     "robots": set(),
@@ -34,7 +35,7 @@ ALLOWED = {
     "config": {"run_config", "robots", "vectors", "ranges", "models.config", "data.template"},
     "command_line": {"config"},
     "upstream_yaml": {"config", "files"},
-    "models": {"tree", "data.batch"},
+    "models": {"tree", "switches", "data.batch"},
     "weights": {"tree", "hub", "files", "models"},
     "data.batch": set(),
     "data.template": set(),

@@ -44,7 +44,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Reads a small JSON file that holds an object.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_text`; also where it is cut off, has a key twice or holds something else.
+        FileNotFoundError, ValueError: as `read_text`; it is cut off, has a key twice or holds something else.
     """
     text = read_text(path)
     try:

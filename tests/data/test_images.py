@@ -109,6 +109,26 @@ def test_wrong_pictures_name_the_camera(picture, message):
         images.resize(picture, -1, name="wrist")
 
 
+def test_pillow_pictures_that_cannot_be_read_name_the_camera(tmp_path):
+    Image.fromarray(noise(60, 80)).save(tmp_path / "whole.png")
+    content = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
+    with Image.open(tmp_path / "cut.png") as cut, pytest.raises(ValueError, match="wrist: the Pillow image cannot be"):
+        images.resize(cut, name="wrist")
+    with Image.open(tmp_path / "whole.png") as closed:
+        pass
+    with pytest.raises(ValueError, match="wrist: the Pillow image cannot be read"):
+        images.size_of(closed, "wrist")
+
+
+def test_resize_to_a_size():
+    found = images.resize_to(noise(60, 80), (56, 84), "wrist")
+    assert found.shape == (56, 84, 3) and found.dtype == np.uint8
+    np.testing.assert_array_equal(images.resize_to(noise(60, 80), (56, 84)), images.resize(noise(60, 80)))
+    with pytest.raises(ValueError, match="wrist: list; give a uint8"):
+        images.resize_to([1], (56, 84), "wrist")
+
+
 @pytest.mark.parametrize(
     ("size", "resolution", "message"),
     [

@@ -132,6 +132,19 @@ def processors(parts, tmp_path_factory):
     ]
 
 
+def test_dims_are_called_what_the_dataset_calls_them(processors, parts, dataset_dir):
+    from wallx_jax.data.setup import build_processor
+
+    assert processors[0].names == tuple(f"joint_{dim}" for dim in range(14))
+    robot = {"dof_config": {"left": 7, "right": 7}, "predict_action_keys": ("right",)}
+    (part,) = open_parts(resolve(tiny_run.run_config("model", dataset_dir, "out", **robot)))
+    tokenizer, stats = processors[0].tokenizer, processors[0].stats
+    partly = build_processor(part.settings, part.info, tokenizer, None, stats, 20, 20)
+    assert partly.names == processors[0].names and not partly.predicted[:7].any()
+    decoded = partly.decode_actions(np.zeros((4, 20)), np.arange(14))
+    np.testing.assert_array_equal(decoded[:, :7], np.tile(np.arange(7), (4, 1)))
+
+
 def changed(processor, **layout):
     config = dataclasses.replace(processor.config, **layout)
     return Processor(config, processor.tokenizer, processor.stats, processor.fast)

@@ -41,8 +41,13 @@ def test_always_finite_and_clamped(s, data):
     x = data.draw(hnp.arrays(np.float32, len(s), elements=anything))
     y = Normalizer(s, 8).normalize(x)
     assert np.isfinite(y).all() and (np.abs(y) <= 1).all()
-    assert (y[: len(s)][np.isnan(x)] == 0).all()
+    assert (y[: len(s)][~np.isfinite(x)] == 0).all()
     assert np.isfinite(Normalizer(s, 8).unnormalize(y)).all()
+
+
+def test_what_float32_cannot_hold_is_infinite_without_a_warning():
+    wide = Normalizer(stats([-3e38], [3e38]), 1)
+    assert wide.unnormalize([9.0]) == np.inf and np.isnan(wide.unnormalize([np.nan]))
 
 
 def test_upstream_formula():

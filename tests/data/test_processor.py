@@ -194,22 +194,103 @@ def test_a_directory_from_before_relative_actions(flow, tmp_path):
     assert Processor.from_dir(tmp_path).config == flow.config and not acts_relatively(tmp_path)
 
 
-def test_missing_action_values_are_masked(flow, observation, actions):
-    actions[2, 5] = np.nan
+@pytest.mark.parametrize("missing", [np.nan, np.inf, -np.inf])
+def test_missing_action_values_are_masked(flow, observation, actions, missing):
+    actions[2, 5] = missing
     sample = flow.encode(**observation, actions=actions)
     assert sample.action_mask[2, 5] == 0 and sample.actions[2, 5] == 0
     assert sample.action_mask.sum() == HORIZON * synthetic.DIMS - 1
 
 
-def test_dims_that_are_not_used_are_masked(tokenizer, stats, observation, actions):
+@pytest.mark.parametrize("missing", [np.nan, np.inf])
+def test_dims_that_are_not_used_are_masked(tokenizer, stats, observation, actions, missing):
     off = tuple(dim != 3 for dim in range(synthetic.DIMS))
     processor = Processor(config(tokenizer, observed=off, predicted=off), tokenizer, stats)
-    observation["state"][3] = np.nan
+    observation["state"][3] = missing
     sample = processor.encode(**observation, actions=actions)
     assert sample.state_mask[3] == sample.state[3] == 0
     assert not sample.action_mask[:, 3].any() and not sample.actions[:, 3].any()
     with pytest.raises(ValueError, match="predicted has 3 flags, but the norm stats have 14"):
         Processor(config(tokenizer, predicted=(True,) * 3), tokenizer, stats)
+
+
+def holding(tokenizer, stats, fast=None, trained=range(0, 14, 2), **changes):
+    """A processor that predicts every second dim; of the others 1 and 3 have states of their names."""
+    names = {"action_names": [f"a{dim}" for dim in range(14)], "state_names": [f"s{dim}" for dim in range(14)]}
+    names["action_names"][1], names["state_names"][7] = "gripper", "gripper"
+    names["action_names"][3], names["state_names"][3] = "neck", "neck"
+    names["action_names"][5], names["state_names"][5:7] = "twice", ["twice", "twice"]
+    names["action_names"][9] = names["state_names"][9] = "9"  # a number, as where the dataset has no name
+    predicted = tuple(dim in trained for dim in range(14))
+    settings = {name: tuple(value) for name, value in names.items()} | {"predicted": predicted} | changes
+    return Processor(config(tokenizer, **settings), tokenizer, stats, fast)
+
+
+def test_dims_that_nothing_trains_hold_the_state_of_their_name_or_are_not_there(tokenizer, stats, observation, actions):
+    processor, everything = holding(tokenizer, stats), holding(tokenizer, stats, trained=range(14))
+    assert processor.names == ("a0", "gripper", "a2", "neck", "a4", "a6", "a8", "a10", "a12")
+    assert np.flatnonzero(processor.given).tolist() == [0, 1, 2, 3, 4, 6, 8, 10, 12]
+    state = observation["state"]
+    chunk = np.random.default_rng(0).normal(size=(2, HORIZON, 20))
+    decoded, all_dims = processor.decode_actions(chunk, np.stack([state, state + 1])), everything.decode_actions(chunk)
+    held = [processor.names.index(name) for name in ("gripper", "neck")]
+    for row in range(2):
+        np.testing.assert_allclose(decoded[row][:, held], np.tile(state[[7, 3]] + row, (HORIZON, 1)), rtol=1e-6)
+    others = [i for i in range(9) if i not in held]
+    np.testing.assert_array_equal(decoded[..., others], all_dims[..., processor.given][..., others])
+    with pytest.raises(ValueError, match="needs the state"):
+        processor.decode_actions(chunk)
+    state[7] = np.nan  # of no use for training where the policy does not see it
+    blind = holding(tokenizer, stats, observed=tuple(dim != 7 for dim in range(14)))
+    blind.encode(**observation, actions=actions)
+    with pytest.raises(ValueError, match=r"state is not finite at dims \[7\]"):
+        blind.encode(**observation)
+
+
+def test_without_names_nothing_is_held(tokenizer, stats):
+    processor = holding(tokenizer, stats, trained=(4, 11), action_names=(), state_names=())
+    assert processor.names == ("4", "11")
+    assert processor.decode_actions(np.zeros((HORIZON, 20))).shape == (HORIZON, 2)
+
+
+def test_relative_dims_that_nothing_trains_do_not_move(tokenizer, stats, observation):
+    processor = relative(tokenizer, stats, predicted=tuple(dim not in (2, 6, 13) for dim in range(14)))
+    assert processor.names == tuple(str(dim) for dim in range(14) if dim != 6), "6 is absolute and has no name"
+    decoded = processor.decode_actions(np.ones((HORIZON, 20)), observation["state"])
+    np.testing.assert_allclose(decoded[:, [2, 12]], np.tile(observation["state"][2], (HORIZON, 2)), rtol=1e-6)
+
+
+def test_dims_that_fast_does_not_say_hold_the_state(tokenizer, stats, fast, observation, actions):
+    processor = holding(tokenizer, stats, fast, objective="fast")
+    labels = processor.encode(**observation, actions=actions).labels
+    decoded = processor.decode_action_tokens(labels[labels != -100][:-2], observation["state"])
+    np.testing.assert_allclose(decoded[:, 3], np.full(HORIZON, observation["state"][3]), rtol=1e-6)
+
+
+def test_names_are_saved_and_there_is_one_for_each_dim(tokenizer, stats, tmp_path):
+    before = holding(tokenizer, stats)
+    before.save(tmp_path)
+    assert Processor.from_dir(tmp_path).names == before.names
+    for field, count in (("action_names", 3), ("state_names", 15)):
+        with pytest.raises(ValueError, match=f"{field} has {count} names, but the norm stats have 14"):
+            Processor(config(tokenizer, **{field: ("x",) * count}), tokenizer, stats)
+
+
+def test_a_picture_of_another_size_is_brought_to_that_of_training(flow, observation, actions):
+    """Where the view's resolution is -1; in training such a frame is refused."""
+    _, wrist = observation["images"]
+    rng = np.random.default_rng(0)
+    for size in ((64, 64), (480, 640), (30, 90)):
+        given = [observation["images"][0], rng.integers(0, 256, (*size, 3), np.uint8)]
+        acting = flow.acting_on(given, observation["instruction"])
+        assert acting.config.image_sizes == flow.config.image_sizes
+        for processor in (acting, flow):
+            assert processor.encode(given, observation["state"], "go").images[1].shape == (*SIZES[1], 3)
+        if size != (64, 64):
+            with pytest.raises(ValueError, match=f"left_wrist_view: an image of .*{size[0]}, {size[1]}"):
+                flow.encode(given, observation["state"], "go", actions)
+    same = flow.acting_on(observation["images"], "go").encode(**observation).images[1]
+    np.testing.assert_array_equal(same, image_ops.resize(wrist))
 
 
 def test_pillow_images(flow, observation):
@@ -224,11 +305,21 @@ def test_pillow_images(flow, observation):
         ("instruction", None, "instruction is None"),
         ("state", np.zeros(13), "state has shape \\(13,\\); this robot's has \\(14,\\)"),
         ("state", np.array([0.0] * 5 + [np.nan] * 9), "state is not finite at dims \\[5, 6"),
+        ("state", np.array([0.0] * 13 + [-np.inf]), "state is not finite at dims \\[13\\]"),
+        ("state", {"joint": 0.0}, "state is {'joint': 0.0}; expected an array of numbers"),
+        ("state", ["a"] * 14, "state is \\['a', .*; expected an array of numbers"),
+        ("state", ["1"] * 14, "state is .*; expected an array of numbers"),
+        ("state", [[0, 1], [2]], "state is .*; expected an array of numbers"),
+        ("state", [None] * 14, "state is not finite at dims"),
+        ("state", np.zeros(14, complex), "state is .*; expected an array of numbers"),
+        ("state", None, r"state has shape \(\)"),
         ("images", [np.zeros((64, 96, 3), np.uint8)], "got 1 images; expected 2, in order \\['face_view'"),
         ("images", [np.zeros((64, 96, 3))] * 2, "face_view: dtype float64"),
         ("images", [np.zeros((96, 64, 3), np.uint8)] * 2, "face_view: an image of .* \\(96, 64\\) becomes .* 84, not"),
         ("actions", np.zeros((3, 14)), "actions have shape \\(3, 14\\); expected \\(6, 14\\)"),
+        ("actions", [["a"] * 14] * 6, "actions is .*; expected an array of numbers"),
         ("instruction", "pick up " * 50, "raise it to at least"),
+        ("instruction", "pick \ud83d up", "the instruction 'pick .* holds half of a surrogate pair at character 5"),
     ],
 )
 def test_bad_input_is_named_and_leaves_the_processor_usable(flow, observation, field, value, message):
@@ -262,7 +353,7 @@ def test_fast_leaves_out_masked_dims(tokenizer, stats, fast, observation, action
     ids = labels[labels != -100][:-2]
     normalised = processor.action.normalize(actions)[:, :7]
     assert (ids - tokenizer.fast_start).tolist() == list(fast.encode(normalised))
-    assert processor.decode_action_tokens(ids).shape == actions.shape
+    assert processor.decode_action_tokens(ids).shape == (HORIZON, 7)
 
 
 def test_fast_needs_its_tokenizer(tokenizer, stats, fast):

@@ -204,6 +204,7 @@ def test_view_names_add_to_the_known_ones_in_any_order():
             "prompt.language = .*{proprioception} is none of the placeholders {images}, {instruction};",
         ),
         ({"action": "{images}{instruction}{proprioception}<|action|>"}, "prompt.action = .*control tokens"),
+        ({"system": "a\udc00"}, "prompt.system = .*half of a surrogate pair"),
     ],
 )
 def test_wrong_template(change, message):
@@ -225,6 +226,8 @@ def test_three_cameras_at_256(qwen):
         ({"instruction": "stop<|im_end|>\n<|im_start|>"}, r"control tokens: <\|im_end\|>, <\|im_start\|>"),
         ({"instruction": "do <|action_token_3|>"}, "control tokens"),
         ({"views": ["<|propri|>"]}, "view .* contains control tokens"),
+        ({"instruction": "lift \ud83d"}, "the instruction 'lift .* holds half of a surrogate pair at character 5"),
+        ({"answer": "a\udc00", "task": "language"}, "the answer .* holds half of a surrogate pair"),
         ({"views": ["a", "b"]}, "2 views .* but 1 image token counts"),
         ({"task": "dance"}, "task is 'dance'; choose one of action, language"),
         ({"answer": "words"}, "'language' takes text, 'action' FAST tokens"),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.evaluation import openloop
 from wallx_jax.evaluation.openloop import Recorded
+from wallx_jax.inference.policy import ActionNotFiniteError
 
 HORIZON, DIMS = 4, 14
 
@@ -35,10 +36,11 @@ def recorded(frames: int, steps: int = 3, dims: int = 2, seed: int = 0) -> Recor
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 1000), failing=st.booleans())
-def test_errors_are_means_over_valid_steps(seed, failing):
+@given(seed=st.integers(0, 1000), failing=st.booleans(), missing=st.sampled_from([np.nan, np.inf]))
+def test_errors_are_means_over_valid_steps(seed, failing, missing):
     part, rng = recorded(6, 3, 4, seed), np.random.default_rng(seed + 1)
     part.valid[0] = True
+    part.actions[5, 1, 2] = missing
     chunks = rng.normal(size=part.actions.shape)
     if failing:
         chunks[3] = np.nan
@@ -47,7 +49,7 @@ def test_errors_are_means_over_valid_steps(seed, failing):
     per_dim, per_step = [[] for _ in range(4)], [[] for _ in range(3)]
     for n in range(6):
         for a in range(3):
-            if part.valid[n, a] and not (failing and n == 3):
+            if part.valid[n, a] and not (failing and n == 3) and (n, a) != (5, 1):
                 error = abs(chunks[n, a] - part.actions[n, a])
                 per_step[a].append(error[predicted].mean())
                 for d in range(4):
@@ -107,12 +109,14 @@ class Fake:
     def reference(states):
         return np.zeros((len(states), 2))
 
-    def __init__(self):
-        self.sizes = []
+    def __init__(self, given=(True, True)):
+        self.sizes, self.seeds = [], []
+        self.processor = type("Processor", (), {"given": np.array(given)})
 
-    def predict(self, observations, **options):
+    def predict(self, observations, seed, **options):
         self.sizes.append(len(observations))
-        actions = np.stack([np.full((3, 2), o["state"][0]) for o in observations])
+        self.seeds += seed
+        actions = np.stack([np.full((3, self.processor.given.sum()), o["state"][0]) for o in observations])
         return type("Prediction", (), {"actions": actions})
 
 
@@ -128,12 +132,33 @@ def test_baselines_hold_the_state_or_the_last_action():
 
 def test_all_batches_have_one_size():
     part, policy = recorded(7), Fake()
-    chunks = openloop.predict(policy, part.observations, batch_size=3)
-    assert policy.sizes == [3, 3, 3]
+    chunks = openloop.predict(policy, part.observations, batch_size=3, seed=5)
+    assert policy.sizes == [3, 3, 3] and policy.seeds == [5, 6, 7, 8, 9, 10, 11, 5, 6], "each frame has its own"
     np.testing.assert_array_equal(chunks[:, 0, 0], [o["state"][0] for o in part.observations])
     policy.sizes.clear()
     openloop.predict(policy, part.observations[:2], batch_size=3)
     assert policy.sizes == [2]
+
+
+def test_dims_that_a_policy_does_not_give_are_no_failure():
+    part = recorded(7)
+    chunks = openloop.predict(Fake((False, True)), part.observations, batch_size=3)
+    assert chunks.shape == part.actions.shape and np.isnan(chunks[..., 0]).all() and np.isfinite(chunks[..., 1]).all()
+    found = openloop.errors(chunks, part, np.array([False, True]))
+    assert found.failed == 0 and np.isnan(found.per_dim[0]) and found.mean == found.per_dim[1]
+    assert found.as_json()["mae_per_dim"][0] is None
+
+
+def test_chunks_that_a_policy_refuses_to_give_are_failures():
+    class Bad(Fake):
+        def predict(self, observations, **options):
+            actions = super().predict(observations, **options).actions
+            actions[1] = np.nan
+            raise ActionNotFiniteError({1: "not finite"}, actions)
+
+    part = recorded(4)
+    chunks = openloop.predict(Bad(), part.observations, batch_size=2)
+    assert openloop.errors(chunks, part, np.ones(2, bool)).failed == 2
 
 
 def test_baselines_of_relative_actions_are_in_robot_units():

@@ -98,6 +98,16 @@ def test_openloop_plot_of_a_model_directory(run, wallx_dir, robot_config, tmp_pa
     assert result["episodes"] == HELD_OUT and np.isfinite(result["policy"]["mae"])
 
 
+def test_openloop_plot_of_a_policy_that_never_acts(run, run_dir, tmp_path, monkeypatch):
+    def nothing(policy, observations, **options):
+        return np.full((len(observations), 4, 14), np.nan)
+
+    monkeypatch.setattr(openloop, "predict", nothing)
+    code, text = run("openloop_plot", "--checkpoint", run_dir, "--stride", 2, "--out", tmp_path / "out")
+    assert code == 0 and "3 of 3 frames have no prediction" in text
+    assert re.search("policy +mean absolute error -\n", text)
+
+
 def test_ablate(run, run_dir, tmp_path):
     out = tmp_path / "out"
     code, text = run("ablate", "--checkpoint", run_dir, "--frames", 4, "--steps", 1, "--out", out)
@@ -178,7 +188,8 @@ def test_fake_inference_finds_what_is_not_finite(run, tmp_path, factor):
     if np.isnan(factor):
         assert "action_proj_back.weight holds NaN or infinity" in code
     else:
-        assert code == 1 and not json.loads(text)["finite"]
+        figures = json.loads(text)
+        assert code == 1 and not figures["finite"] and "the actions are not finite at dims 0, 1" in figures["error"]
 
 
 def test_inspect_batch(robot_config, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 import tiny_run
@@ -18,7 +19,12 @@ from wallx_jax.data.processor import PROMPT_STEP, Processor
 from wallx_jax.data.stats import compute_stats
 from wallx_jax.data.template import PromptTemplate
 from wallx_jax.inference.load import load_model
-from wallx_jax.inference.policy import ActionDecodeError, Policy
+from wallx_jax.inference.policy import ActionDecodeError, ActionNotFiniteError, Policy
+from wallx_jax.inference.speaker import LogitsError
+from wallx_jax.models import stack
+from wallx_jax.models.wallx import abstract_params
+from wallx_jax.training.checkpoint import Checkpointer
+from wallx_jax.training.checkpoint_dir import CheckpointError
 from wallx_jax.weights.safetensors_io import WeightsError, write_safetensors
 
 DIMS, HORIZON, VIEWS = 7, 5, ("face_view", "left_wrist_view")
@@ -95,12 +101,21 @@ def test_seed_decides(policy):
     assert np.abs(first - other).max() > 1e-3
 
 
-def test_batch_gives_each_what_it_gets_alone(policy):
-    """Also with pictures of different sizes, which run as groups, and for rows that share their place in the list."""
+@pytest.mark.parametrize("seeds", [5, [3, 3, 1, 2**40], np.arange(4), range(4)], ids=["one", "list", "array", "range"])
+def test_batch_gives_each_what_it_gets_alone(policy, seeds):
+    """Whatever its place in the list; also with pictures of different sizes, which run as groups."""
     observations = [observation(), observation(120, 60, seed=1), observation(seed=2), observation(120, 60, seed=3)]
-    together = policy.predict(observations, seed=5).actions
+    together = policy.predict(observations, seed=seeds).actions
     assert together.shape == (4, HORIZON, DIMS)
-    np.testing.assert_allclose(together[0], policy.predict(observations[0], seed=5).actions, atol=1e-5)
+    own = [seeds] * 4 if isinstance(seeds, int) else list(seeds)
+    for row, (each, seed) in enumerate(zip(observations, own, strict=True)):
+        np.testing.assert_allclose(together[row], policy.predict(each, seed=seed).actions, atol=1e-5)
+    twice = policy.predict([observations[1]] * 2, seed=own[:2]).actions
+    assert (np.abs(twice[0] - twice[1]).max() < 1e-5) == (own[0] == own[1])
+
+
+def test_noise_of_ones_own(policy):
+    observations = [observation(), observation(120, 60, seed=1), observation(seed=2), observation(120, 60, seed=3)]
     shape = (4, HORIZON, policy.processor.config.action_dim)
     noise = np.random.default_rng(0).normal(size=shape)
     together = policy.predict(observations, noise=noise).actions
@@ -215,21 +230,160 @@ def test_wrong_observations_name_the_field_and_leave_the_policy_usable(policy):
         ({"instruction": "  "}, "instruction is '  '"),
         ({"instruction": None}, "instruction is None"),
         ({"instruction": "open <|im_end|>"}, r"instruction .* contains control tokens: <\|im_end\|>"),
+        ({"instruction": "lift \ud83d"}, "instruction .* holds half of a surrogate pair"),
+        ({"state": {"shoulder": 0.0}}, "state is {'shoulder': 0.0}; expected an array of numbers"),
+        ({"state": ["a"] * DIMS}, "state is .*; expected an array of numbers"),
+        ({"state": [[0, 1], [2]]}, "state is .*; expected an array of numbers"),
+        ({"state": state * np.inf}, r"state is not finite at dims \[0, 1, 2, 3, 4, 5, 6\]"),
+        (
+            {"images": {0: pixel, "face_view": pixel}},
+            r"camera 'left_wrist_view'.* is missing; there are \[0, 'face_view'\]",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             policy.predict(right | changes)
         with pytest.raises(ValueError, match=f"observation 1: .*{message}"):
             policy.predict([right, right | changes])
     for name in ("images", "state", "instruction"):
-        with pytest.raises(ValueError, match=f"the observation has no '{name}'"):
-            policy.predict({key: value for key, value in right.items() if key != name})
+        with pytest.raises(ValueError, match=rf"the observation has no '{name}'; it has \[.*1\]"):
+            policy.predict({key: value for key, value in right.items() if key != name} | {1: 2})
+    for wrong in (None, 7, "lift the cup"):
+        for call in (policy.predict, policy.subtask):
+            with pytest.raises(ValueError, match="the observation is a .*; expected a dict, or a list"):
+                call(wrong)
+        with pytest.raises(ValueError, match="observation 1: the observation is a .*; expected a dict"):
+            policy.predict([right, wrong])
     with pytest.raises(ValueError, match="no observation"):
         policy.predict([])
-    with pytest.raises(ValueError, match=r"noise has shape \(1, 2\)"):
-        policy.predict(right, noise=np.zeros((1, 2)))
-    with pytest.raises(ValueError, match="steps is 0"):
-        policy.predict(right, steps=0)
     np.testing.assert_array_equal(policy.predict(right).actions, expected)
+
+
+NOISE = np.zeros((1, HORIZON, 20))
+
+
+@pytest.mark.parametrize(
+    ("setting", "values", "message"),
+    [
+        ("steps", (0, -1, None, "10", 1.5, [3]), "steps is .*; give an integer, at least 1"),
+        ("seed", (None, 1.5, "1", -1, [0.5], ["a"]), "seed is .*; give an integer, at least 0"),
+        ("seed", ([], [1, 2], range(3), np.zeros((2, 1), int)), "seed has . entries; give one for all"),
+        ("max_tokens", (0, -5, "9", 2.5), "max_tokens is .*; give an integer, at least 1"),
+        ("temperature", (-1, None, "hot", np.nan, np.inf, 1e300), "temperature is .*; give 0"),
+        ("noise", (np.zeros((1, 2)), NOISE[0], 0.0), "noise has shape"),
+        ("noise", (["a"], [[1], [2, 3]], {"noise": 1}), "noise is .*; expected an array of numbers"),
+        ("noise", (NOISE + np.nan, NOISE + np.inf, NOISE + 1e300), r"noise is not finite for observations \[0\]"),
+    ],
+)
+def test_wrong_settings_are_named(policy, setting, values, message):
+    for value in values:
+        with pytest.raises(ValueError, match=message):
+            policy.predict(observation(), **{setting: value})
+
+
+def test_numbers_of_numpy_are_numbers(policy):
+    expected = policy.predict(observation(), steps=2, seed=3).actions
+    settings = {"steps": np.int64(2), "seed": np.uint8(3), "temperature": np.float32(0), "max_tokens": np.int32(4)}
+    np.testing.assert_array_equal(policy.predict(observation(), **settings).actions, expected)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
+def test_what_is_not_finite_never_reaches_a_robot(policy, monkeypatch, bad):
+    """Also what is finite until it is in robot units."""
+    flow, stats = policy._flow, policy.processor.stats
+    wide = dataclasses.replace(stats.action, q01=stats.action.q01 * 1e3, q99=stats.action.q99 * 1e3)
+    names = tuple(f"joint_{dim}" for dim in range(DIMS))
+    layout = dataclasses.replace(policy.processor.config, action_names=names)
+    processor = Processor(layout, policy.processor.tokenizer, dataclasses.replace(stats, action=wide))
+    monkeypatch.setattr(policy, "processor", processor)
+    observations = [observation(), observation(120, 60, seed=1), observation(seed=2)]
+    right = policy.predict(observations).actions
+
+    def spoil(options, params, batch, noise):
+        chunk = np.array(flow(options, params, batch, noise))
+        if len(chunk) == 2:  # observations 0 and 2, which share their picture size
+            chunk[1, 3, [2, 5]] = bad
+        return chunk
+
+    monkeypatch.setattr(policy, "_flow", spoil)
+    with pytest.raises(
+        ActionNotFiniteError, match="observation 2: the actions are not finite at dims joint_2, joint_5:"
+    ) as e:
+        policy.predict(observations)
+    assert set(e.value.failures) == {2} and np.isnan(e.value.actions[2]).all()
+    np.testing.assert_array_equal(e.value.actions[:2], right[:2])
+
+
+def test_weights_that_went_bad(policy, speaker):
+    """In memory, where nobody looked when they were loaded: flow, FAST and words."""
+    for acts in (policy, speaker):
+        flat = tree.flatten(acts.params)
+        flat["decoder/layers/1/attn/o/kernel"] = jax.numpy.full_like(flat["decoder/layers/1/attn/o/kernel"], np.nan)
+        bad = Policy(acts.config, tree.unflatten(flat), acts.processor)
+        kind, message = (ActionNotFiniteError, "") if acts is policy else (ActionDecodeError, "logits are ")
+        with pytest.raises(kind, match=f"{message}not finite"):
+            bad.predict(observation(), steps=1)
+        with pytest.raises(kind, match=f"observation 0: .*{message}not finite.*; observation 1: "):
+            bad.predict([observation()] * 2, steps=1)
+        with pytest.raises(LogitsError, match="observation 0: the model's logits are not finite"):
+            bad.subtask([observation()] * 2, max_tokens=2)
+
+
+def test_a_checkpoint_with_weights_that_went_bad_is_refused(policy, tmp_path):
+    """When it is opened, with the paths of the parameters."""
+    flat = tree.flatten(stack.arranged(policy.params, abstract_params(policy.config)))
+    flat["action/w2/kernel"] = flat["action/w2/kernel"].at[1, 2].set(np.nan)
+    flat["decoder/layers/attn/q/bias"] = flat["decoder/layers/attn/q/bias"].at[1, 0].set(np.inf)
+    policy.processor.save(tmp_path / "assets")
+    with Checkpointer(tmp_path / "run") as checkpointer:
+        state = {"params": tree.unflatten(flat), "step": jax.numpy.zeros((), int)}
+        checkpointer.save(3, state, None, {}, policy.config, tmp_path / "assets")
+    for load in (wallx_jax.load_policy, wallx_jax.load_vlm):
+        with pytest.raises(
+            CheckpointError, match="3: NaN or infinity in action/w2/kernel, decoder/layers/attn/q/bias: "
+        ):
+            load(tmp_path / "run")
+
+
+def partly_trained(policy) -> Policy:
+    """A policy of which nothing trains dims 2 and 5; the state has the name of dim 2 at place 4."""
+    layout = dataclasses.replace(
+        policy.processor.config,
+        predicted=tuple(dim not in (2, 5) for dim in range(DIMS)),
+        action_names=tuple(f"joint_{dim}.pos" for dim in range(DIMS)),
+        state_names=tuple("joint_2.pos" if dim == 4 else f"measured_{dim}" for dim in range(DIMS)),
+    )
+    return Policy(policy.config, policy.params, Processor(layout, policy.processor.tokenizer, policy.processor.stats))
+
+
+def test_a_prediction_names_its_dims(policy):
+    assert policy.predict(observation()).names == tuple(map(str, range(DIMS)))
+    observations = [observation(), observation(120, 60, seed=1)]
+    acts = partly_trained(policy)
+    chunks = acts.predict(observations, seed=4)
+    assert chunks.names == tuple(f"joint_{dim}.pos" for dim in (0, 1, 2, 3, 4, 6))
+    assert chunks.actions.shape == (2, HORIZON, 6) and acts.predict(observations[0]).names == chunks.names
+    held = np.stack([each["state"][4] for each in observations]).astype(np.float32)
+    np.testing.assert_array_equal(chunks.actions[..., 2], np.tile(held[:, None], HORIZON))
+    other = acts.predict(observations, seed=5).actions
+    moves = np.abs(other - chunks.actions).max(axis=(0, 1)) > 1e-3
+    assert moves.tolist() == [True, True, False, True, True, True], "what nothing trains does not hang on the noise"
+
+
+def test_a_view_that_kept_its_size_in_training(policy):
+    """A camera of another size: what the model sees has the trained one, in one program."""
+    layout = dataclasses.replace(policy.processor.config, resolutions=(84, -1), image_sizes=((56, 84), (84, 56)))
+    acts = Policy(policy.config, policy.params, Processor(layout, policy.processor.tokenizer, policy.processor.stats))
+    for size in ((84, 56), (480, 640), (60, 60)):
+        seen = observation()
+        seen["images"]["left_wrist_view"] = observation(*size)["images"]["left_wrist_view"]
+        assert acts.encode(seen).images[1].shape == (84, 56, 3)
+        assert np.isfinite(acts.predict(seen, steps=1).actions).all()
+    assert acts.compilations == 1
+
+
+def test_a_model_directory_does_not_know_the_size_of_its_pictures(model_dir):
+    with pytest.raises(ValueError, match="resolution is -1: .*give the pixels of their longer side"):
+        wallx_jax.load_policy(model_dir, norm_stats=robot_stats(), views=VIEWS, resolution=-1)
 
 
 def test_acts_on_the_subtask_it_has_set_itself(policy, monkeypatch):
@@ -237,7 +391,7 @@ def test_acts_on_the_subtask_it_has_set_itself(policy, monkeypatch):
     said = [*tokenizer.encode("pick up the red block\n"), ids.eos, ids.pad]
     asked = []
 
-    def say(batch, budget, temperature, seed):
+    def say(batch, budget, temperature, seeds):
         asked.append(tokenizer.decode(batch.tokens[0]))
         return np.array([said] * len(batch.tokens))
 

@@ -8,8 +8,10 @@ from torch_qwen import qwen_config, random_model, token_types, torch
 from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
 import wallx_jax
+from wallx_jax import tree
 from wallx_jax.data.chat import encode_chat
 from wallx_jax.data.images import Limits
+from wallx_jax.inference.speaker import LogitsError
 from wallx_jax.inference.vlm import PROMPT_STEP, VLM
 
 TOKENS = 24
@@ -131,6 +133,38 @@ def test_sampling_follows_its_seed(vlm):
     assert cold == vlm.chat(question, max_tokens=16).tokens
 
 
+@pytest.mark.parametrize("seeds", [7, [7, 1, 7, 2]], ids=["one", "each"])
+def test_what_is_drawn_does_not_depend_on_the_place_in_the_list(vlm, seeds):
+    conversations = [ask("one", image(60, 60)), ask("two"), ask("three", image(60, 60)), ask("four " * 9)]
+    own = [seeds] * 4 if isinstance(seeds, int) else seeds
+    together = vlm.chat(conversations, max_tokens=8, temperature=1.0, seed=seeds)
+    alone = [
+        vlm.chat(each, max_tokens=8, temperature=1.0, seed=seed).tokens
+        for each, seed in zip(conversations, own, strict=True)
+    ]
+    assert [answer.tokens for answer in together] == alone
+    same = vlm.chat([conversations[0]] * 3, max_tokens=8, temperature=2.0, seed=[4, 4, 5])
+    assert same[0].tokens == same[1].tokens != same[2].tokens
+
+
+def test_weights_that_went_bad_say_nothing(vlm):
+    flat = tree.flatten(vlm.params)
+    flat["decoder/norm/scale"] = flat["decoder/norm/scale"].at[0].set(np.inf)
+    bad = VLM(vlm.config, tree.unflatten(flat), vlm.tokenizer)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(LogitsError, match="^the model's logits are not finite"):
+            bad.ask("what is it?", picture(56, 84), max_tokens=3, temperature=temperature)
+        with pytest.raises(LogitsError, match="conversation 0: the model's logits are not finite"):
+            bad.chat([ask("one"), ask("two")], max_tokens=3, temperature=temperature)
+
+
+def test_a_cold_or_hot_temperature_is_no_division_by_zero(vlm):
+    likeliest = vlm.ask("why?", max_tokens=8).tokens
+    for temperature in (1e-30, np.float32(1e-45), 1e-300):
+        assert vlm.ask("why?", max_tokens=8, temperature=temperature).tokens == likeliest
+    assert vlm.ask("why?", max_tokens=8, temperature=1e38).tokens
+
+
 def test_answer_tells_its_end_and_time(vlm):
     answer = vlm.ask("what is it?", picture(56, 84), max_tokens=2)
     assert len(answer.tokens) == 2 and not answer.finished
@@ -158,8 +192,21 @@ def test_wrong_input_names_itself_and_leaves_the_model_usable(vlm):
     ):
         with pytest.raises(ValueError, match=message):
             vlm.chat(conversation)
-    with pytest.raises(ValueError, match="max_tokens is 0"):
-        vlm.ask("hi", max_tokens=0)
-    with pytest.raises(ValueError, match="temperature is -1"):
-        vlm.ask("hi", temperature=-1)
+        with pytest.raises(ValueError, match=f"conversation 1: .*{message}"):
+            vlm.chat([ask("hi"), conversation])
+    for conversation in (None, 3, "hi", {"role": "user", "content": "hi"}):
+        with pytest.raises(ValueError, match="the conversation is a .*; expected a list of messages"):
+            vlm.chat(conversation)
+        with pytest.raises(ValueError, match="conversation 1: the conversation is a .*; expected a list"):
+            vlm.chat([ask("hi"), conversation])
+    with pytest.raises(ValueError, match="message 0, text 0 is None; expected text"):
+        vlm.ask(None)
+    for setting, values in (
+        ("max_tokens", (0, -1, None, "5", 1.5)),
+        ("temperature", (-1, None, "hot", float("nan"), float("inf"))),
+        ("seed", (None, -1, 0.5, "1", [1, 2])),
+    ):
+        for value in values:
+            with pytest.raises(ValueError, match=f"{setting} (is|has) .*give"):
+                vlm.ask("hi", **{setting: value})
     assert vlm.ask("what is it?", picture(56, 84), max_tokens=2).tokens

@@ -7,18 +7,25 @@ A conversation is a list of messages as transformers writes them:
 Pictures are uint8 RGB [h, w, 3] or Pillow; a video is {"type": "video", "video": frames, "fps": frames per second}.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from wallx_jax.data import images
-from wallx_jax.data.tokenizer import Tokenizer
+from wallx_jax.data.tokenizer import Tokenizer, check_unicode
 
 FRAMES_PER_TOKEN = 2  # Qwen2.5-VL's temporal_patch_size
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
-CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|vision_end|>", IMAGE_PAD, VIDEO_PAD)
+# Text that would open or close turns and pictures, or stand for a robot's state and actions.
+CONTROL = re.compile(
+    r"<\|(?:im_start|im_end|endoftext|vision_start|vision_end|image_pad|video_pad|propri|action|action_token_\d+)\|>"
+)
+FPS_RANGE = (1e-3, 1e3)  # frames per second; time in a video is counted in whole numbers
 
 # What Qwen2.5-VL's template does with text, images and videos, for directories that bring none.
 TEMPLATE = (
@@ -61,6 +68,8 @@ def encode_chat(
     Raises:
         ValueError: naming the message and part that is malformed, holds control tokens, or is no picture.
     """
+    if isinstance(conversation, str) or not isinstance(conversation, Sequence):
+        raise ValueError(f"the conversation is a {type(conversation).__name__}; expected a list of messages")
     messages = [_message(i, message) for i, message in enumerate(conversation)]
     if not messages:
         raise ValueError("the conversation has no messages")
@@ -72,8 +81,8 @@ def encode_chat(
         elif part["type"] == "video":
             visuals.append(_video(part, where))
             seconds.append(FRAMES_PER_TOKEN / _fps(part, where))
-        elif found := [token for token in CONTROL if token in part["text"]]:
-            raise ValueError(f"{where} contains control tokens: {', '.join(found)}; remove them from the text")
+        else:
+            _check_text(part["text"], where)
     text = _render(tokenizer, messages)
     return ChatPrompt(tokenizer.encode(_expand(text, visuals)), tuple(visuals), tuple(seconds))
 
@@ -82,9 +91,13 @@ def _message(index: int, message: Any) -> dict[str, Any]:
     """A message whose content is a list of parts."""
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
         raise ValueError(f"message {index} is {message!r}; expected a dict with 'role' and 'content'")
-    content = message["content"]
+    role, content = message["role"], message["content"]
+    if not isinstance(role, str) or not role.isidentifier():
+        raise ValueError(f"message {index}: role is {role!r}; expected a word: 'system', 'user' or 'assistant'")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
+    if not isinstance(content, Sequence):
+        raise ValueError(f"message {index}: content is {reprlib.repr(content)}; expected text or a list of parts")
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind not in ("text", "image", "video") or kind not in part:
@@ -92,7 +105,7 @@ def _message(index: int, message: Any) -> dict[str, Any]:
                 f"message {index} has a part of type {kind!r}; parts are {{'type': 'text', 'text': ...}}, and the same "
                 "with 'image' and 'video'"
             )
-    return {"role": str(message["role"]), "content": [dict(part) for part in content]}
+    return {"role": role, "content": [dict(part) for part in content]}
 
 
 def _parts(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -104,10 +117,15 @@ def _parts(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping
 
 def _video(part: Mapping[str, Any], where: str) -> np.ndarray:
     """uint8 [F, h, w, 3], F even as the model takes two frames together."""
-    frames = list(part["video"])
+    video = part["video"]
+    if isinstance(video, str) or not isinstance(video, Iterable):
+        raise ValueError(f"{where} is {reprlib.repr(video)}; expected its frames (data.video.read_video reads a file)")
+    frames = list(video)
     if not frames:
         raise ValueError(f"{where} has no frames")
-    resized = [images.resize(frame, name=where, limits=images.VIDEO_LIMITS) for frame in frames]
+    resized = [
+        images.resize(frame, name=f"{where}, frame {i}", limits=images.VIDEO_LIMITS) for i, frame in enumerate(frames)
+    ]
     if len({frame.shape for frame in resized}) > 1:
         raise ValueError(f"{where} has frames of different sizes")
     resized += [resized[-1]] * (-len(resized) % FRAMES_PER_TOKEN)
@@ -115,14 +133,25 @@ def _video(part: Mapping[str, Any], where: str) -> np.ndarray:
 
 
 def _fps(part: Mapping[str, Any], where: str) -> float:
-    fps = part.get("fps")
-    if not isinstance(fps, int | float) or not fps > 0:
-        raise ValueError(f"{where}: fps is {fps!r}; say how many of its frames there are in a second")
+    fps, (least, most) = part.get("fps"), FPS_RANGE
+    if not isinstance(fps, Real) or not least <= fps <= most:
+        raise ValueError(
+            f"{where}: fps is {fps!r}; say how many of its frames there are in a second, {least:g} to {most:g}"
+        )
     return float(fps)
+
+
+def _check_text(text: Any, where: str) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"{where} is {reprlib.repr(text)}; expected text")
+    check_unicode(where, text)
+    if found := list(dict.fromkeys(CONTROL.findall(text))):
+        raise ValueError(f"{where} contains control tokens: {', '.join(found)}; remove them from the text")
 
 
 def _render(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> str:
     """The conversation as text, by the tokenizer's own template if that knows of images."""
+    from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template  # slow to import
 
     template = tokenizer.config.get("chat_template") or TEMPLATE
@@ -130,7 +159,10 @@ def _render(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> str:
         template = next((entry["template"] for entry in template if entry["name"] == "default"), TEMPLATE)
     if IMAGE_PAD not in template:
         template = TEMPLATE
-    texts, _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=True)
+    try:
+        texts, _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(f"the tokenizer's chat template refuses this conversation: {error}") from None
     return texts[0]
 
 

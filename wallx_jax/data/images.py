@@ -68,6 +68,12 @@ def resize(
     return np.array(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
+def resize_to(image: np.ndarray | Image.Image, size: tuple[int, int], name: str = "image") -> np.ndarray:
+    """One bicubic resize of what `resize` takes to uint8 [*size, 3]; raises as it does."""
+    height, width = size
+    return np.array(_checked(image, name).resize((width, height), Image.Resampling.BICUBIC))
+
+
 def size_of(image: np.ndarray | Image.Image, name: str = "image") -> tuple[int, int]:
     """(height, width) of what `resize` takes; raises as it does."""
     image = _checked(image, name)
@@ -138,6 +144,11 @@ def _as_pillow(image: np.ndarray | Image.Image, name: str) -> Image.Image:
     if isinstance(image, Image.Image):
         if image.mode != "RGB":
             raise ValueError(f"{name}: Pillow image of mode {image.mode!r}; convert it to 'RGB'")
+        try:
+            image.load()  # Image.open reads no pixels
+        except Exception as error:  # damaged, cut off, or its file is closed: Pillow raises many types
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"{name}: the Pillow image cannot be read ({reason}); open it again") from None
         return image
     if not isinstance(image, np.ndarray):
         raise ValueError(f"{name}: {type(image).__name__}; give a uint8 [height, width, 3] array or a Pillow image")

@@ -105,7 +105,7 @@ class Normalizer:
         self._inverse_span = np.where(_equal(stats.min, stats.max) & _equal(stats.q01, stats.q99), 0.0, self._span)
 
     def normalize(self, x: Any) -> np.ndarray:
-        """Robot units [..., D] -> float32 [..., C] in [-1, 1]; NaN and the channels past D become 0.
+        """Robot units [..., D] -> float32 [..., C] in [-1, 1]; what is not finite and the channels past D become 0.
 
         Raises:
             ValueError: if the last axis is not D.
@@ -115,7 +115,7 @@ class Normalizer:
             raise ValueError(f"expected {self.dims} dims as in the norm stats, got an array of shape {x.shape}")
         # Clamping before dividing equals clamping after, but cannot overflow however small the range.
         y = (np.clip(x, self._low, self._low + self._span) - self._low) / self._span * 2 - 1
-        return self.pad(np.nan_to_num(np.clip(y, -1, 1), nan=0.0))
+        return self.pad(np.where(np.isfinite(x), np.clip(y, -1, 1), 0.0))
 
     def pad(self, x: Any) -> np.ndarray:
         """[..., D] values or flags -> float32 [..., C] with zeros after them."""
@@ -129,11 +129,13 @@ class Normalizer:
         return self.pad(np.ones(self.dims))
 
     def unnormalize(self, x: Any) -> np.ndarray:
-        """Model units [..., C] (or [..., D]) -> float32 robot units [..., D]. Not clamped, as upstream's is not."""
+        """Model units [..., C] (or [..., D]) -> float32 robot units [..., D]. Not clamped, as upstream's is not: what
+        float32 cannot hold becomes infinite."""
         x = np.asarray(x, np.float64)
         if x.shape[-1] not in (self.width, self.dims):
             raise ValueError(f"expected {self.width} channels or {self.dims} dims, got an array of shape {x.shape}")
-        return ((x[..., : self.dims] + 1) / 2 * self._inverse_span + self._low).astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return ((x[..., : self.dims] + 1) / 2 * self._inverse_span + self._low).astype(np.float32)
 
 
 def save_norm_stats(path: str | Path, stats: NormStats) -> None:

@@ -6,8 +6,10 @@ Legend: T prefix tokens, W label window, A action horizon, C model channels, D r
 import copy
 import dataclasses
 import functools
+import itertools
 import json
-from collections.abc import Iterable, Sequence
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +36,8 @@ class ProcessorConfig:
 
     views: camera names as the prompt knows them ("face_view"), in prompt order; the next three follow the same order.
     camera_keys: the dataset's camera per view.
-    resolutions: pixels of the longer side per view before rounding to the grid; -1 keeps the size.
+    resolutions: pixels of the longer side per view before rounding to the grid; -1 keeps the size of the dataset's
+        frames, to which other pictures are brought when acting.
     image_sizes: (height, width) that results, per view.
     horizon, prompt_length, label_window: A, T, W.
     state_dim, action_dim: C of the state and of the actions.
@@ -45,6 +48,7 @@ class ProcessorConfig:
     prompt: the words of the prompt.
     relative_to: per action dim the state dim that it is relative to, or -1: the model is given, and gives, the
         difference of the whole chunk from the state at its start. Empty: no dim is relative.
+    state_names, action_names: what the dataset calls each dim; one without a name has its number. Empty: numbers.
     """
 
     views: tuple[str, ...]
@@ -63,6 +67,8 @@ class ProcessorConfig:
     predicted: tuple[bool, ...] = ()
     prompt: PromptTemplate = PromptTemplate()
     relative_to: tuple[int, ...] = ()
+    state_names: tuple[str, ...] = ()
+    action_names: tuple[str, ...] = ()
 
     def __post_init__(self):
         lengths = {name: len(getattr(self, name)) for name in ("views", "camera_keys", "resolutions", "image_sizes")}
@@ -83,6 +89,10 @@ class Processor:
     Attributes:
         observed, predicted: bool [D], which dims of the state the policy sees and which of the action it predicts.
         relative: bool [D], which dims of the action are relative to the state.
+        given: bool [D], which dims of the action decoding gives, D' of them: those that are predicted, and of the
+            others, which nothing trains, those that hold the state: where they are relative to one of its dims, or
+            have the name of one.
+        names: str [D'], what the dims that decoding gives are called.
 
     Args:
         config: the layout.
@@ -123,8 +133,17 @@ class Processor:
             )
         self.relative = relative_to >= 0
         self._reference = relative_to[self.relative]
+        names = _names("action_names", config.action_names, self.action.dims)
+        state_names = _names("state_names", config.state_names, self.state.dims)
+        same = np.where(self.relative, relative_to, [_place(name, state_names) for name in names])
+        self._holds = ~self.predicted & (same >= 0)
+        self._held = same[self._holds]
+        self.given = self.predicted | self._holds
+        self.names = tuple(itertools.compress(names, self.given))
         self._needed = self.observed.copy()  # dims of the state that must have a value
         self._needed[self._reference] = True
+        self._needed_to_act = self._needed.copy()
+        self._needed_to_act[self._held] = True
 
     def encode(
         self,
@@ -142,7 +161,7 @@ class Processor:
             images: uint8 RGB [H, W, 3] or PIL, one per view in the configured order.
             state: [D] robot units.
             instruction: what to do.
-            actions: [A, D] robot units; NaN where there is no value (masked, channel by channel).
+            actions: [A, D] robot units; not finite where there is no value (masked, channel by channel).
             action_is_pad: bool [A].
             resized: the images come from `data.images.resize` already.
             task: "language" asks for the next subtask in words instead of actions.
@@ -152,20 +171,21 @@ class Processor:
         """
         config = self.config
         _check_instruction(instruction)
-        pixels = self._images(images, resized)
-        state = np.asarray(state, np.float64)
+        pixels = self._images(images, resized, acting=actions is None)
+        state = as_numbers("state", state)
         if state.shape != (self.state.dims,):
             raise ValueError(f"state has shape {state.shape}; this robot's has {(self.state.dims,)}")
-        if (missing := ~np.isfinite(state) & self._needed).any():
+        needed = self._needed_to_act if actions is None else self._needed
+        if (missing := ~np.isfinite(state) & needed).any():
             raise ValueError(f"state is not finite at dims {np.flatnonzero(missing).tolist()}")
 
         mask = np.tile(self._action_mask, (config.horizon, 1))
         values, is_pad = np.zeros_like(mask), np.zeros(config.horizon, bool)
         if actions is not None:
-            actions, expected = np.asarray(actions, np.float64), (config.horizon, self.action.dims)
+            actions, expected = as_numbers("actions", actions), (config.horizon, self.action.dims)
             if actions.shape != expected:
                 raise ValueError(f"actions have shape {actions.shape}; expected {expected} (horizon, dims)")
-            mask *= self.action.pad(~np.isnan(actions))
+            mask *= self.action.pad(np.isfinite(actions))
             values = self.action.normalize(actions - self.reference(state)) * mask
             if action_is_pad is not None:
                 is_pad = np.asarray(action_is_pad, bool)
@@ -179,7 +199,8 @@ class Processor:
 
         Training fixes image sizes and prompt length. A robot's cameras or an operator's words may differ: the same
         rules then give other sizes, and the prompt gets as much room as it needs, in steps of PROMPT_STEP tokens.
-        Padding changes no result. No room is kept for an answer.
+        Padding changes no result. No room is kept for an answer. A view without a rule (resolution -1) keeps the size
+        that it had in training.
 
         Raises:
             ValueError: as `encode`.
@@ -188,8 +209,10 @@ class Processor:
         _check_instruction(instruction)
         self._check_count(images)
         sizes = tuple(
-            image_ops.target_size(*image_ops.size_of(image, view), resolution, view)
-            for view, image, resolution in zip(config.views, images, config.resolutions, strict=True)
+            size if resolution == -1 else image_ops.target_size(*image_ops.size_of(image, view), resolution, view)
+            for view, image, resolution, size in zip(
+                config.views, images, config.resolutions, config.image_sizes, strict=True
+            )
         )
         trained = config.prompt_length - config.label_window
         layout = dataclasses.replace(config, image_sizes=sizes, label_window=0)
@@ -203,12 +226,17 @@ class Processor:
         if len(images) != len(views := self.config.views):
             raise ValueError(f"got {len(images)} images; expected {len(views)}, in order {list(views)}")
 
-    def _images(self, images: Sequence[Any], resized: bool) -> tuple[np.ndarray, ...]:
+    def _images(self, images: Sequence[Any], resized: bool, acting: bool) -> tuple[np.ndarray, ...]:
         config = self.config
         self._check_count(images)
         resolutions = (None,) * len(images) if resized else config.resolutions
         layout = zip(config.views, images, resolutions, config.image_sizes, strict=True)
-        return tuple(_image(view, image, resolution, size) for view, image, resolution, size in layout)
+        return tuple(
+            image_ops.resize_to(image, size, view)
+            if acting and resolution == -1
+            else _image(view, image, resolution, size)
+            for view, image, resolution, size in layout
+        )
 
     def _text(
         self, instruction: str, actions: np.ndarray | None, task: prompt.Task
@@ -231,21 +259,23 @@ class Processor:
         return taken_off
 
     def decode_actions(self, chunk: Any, state: Any | None = None) -> np.ndarray:
-        """Model units [..., A, C] -> float32 robot units [..., A, D].
+        """Model units [..., A, C] -> float32 robot units [..., A, D'], of the dims in `given`.
 
         Args:
-            state: [..., D] robot units, what `encode` was given; needed where actions are relative to it.
+            state: [..., D] robot units, what `encode` was given; needed where actions are relative to it or hold it.
         """
         actions = self.action.unnormalize(chunk)
-        if not self.relative.any():
-            return actions
-        if state is None:
-            raise ValueError("actions of this robot are relative to the state: decoding needs the state, too")
-        return (actions + self.reference(state)[..., None, :]).astype(np.float32)
+        if self.relative.any() or self._holds.any():
+            if state is None:
+                raise ValueError("actions are relative to the state, or hold it: decoding needs the state, too")
+            state = np.asarray(state, np.float64)[..., None, :]
+            with np.errstate(over="ignore"):
+                actions = (actions + self.reference(state)).astype(np.float32)
+                actions[..., self._holds] = state[..., self._held]
+        return actions[..., self.given]
 
     def decode_action_tokens(self, ids: Iterable[int], state: Any | None = None) -> np.ndarray:
-        """Vocabulary ids of `<|action_token_i|>` -> float32 robot units [A, D]; dims that are not predicted are at
-        the middle of their range. `state`: as of `decode_actions`.
+        """Vocabulary ids of `<|action_token_i|>` -> float32 robot units [A, D']; as `decode_actions`.
 
         Raises:
             ValueError: for an id that is no action token.
@@ -356,6 +386,21 @@ def _encode(
     return prompt.build_prefix(tokenizer, instruction, config.views, config.image_tokens, task, answer, config.prompt)
 
 
+def as_numbers(name: str, value: Any) -> np.ndarray:
+    """An array of numbers as float64.
+
+    Raises:
+        ValueError: beginning with `name`, for anything else.
+    """
+    try:
+        array = np.asarray(value)
+        if array.dtype.kind in "SUMmc" or isinstance(value, Mapping):
+            raise TypeError
+        return array.astype(np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {reprlib.repr(value)}; expected an array of numbers") from None
+
+
 def _check_instruction(instruction: Any) -> None:
     if not isinstance(instruction, str) or not instruction.strip():
         raise ValueError(f"instruction is {instruction!r}; it must be a sentence")
@@ -377,6 +422,18 @@ def _flags(name: str, flags: tuple[bool, ...], dims: int) -> np.ndarray:
     if flags and len(flags) != dims:
         raise ValueError(f"{name} has {len(flags)} flags, but the norm stats have {dims} dims")
     return np.array(flags or (True,) * dims, bool)
+
+
+def _names(name: str, names: tuple[str, ...], dims: int) -> tuple[str, ...]:
+    if names and len(names) != dims:
+        raise ValueError(f"{name} has {len(names)} names, but the norm stats have {dims} dims")
+    return names or tuple(map(str, range(dims)))
+
+
+def _place(name: str, names: tuple[str, ...]) -> int:
+    """Where the only dim of this name is, -1 where there is none. A number is no name: dims are not the same for having
+    the same place."""
+    return names.index(name) if names.count(name) == 1 and not name.isdecimal() else -1
 
 
 def _tuples(x: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from wallx_jax.data.template import PromptTemplate
-from wallx_jax.data.tokenizer import Tokenizer, fast_token
+from wallx_jax.data.tokenizer import Tokenizer, check_unicode, fast_token
 
 IGNORE = -100
 """Label of a position that is not a target."""
@@ -67,16 +67,16 @@ def build_prefix(
         newline and `<|im_end|>`.
 
     Raises:
-        ValueError: an empty instruction, control tokens inside the instruction, a view or the answer, an answer
-            that does not suit the task, or FAST tokens that the vocabulary lacks.
+        ValueError: an empty instruction, control tokens or half a surrogate pair inside the instruction, a view or the
+            answer, an answer that does not suit the task, or FAST tokens that the vocabulary lacks.
     """
     if len(views) != len(image_tokens):
         raise ValueError(f"{len(views)} views ({', '.join(views)}) but {len(image_tokens)} image token counts")
-    _refuse_control_tokens(tokenizer, "instruction", instruction)
+    _check_text(tokenizer, "instruction", instruction)
     for view in views:
-        _refuse_control_tokens(tokenizer, "view", template.view_label(view))
+        _check_text(tokenizer, "view", template.view_label(view))
     if isinstance(answer, str):
-        _refuse_control_tokens(tokenizer, "answer", answer)
+        _check_text(tokenizer, "answer", answer)
     elif answer is not None and not all(0 <= index < tokenizer.fast_size for index in answer):
         raise ValueError(
             f"FAST tokens {min(answer)}..{max(answer)} asked for, but the tokenizer has {tokenizer.fast_size} of them; "
@@ -163,7 +163,8 @@ def _answer(task: Task, answer: Sequence[int] | str | None) -> str:
     return "".join(map(fast_token, answer)) + "<|im_end|>\n"
 
 
-def _refuse_control_tokens(tokenizer: Tokenizer, what: str, text: str) -> None:
+def _check_text(tokenizer: Tokenizer, what: str, text: str) -> None:
     """Control tokens in free text would open or close turns and images and so corrupt the layout."""
+    check_unicode(f"the {what}", text)
     if found := tokenizer.added_tokens_in(text):
         raise ValueError(f"the {what} {text!r} contains control tokens: {', '.join(found)}; remove them from the text")

@@ -160,6 +160,8 @@ def build_processor(
         predicted=run.robot.predicted(),
         prompt=template,
         relative_to=run.robot.relative_to(),
+        state_names=tuple(info.dim_names(run.data.state_key)),
+        action_names=tuple(info.dim_names(run.data.action_key)),
     )
     return Processor(config, tokenizer, stats, fast)
 

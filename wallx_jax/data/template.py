@@ -73,6 +73,8 @@ def _problems(text: str, placeholders: tuple[str, ...] | None) -> list[str]:
     problems = []
     if "<|" in text or "|>" in text:
         problems.append("control tokens (<|...|>) belong to the chat frame and the placeholders; leave them out")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        problems.append("half of a surrogate pair is no text; write whole characters")
     if placeholders is None:
         return problems
     braces = "write {{ and }} for braces that are text"

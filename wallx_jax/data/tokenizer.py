@@ -36,6 +36,16 @@ def fast_token(index: int) -> str:
     return f"<|action_token_{index}|>"
 
 
+def check_unicode(name: str, text: str) -> None:
+    """Raises ValueError, beginning with `name`, for half of a surrogate pair: no tokenizer takes such text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} {text!r} holds half of a surrogate pair at character {error.start}; send whole characters"
+        ) from None
+
+
 class Tokenizer:
     """Text <-> ids. Picklable, so data workers may hold one.
 

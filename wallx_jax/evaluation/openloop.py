@@ -5,13 +5,15 @@ Legend: N frames, A action horizon, D robot dims.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from wallx_jax.data.lerobot import LeRobotSource, RawSample
 from wallx_jax.data.processor import Processor
-from wallx_jax.inference.policy import ActionDecodeError, Observation, Policy
+from wallx_jax.inference.policy import ActionError, Observation, Policy
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -87,23 +89,28 @@ def predict(
 ) -> np.ndarray:
     """Action chunks [N, A, D] in batches that all have `batch_size` observations, so that one compilation serves.
 
-    NaN where a FAST checkpoint said something that is no chunk.
+    NaN where the policy gave no chunk of actions, and in dims that it does not give. The frames have noise of their
+    own, from `seed` on.
     """
-    count = len(observations)
+    count, given = len(observations), policy.processor.given
+    seeds = _batches(range(seed, seed + count), batch_size)
     chunks = []
-    for batch in _batches(observations, batch_size):
+    for batch, own in zip(_batches(observations, batch_size), seeds, strict=True):
         try:
-            chunks.append(policy.predict(batch, steps=steps, seed=seed, max_tokens=max_tokens).actions)
-        except ActionDecodeError as error:
+            chunks.append(policy.predict(batch, steps=steps, seed=own, max_tokens=max_tokens).actions)
+        except ActionError as error:
             chunks.append(error.actions)
-    return np.concatenate(chunks)[:count]
+    actions = np.concatenate(chunks)[:count]
+    everywhere = np.full((*actions.shape[:2], len(given)), np.nan, actions.dtype)
+    everywhere[..., given] = actions
+    return everywhere
 
 
-def _batches(observations: Sequence[Observation], size: int) -> Iterator[list[Observation]]:
+def _batches(rows: Sequence[T], size: int) -> Iterator[list[T]]:
     """The last batch is filled up from the start."""
-    size = min(size, len(observations))
-    for first in range(0, len(observations), size):
-        yield [observations[i % len(observations)] for i in range(first, first + size)]
+    size = min(size, len(rows))
+    for first in range(0, len(rows), size):
+        yield [rows[i % len(rows)] for i in range(first, first + size)]
 
 
 def baselines(recorded: Recorded, processor: Processor) -> dict[str, np.ndarray]:
@@ -129,8 +136,8 @@ def baselines(recorded: Recorded, processor: Processor) -> dict[str, np.ndarray]
 class Errors:
     """Mean absolute errors in robot units over steps inside the episode.
 
-    mean: over the dims that the policy predicts. per_dim [D], per_step [A]. failed: frames without a prediction, which
-    count in none of these.
+    mean: over the dims that the policy predicts. per_dim [D]: NaN where it gives none. per_step [A]. failed: frames
+    without a prediction, which count in none of these.
     """
 
     mean: float
@@ -149,8 +156,8 @@ class Errors:
 
 def errors(chunks: np.ndarray, recorded: Recorded, predicted: np.ndarray) -> Errors:
     """Compares chunks [N, A, D] with what was done; `predicted` bool [D]: the dims that count in means over dims."""
-    failed = np.isnan(chunks).any(axis=(1, 2))
-    valid = recorded.valid & ~failed[:, None] & ~np.isnan(recorded.actions).any(axis=2)
+    failed = np.isnan(chunks[..., predicted]).any(axis=(1, 2))
+    valid = recorded.valid & ~failed[:, None] & np.isfinite(recorded.actions).all(axis=2)
     error = np.where(valid[..., None], np.abs(chunks - recorded.actions), 0.0)
     steps = valid.sum(axis=0)
     with np.errstate(invalid="ignore"):

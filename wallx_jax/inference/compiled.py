@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from wallx_jax import switches
+
 
 class Compiled:
     """`function(*options, *arrays)` under XLA: one program for each combination of options and array shapes.
@@ -25,6 +27,7 @@ class Compiled:
         self._lock = threading.Lock()
         self.compilations = 0
 
+    @switches.ours()
     def __call__(self, options: tuple[Hashable, ...], *arrays: Any) -> Any:
         """Args: `options`, static arguments that go before the arrays; `arrays`, pytrees of arrays."""
         leaves, structure = jax.tree.flatten(arrays)

@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from wallx_jax import hub, tree
+from wallx_jax import hub, switches, tree
 from wallx_jax.data import images
 from wallx_jax.data import processor as processors
 from wallx_jax.data.fast import FastTokenizer
@@ -22,12 +24,13 @@ from wallx_jax.models.lora import merge_params
 from wallx_jax.models.stack import unstack
 from wallx_jax.training import checkpoint_dir
 from wallx_jax.training.checkpoint import restore_params
-from wallx_jax.training.checkpoint_dir import find_model
+from wallx_jax.training.checkpoint_dir import CheckpointError, find_model
 from wallx_jax.weights.load import load_params, read_config, read_normalizers
 from wallx_jax.weights.safetensors_io import WeightsError
 
 CAMERA = (480, 640)  # frame size that a program is planned for before the first picture comes
 FAST_TOKENS = 256  # room for a chunk in FAST tokens
+LISTED = 5  # parameters named in an error
 
 
 class Model(NamedTuple):
@@ -45,18 +48,34 @@ def model_config(folder: Path, is_pytorch: bool, numerics: Mapping[str, Any] | N
     return checkpoint_dir.read_model_config(folder).replace(numerics=numerics or {})
 
 
+@switches.ours()
 def load_model(
     path_or_repo: str | Path, *, revision: str | None = None, numerics: Mapping[str, Any] | None = None
 ) -> Model:
-    """Parameters of anything that `find_model` finds; `numerics`: fields of models.config.Numerics to override."""
+    """Parameters of anything that `find_model` finds; `numerics`: fields of models.config.Numerics to override.
+
+    Raises:
+        FileNotFoundError, CheckpointError, WeightsError: what was looked for, what does not fit, or the parameters that
+            hold NaN or infinity.
+    """
     folder, is_pytorch = find_model(path_or_repo, revision)
     if is_pytorch:
         config, params = load_params(folder, numerics=numerics)
         return Model(config, unstack(params), folder)
     config, params = model_config(folder, is_pytorch, numerics), restore_params(folder)
+    _check_finite(folder, params)
     if config.lora.rank:
         config, params = dataclasses.replace(config, lora=LoraConfig()), merge_params(params, config.lora)
     return Model(config, unstack(params, free=True), checkpoint_dir.assets_dir(folder))
+
+
+def _check_finite(folder: Path, params: tree.Tree) -> None:
+    """Raises CheckpointError, naming the parameters, if some hold NaN or infinity."""
+    flat = tree.flatten(params)
+    finite = jax.device_get(jax.jit(lambda leaves: jax.tree.map(lambda x: jnp.isfinite(x).all(), leaves))(flat))
+    if broken := [path for path in flat if not finite[path]]:
+        shown = ", ".join(broken[:LISTED]) + (f" and {len(broken) - LISTED} more" if len(broken) > LISTED else "")
+        raise CheckpointError(f"{folder}: NaN or infinity in {shown}: act with an earlier step, or train again")
 
 
 def load_vlm(
@@ -65,7 +84,7 @@ def load_vlm(
     """The vision-language side of a checkpoint of ours, a Wall-X or a Qwen2.5-VL directory or hub repository.
 
     Raises:
-        FileNotFoundError, CheckpointError, WeightsError: what was looked for, or what does not fit.
+        FileNotFoundError, CheckpointError, WeightsError: as `load_model`.
     """
     model = load_model(path_or_repo, revision=revision, numerics=numerics)
     tokenizer = Tokenizer.from_dir(model.files)
@@ -93,7 +112,7 @@ def load_policy(
         norm_stats: the robot's statistics, or the path of its norm_stats.json; or
         robot: whose statistics to take from the weights, where those hold some (they list the names if yours is wrong).
         views: cameras in prompt order.
-        resolution: pixels of the longer side that pictures are brought to; -1 keeps their size.
+        resolution: pixels of the longer side that pictures are brought to, as in the training of these weights.
         horizon: actions per chunk.
         action_tokenizer: directory or repo id of the FAST tokenizer of a WALL-OSS-FAST; None acts by flow matching.
 
@@ -102,7 +121,8 @@ def load_policy(
         numerics: fields of models.config.Numerics that override the checkpoint's.
 
     Raises:
-        FileNotFoundError, CheckpointError, WeightsError, ValueError: what was looked for, or what does not fit.
+        FileNotFoundError, CheckpointError, WeightsError: as `load_model`.
+        ValueError: what is missing, or does not fit.
     """
     folder, is_pytorch = find_model(path_or_repo, revision)
     files = folder if is_pytorch else checkpoint_dir.assets_dir(folder)
@@ -155,7 +175,16 @@ def _new_processor(
     horizon: int,
     fast: FastTokenizer | None,
 ) -> Processor:
-    """Preprocessing for a model directory that brings none; sizes and lengths follow the pictures and words given."""
+    """Preprocessing for a model directory that brings none; sizes and lengths follow the pictures and words given.
+
+    Raises:
+        ValueError: resolution is -1, or what `Processor` and `images.target_size` refuse.
+    """
+    if resolution == -1:
+        raise ValueError(
+            "resolution is -1: a model directory does not say how large its pictures were in training; give the pixels "
+            "of their longer side"
+        )
     sizes = (images.target_size(*CAMERA, resolution),) * len(views)
     tokens = [images.image_token_count(*size) for size in sizes]
     window = 0 if fast is None else FAST_TOKENS + 2

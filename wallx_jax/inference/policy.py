@@ -1,22 +1,23 @@
 """A trained policy: observations in, action chunks in robot units out.
 
-Legend: B observations, A horizon, C model channels, D robot dims, N tokens.
+Legend: B observations, A horizon, C model channels, D robot dims that are given, N tokens.
 """
 
+import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from wallx_jax import tree
 from wallx_jax.data.batch import Batch, stack
 from wallx_jax.data.fast import FastDecodeError
-from wallx_jax.data.processor import Processor
+from wallx_jax.data.processor import Processor, as_numbers
 from wallx_jax.data.prompt import Task
+from wallx_jax.inference import settings
 from wallx_jax.inference.compiled import Compiled
 from wallx_jax.inference.speaker import Speaker
 from wallx_jax.models.config import WallXConfig
@@ -27,8 +28,8 @@ Observation = Mapping[str, Any]
 SUBTASK_TOKENS = 128  # room for a subtask in words
 
 
-class ActionDecodeError(FastDecodeError):
-    """What a FAST checkpoint said is not a chunk of actions.
+class ActionError(ValueError):
+    """For some observation the policy has no actions that a robot may carry out.
 
     Attributes:
         failures: {index of the observation: why}.
@@ -41,16 +42,28 @@ class ActionDecodeError(FastDecodeError):
         super().__init__("; ".join(lines) if len(actions) > 1 else failures[0])
 
 
+class ActionDecodeError(ActionError, FastDecodeError):
+    """What a FAST checkpoint said is not a chunk of actions."""
+
+
+class ActionNotFiniteError(ActionError):
+    """The model gave NaN or infinity."""
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What `Policy.predict` gives.
 
-    actions: float32 [A, D] in robot units, [B, A, D] for a list of observations.
+    actions: float32 [A, D] in robot units, [B, A, D] for a list of observations; always finite. D are the dims that the
+        policy was trained on (`predict_action_keys`), and of the others, in their places, those that have a state of
+        the same name or are relative to one: they stay at that state. Dims that are neither are not there.
+    names: str [D], what the dataset calls these dims; one without a name has its number in the dataset's action.
     timings_ms: where the time went: "preprocess", "model" and "total", and "subtask" where one was asked for.
     subtask: what the policy set itself to do, where it was asked for: a text, or one per observation.
     """
 
     actions: np.ndarray
+    names: tuple[str, ...]
     timings_ms: dict[str, float]
     subtask: str | list[str] | None = None
 
@@ -78,7 +91,7 @@ class Policy:
         observation: Observation | Sequence[Observation],
         *,
         steps: int = 10,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         noise: np.ndarray | None = None,
         subtask: bool = False,
         max_tokens: int | None = None,
@@ -87,42 +100,48 @@ class Policy:
         """The action chunk for one observation, or for each of a list.
 
         Args:
-            observation: {"images": {view or camera key: uint8 RGB [h, w, 3] or Pillow}, "state": [D], "instruction":
-                str}. Images may have any size.
+            observation: {"images": {view or camera key: uint8 RGB [h, w, 3] or Pillow}, "state": all dims of the
+                dataset's state, "instruction": str}. Images may have any size.
             steps: Euler steps of the flow.
-            seed: of the noise that the flow starts from, and of sampled tokens: the same seed gives the same actions.
+            seed: of the noise that the flow starts from, and of sampled tokens: one for all observations, or one for
+                each. An observation and its seed give the same actions, alone or among others.
             noise: [B, A, C] to start the flow from instead.
             subtask: let the policy first say in words what to do next, then act on that instead of the instruction.
             max_tokens: for FAST checkpoints, which say their actions: room for that; None: as in training.
             temperature: for FAST checkpoints: 0 says the likeliest tokens, above they are drawn.
 
         Raises:
-            ValueError: naming the field of the observation that is missing or malformed; the policy stays usable.
+            ValueError: naming the setting, or the field of the observation, that is missing or malformed; the policy
+                stays usable.
             ActionDecodeError: what a FAST checkpoint said is not a chunk of actions.
+            ActionNotFiniteError: the actions of an observation are not finite.
+            LogitsError: as `subtask`.
         """
         start = time.perf_counter()
-        single = isinstance(observation, Mapping)
-        observations = [observation] if single else list(observation)
-        if not observations:
-            raise ValueError("no observation was given")
+        single, observations = _listed(observation)
+        steps, seeds = settings.whole("steps", steps, 1), settings.seeds(seed, len(observations))
+        settings.warmth(temperature)
+        window = self.processor.config.label_window
+        budget = window if max_tokens is None else settings.whole("max_tokens", max_tokens, 1)
         said = None
         if subtask:
-            said = self.subtask(observations, seed=seed)
+            said = self.subtask(observations, seed=seeds)
             observations = [{**o, "instruction": text} for o, text in zip(observations, said, strict=True)]
         asked = time.perf_counter()
         groups = self._batches(observations)
-        states = np.stack([np.asarray(o["state"], np.float64) for o in observations])
+        states = np.stack([as_numbers("state", o["state"]) for o in observations])
         encoded = time.perf_counter()
         if self.processor.config.objective == "fast":
-            actions = self._say_actions(groups, states, max_tokens, temperature, seed)
+            actions = self._say_actions(groups, states, budget, temperature, seeds)
         else:
-            actions = self._flow_actions(groups, states, steps, seed, noise)
+            actions = self._flow_actions(groups, states, steps, seeds, noise)
         end = time.perf_counter()
         timings = {"preprocess": encoded - asked, "model": end - encoded, "total": end - start}
         if subtask:
             timings["subtask"] = asked - start
         return Prediction(
             actions[0] if single else actions,
+            self.processor.names,
             {name: 1e3 * seconds for name, seconds in timings.items()},
             said if said is None or not single else said[0],
         )
@@ -133,19 +152,22 @@ class Policy:
         *,
         max_tokens: int = SUBTASK_TOKENS,
         temperature: float = 0.0,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
     ) -> str | list[str]:
         """What to do next, in words, for one observation or for each of a list (Wall-X's subtask prompt).
 
         Raises:
             ValueError: as `predict`; also if the model says nothing, or does not come to an end.
+            LogitsError: the model gave no finite numbers.
         """
-        single = isinstance(observation, Mapping)
-        observations = [observation] if single else list(observation)
+        single, observations = _listed(observation)
+        seeds = settings.seeds(seed, len(observations))
         texts = [""] * len(observations)
         for rows, batch in self._batches(observations, "language"):
-            for row, tokens in zip(rows, self._speaker(batch, max_tokens, temperature, seed), strict=True):
-                ids = self._speaker.answer(tokens)
+            said = self._speaker(batch, max_tokens, temperature, [seeds[row] for row in rows])
+            for row, tokens in zip(rows, said, strict=True):
+                with settings.naming("observation", row, len(observations)):
+                    ids = self._speaker.answer(tokens)
                 text = self.processor.tokenizer.decode([] if ids is None else ids, skip_special=True).strip()
                 if not text:
                     what = "nothing" if ids is not None else f"no end within {max_tokens} tokens"
@@ -159,14 +181,14 @@ class Policy:
             raise ValueError(f"the observation is a {type(observation).__name__}; expected a dict")
         for field in ("images", "state", "instruction"):
             if field not in observation:
-                raise ValueError(f"the observation has no {field!r}; it has {sorted(observation)}")
+                raise ValueError(f"the observation has no {field!r}; it has {list(observation)}")
         given, instruction = observation["images"], observation["instruction"]
         if not isinstance(given, Mapping):
             raise ValueError(f"images: {type(given).__name__}; expected a dict of camera view -> picture")
         config, images = self.processor.config, []
         for view, key in zip(config.views, config.camera_keys, strict=True):
             if view not in given and key not in given:
-                raise ValueError(f"images: camera {view!r} (or {key!r}) is missing; there are {sorted(given)}")
+                raise ValueError(f"images: camera {view!r} (or {key!r}) is missing; there are {list(given)}")
             images.append(given[view] if view in given else given[key])
         processor = self.processor.acting_on(images, instruction, task)
         return processor.encode(images, observation["state"], instruction, task=task)
@@ -175,53 +197,77 @@ class Policy:
         """(row numbers, their batch) for each set of observations whose arrays have the same shapes."""
         groups: dict[tuple, list[tuple[int, Batch]]] = {}
         for row, observation in enumerate(observations):
-            try:
+            with settings.naming("observation", row, len(observations)):
                 sample = self.encode(observation, task)
-            except ValueError as error:
-                raise ValueError(f"observation {row}: {error}" if len(observations) > 1 else str(error)) from None
             groups.setdefault(tuple(x.shape for x in jax.tree.leaves(sample)), []).append((row, sample))
         return [([row for row, _ in group], stack([sample for _, sample in group])) for group in groups.values()]
 
-    def _flow_actions(self, groups, states: np.ndarray, steps: int, seed: int, noise: np.ndarray | None) -> np.ndarray:
+    def _flow_actions(
+        self, groups, states: np.ndarray, steps: int, seeds: Sequence[int], noise: np.ndarray | None
+    ) -> np.ndarray:
         """Robot units [B, A, D] by flow matching."""
-        if steps < 1:
-            raise ValueError(f"steps is {steps}; give at least 1")
-        count = sum(len(rows) for rows, _ in groups)
-        shape = (count, *groups[0][1].actions.shape[1:])
+        shape = (len(seeds), *groups[0][1].actions.shape[1:])
         if noise is None:
-            # A key per row: what an observation gets does not depend on those beside it.
-            keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(count))
-            noise = np.asarray(jax.vmap(lambda key: jax.random.normal(key, shape[1:], jnp.float32))(keys))
-        noise = np.asarray(noise, np.float32)
+            noise = np.stack([np.random.default_rng(seed).standard_normal(shape[1:], np.float32) for seed in seeds])
+        noise = as_numbers("noise", noise)
         if noise.shape != shape:
             raise ValueError(f"noise has shape {noise.shape}; expected {shape} (observations, horizon, channels)")
-        chunks = np.empty(shape, np.float32)
+        with np.errstate(over="ignore"):
+            noise, chunks = noise.astype(np.float32), np.empty(shape, np.float32)
+        if (wrong := ~np.isfinite(noise).all(axis=(1, 2))).any():
+            raise ValueError(f"noise is not finite for observations {np.flatnonzero(wrong).tolist()}")
         for rows, batch in groups:
             chunks[rows] = self._flow((steps,), self.params, batch, noise[rows])
-        return self.processor.decode_actions(chunks, states)
+        actions = self.processor.decode_actions(chunks, states)
+        if failures := {row: why for row, chunk in enumerate(actions) if (why := self._not_finite(chunk))}:
+            actions[list(failures)] = np.nan
+            raise ActionNotFiniteError(failures, actions)
+        return actions
 
     def _say_actions(
-        self, groups, states: np.ndarray, max_tokens: int | None, temperature: float, seed: int
+        self, groups, states: np.ndarray, budget: int, temperature: float, seeds: Sequence[int]
     ) -> np.ndarray:
         """Robot units [B, A, D] of a FAST checkpoint."""
-        config, failures = self.processor.config, {}
-        count = sum(len(rows) for rows, _ in groups)
-        actions = np.full((count, config.horizon, self.processor.action.dims), np.nan, np.float32)
-        budget = max_tokens or config.label_window
+        config, names, failures = self.processor.config, self.processor.names, {}
+        actions = np.full((len(seeds), config.horizon, len(names)), np.nan, np.float32)
         for rows, batch in groups:
-            for row, tokens in zip(rows, self._speaker(batch, budget, temperature, seed), strict=True):
+            said = self._speaker(batch, budget, temperature, [seeds[row] for row in rows])
+            for row, tokens in zip(rows, said, strict=True):
                 try:
                     if (ids := self._speaker.answer(tokens)) is None:
                         raise FastDecodeError(
                             f"no <|im_end|> within {budget} tokens; raise max_tokens, or train longer"
                         )
-                    actions[row] = self.processor.decode_action_tokens(ids, states[row])
+                    chunk = self.processor.decode_action_tokens(ids, states[row])
+                    if why := self._not_finite(chunk):
+                        raise FastDecodeError(why)
+                    actions[row] = chunk
                 except ValueError as error:
                     failures[row] = str(error)
         if failures:
             raise ActionDecodeError(failures, actions)
         return actions
 
+    def _not_finite(self, chunk: np.ndarray) -> str | None:
+        """What to say of a chunk [A, D] with NaN or infinity; None if it has none."""
+        wrong = ~np.isfinite(chunk).all(axis=0)
+        if not wrong.any():
+            return None
+        dims = ", ".join(itertools.compress(self.processor.names, wrong))
+        return f"the actions are not finite at dims {dims}: the weights are damaged, or training has diverged"
+
     def _sample_chunk(self, steps: int, params: tree.Tree, batch: Batch, noise: jax.Array) -> jax.Array:
         net = bind(self.config, params)
         return net.sample_actions(net.embed_batch(batch), noise, batch.action_mask, steps)
+
+
+def _listed(observation: Any) -> tuple[bool, list[Observation]]:
+    """(was it one alone, the observations as a list)."""
+    if isinstance(observation, Mapping):
+        return True, [observation]
+    if isinstance(observation, str) or not isinstance(observation, Iterable):
+        raise ValueError(f"the observation is a {type(observation).__name__}; expected a dict, or a list of them")
+    observations = list(observation)
+    if not observations:
+        raise ValueError("no observation was given")
+    return False, observations

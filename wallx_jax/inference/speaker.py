@@ -3,15 +3,22 @@
 Legend: B prompts, N new tokens.
 """
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 
 from wallx_jax import tree
 from wallx_jax.data.batch import Batch
+from wallx_jax.inference import settings
 from wallx_jax.inference.compiled import Compiled
 from wallx_jax.models.config import WallXConfig
-from wallx_jax.models.generate import generate, up_to
+from wallx_jax.models.generate import NOT_FINITE, generate, up_to
 from wallx_jax.models.wallx import bind
+
+
+class LogitsError(ValueError):
+    """The model's logits are not finite, so that it says nothing."""
 
 
 class Speaker:
@@ -34,8 +41,8 @@ class Speaker:
         self,
         batch: Batch,
         max_tokens: int,
-        temperature: float = 0.0,
-        seed: int = 0,
+        temperature: float,
+        seeds: Sequence[int],
         seconds_per_frame: tuple[float, ...] | None = None,
     ) -> np.ndarray:
         """int32 [B, N] that continue the prompts of a batch, padding behind the end of each.
@@ -43,22 +50,25 @@ class Speaker:
         Args:
             max_tokens: N; it ends earlier when every row has come to its end.
             temperature: 0 says the likeliest token; above, tokens are drawn from softmax(logits / temperature).
-            seed: of the drawing.
+            seeds: of the drawing, one per prompt; their lowest 32 bits count.
             seconds_per_frame: per picture of `batch.images`, for videos; see models.positions.
         """
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens is {max_tokens}; give at least 1")
-        if not temperature >= 0:
-            raise ValueError(f"temperature is {temperature}; give 0 (the likeliest token) or more")
-        warmth = np.float32(temperature) if temperature else None
-        options = (max_tokens, seconds_per_frame)
-        return np.asarray(self._program(options, self.params, batch, warmth, jax.random.key(seed)))
+        options = (settings.whole("max_tokens", max_tokens, 1), seconds_per_frame)
+        warmth = settings.warmth(temperature)
+        words = np.array([seed % 2**32 for seed in seeds], np.uint32)
+        return np.asarray(self._program(options, self.params, batch, warmth, words))
 
     def answer(self, tokens: np.ndarray) -> np.ndarray | None:
-        """A row of the result [N] up to its end; None when it has none."""
+        """A row of the result [N] up to its end; None when it has none.
+
+        Raises:
+            LogitsError: the model had no answer.
+        """
+        if NOT_FINITE in tokens:
+            raise LogitsError("the model's logits are not finite: its weights are damaged, or training has diverged")
         return up_to(tokens, self.ends)
 
-    def _generate(self, max_tokens, seconds_per_frame, params, batch, temperature, key) -> jax.Array:
+    def _generate(self, max_tokens, seconds_per_frame, params, batch, temperature, seeds) -> jax.Array:
         net = bind(self.config, params)
         return generate(
             net,
@@ -67,5 +77,5 @@ class Speaker:
             end_tokens=self.ends,
             fill_token=self.config.tokens.pad,
             temperature=temperature,
-            key=key,
+            keys=jax.vmap(jax.random.key)(seeds),
         )

@@ -12,6 +12,7 @@ from wallx_jax.data.batch import Batch, stack
 from wallx_jax.data.chat import ChatPrompt, encode_chat
 from wallx_jax.data.images import IMAGE_LIMITS, Limits
 from wallx_jax.data.tokenizer import Tokenizer
+from wallx_jax.inference import settings
 from wallx_jax.inference.speaker import Speaker
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.models.stack import unstack
@@ -62,32 +63,41 @@ class VLM:
         *,
         max_tokens: int = 512,
         temperature: float = 0.0,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
     ) -> Answer | list[Answer]:
         """What the assistant says next in a conversation (see data.chat), or in each of a list.
 
         Args:
             max_tokens: room for the answer.
             temperature: 0 says the likeliest token; above, tokens are drawn from softmax(logits / temperature).
-            seed: of the drawing.
+            seed: of the drawing: one for all conversations, or one for each. The answer to a conversation does not
+                depend on those beside it.
 
         Raises:
-            ValueError: naming the message and part that is malformed.
+            ValueError: naming the conversation, message and part that is malformed, or the setting.
+            LogitsError: the model gave no finite numbers.
         """
         start = time.perf_counter()
-        single = not conversation or isinstance(conversation[0], Mapping)
-        prompts = [
-            encode_chat(self.tokenizer, each, self.limits) for each in ([conversation] if single else conversation)
-        ]
+        # What is no list of messages is refused as a conversation.
+        single = not isinstance(conversation, Sequence) or not len(conversation) or isinstance(conversation[0], Mapping)
+        conversations = [conversation] if single else conversation
+        seeds = settings.seeds(seed, len(conversations))
+        prompts = []
+        for row, each in enumerate(conversations):
+            with settings.naming("conversation", row, len(conversations)):
+                prompts.append(encode_chat(self.tokenizer, each, self.limits))
         encoded = time.perf_counter()
         said: list[np.ndarray | None] = [None] * len(prompts)
         for rows, batch, seconds in self._batches(prompts):
-            answers = self._speaker(batch, max_tokens, temperature, seed, seconds)
+            answers = self._speaker(batch, max_tokens, temperature, [seeds[row] for row in rows], seconds)
             for row, tokens in zip(rows, answers, strict=True):
                 said[row] = tokens
         end = time.perf_counter()
         timings = {"preprocess": encoded - start, "model": end - encoded, "total": end - start}
-        answers = [self._answer(tokens, {name: 1e3 * s for name, s in timings.items()}) for tokens in said]
+        answers = []
+        for row, tokens in enumerate(said):
+            with settings.naming("conversation", row, len(conversations)):
+                answers.append(self._answer(tokens, {name: 1e3 * s for name, s in timings.items()}))
         return answers[0] if single else answers
 
     def _answer(self, tokens: np.ndarray, timings_ms: dict[str, float]) -> Answer:

@@ -13,17 +13,20 @@ import numpy as np
 from wallx_jax.models.decoder import Cache
 from wallx_jax.models.wallx import Prefix, WallX
 
+NOT_FINITE = -1
+"""Stands for a token where logits are not finite, and ends its row."""
+
 
 class _State(NamedTuple):
     """step: how many tokens are out; tokens [B, N] so far; kv: of S places; logits [B, V] for the next one; done [B]:
-    the row has said its end token."""
+    the row has said its end token; keys [B]: for drawing, where tokens are drawn."""
 
     step: jax.Array
     tokens: jax.Array
     kv: Cache
     logits: jax.Array
     done: jax.Array
-    key: jax.Array
+    keys: jax.Array | None
 
 
 def generate(
@@ -34,36 +37,41 @@ def generate(
     end_tokens: Sequence[int] = (),
     fill_token: int = 0,
     temperature: jax.Array | None = None,
-    key: jax.Array | None = None,
+    keys: jax.Array | None = None,
 ) -> jax.Array:
-    """int32 [B, N] tokens that continue each row of the prefix.
+    """int32 [B, N] tokens that continue each row of the prefix; NOT_FINITE where the model has no answer.
 
     Args:
         max_new_tokens: N; the loop ends earlier when every row has said one of `end_tokens`.
         end_tokens: none: never stop.
         fill_token: stands behind a row's end token.
         temperature: None takes the likeliest token; otherwise tokens are drawn from softmax(logits / temperature).
-        key: for drawing.
+        keys: for drawing, [B]: what a row draws does not depend on those beside it.
     """
     batch, length = prefix.mask.shape
     cache, hidden = net.encode_prefix(prefix, room=max_new_tokens)
     seen = jnp.pad(prefix.mask, ((0, 0), (0, max_new_tokens)))
     places = jnp.arange(length + max_new_tokens)
 
-    def pick(logits: jax.Array, key: jax.Array) -> jax.Array:
+    def pick(logits: jax.Array, draws: jax.Array | None) -> jax.Array:
         logits = logits.astype(jnp.float32)
         if temperature is None:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
+            token = jnp.argmax(logits, axis=-1)
+        else:  # the largest taken off, so that no temperature makes them infinite
+            likely = (logits - logits.max(axis=-1, keepdims=True)) / temperature
+            token = jax.vmap(jax.random.categorical)(draws, likely)
+        return jnp.where(jnp.isfinite(logits).all(axis=-1), token, NOT_FINITE).astype(jnp.int32)
 
     def unfinished(state: _State) -> jax.Array:
         return (state.step < max_new_tokens) & ~jnp.all(state.done)
 
     def one_token(state: _State) -> _State:
-        key, draw = jax.random.split(state.key)
-        token = jnp.where(state.done, fill_token, pick(state.logits, draw))
+        keys = draws = None
+        if temperature is not None:
+            keys, draws = jnp.moveaxis(jax.vmap(jax.random.split)(state.keys), 1, 0)
+        token = jnp.where(state.done, fill_token, pick(state.logits, draws))
         tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1)
-        done = state.done | jnp.isin(token, jnp.array(end_tokens, jnp.int32))
+        done = state.done | jnp.isin(token, jnp.array([*end_tokens, NOT_FINITE], jnp.int32))
 
         place = length + state.step
         ids = (cache.next_position + state.step)[None, :, None]
@@ -75,7 +83,7 @@ def generate(
             start=place,
             keep_kv=True,
         )
-        return _State(state.step + 1, tokens, out.kv, net.logits(out.hidden[:, 0]), done, key)
+        return _State(state.step + 1, tokens, out.kv, net.logits(out.hidden[:, 0]), done, keys)
 
     start = _State(
         jnp.int32(0),
@@ -83,7 +91,7 @@ def generate(
         cache.kv,
         net.logits(hidden[:, -1]),
         jnp.zeros(batch, bool),
-        jax.random.key(0) if key is None else key,
+        None if temperature is None else keys,
     )
     return jax.lax.while_loop(unfinished, one_token, start).tokens
 

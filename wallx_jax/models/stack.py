@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from wallx_jax import tree
+from wallx_jax import switches, tree
 from wallx_jax.models.remat import checkpointed
 
 STACKS = ("decoder/layers", "vision/blocks")  # parameters whose leading axis is the layer
@@ -49,6 +49,7 @@ def run(body: Callable[[Any, tuple[Any, Any]], tuple[Any, Any]], x: Any, layers:
     return x, outputs
 
 
+@switches.ours()
 def unstack(params: tree.Tree, free: bool = False) -> tree.Tree:
     """Parameters with the layers apart, on the default device: "decoder/layers/q/kernel" [L, ...] becomes
     "decoder/layers/0/q/kernel" and so on. Those that are apart already only move.

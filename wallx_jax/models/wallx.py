@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from wallx_jax import tree
+from wallx_jax import switches, tree
 from wallx_jax.models import flow, lora, losses, stack
 from wallx_jax.models.action import ActionHeads
 from wallx_jax.models.attention import prefix_mask, sequence_mask, suffix_mask
@@ -246,6 +246,7 @@ class WallX(nnx.Module):
 
 
 @functools.cache
+@switches.ours()
 def _abstract(config: WallXConfig, stacked: bool = True) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: WallX(config, stacked, rngs=nnx.Rngs(0))), nnx.Param)
 
@@ -265,6 +266,7 @@ def abstract_params(config: WallXConfig) -> tree.Tree:
     return tree.map_with_path(lambda path, x: jax.ShapeDtypeStruct(x.shape, param_dtype(path, config.numerics)), shapes)
 
 
+@switches.ours()
 def init_params(config: WallXConfig, seed: int) -> tree.Tree:
     """Random parameters: normal(0, 0.02), biases 0, norm scales 1, as Qwen2.5-VL and upstream initialise."""
     params = nnx.to_pure_dict(nnx.state(WallX(config, rngs=nnx.Rngs(seed)), nnx.Param))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from wallx_jax import tree
+from wallx_jax import switches, tree
 from wallx_jax.data.batch import Batch
 from wallx_jax.models import flow, losses
 from wallx_jax.models.config import WallXConfig
@@ -102,6 +102,7 @@ def make_train_step(
     def rounding_key(step: jax.Array) -> jax.Array | None:
         return jax.random.fold_in(jax.random.key(seed + 1), step) if optim.stochastic_rounding else None
 
+    @switches.ours()
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         params, frozen = tree.split(state.params, trainable)
         counts_apart = loss_counts(batch, model, objective)
@@ -179,6 +180,7 @@ def make_eval_step(
 ) -> Callable[[tree.Tree, Batch, jax.Array], tuple[LossSums, LossSums]]:
     """eval_step(params, batch [B], index) -> (sums, counts). Batch `index` always meets the same noise and times."""
 
+    @switches.ours()
     def eval_step(params: tree.Tree, batch: Batch, index: jax.Array) -> tuple[LossSums, LossSums]:
         noise, time = _noise_and_time(jax.random.fold_in(jax.random.key(seed), index), batch, model)
         return batch_sums(params, batch, noise, time, model, objective), loss_counts(batch, model, objective)
