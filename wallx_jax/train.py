@@ -4,14 +4,24 @@
 
 From Python: `wallx_jax.train.run(config)` with a ConfigDict from `wallx_jax.config.default_config`.
 
-Exit codes: 0 trained to the end; 75 (EX_TEMPFAIL) interrupted by SIGTERM or SIGINT, saved, to be continued with
---config.resume.ckpt=latest; 1 or 2 an error that one line tells. A second signal ends the process at once.
+Exit codes: 0 trained to the end; 75 (EX_TEMPFAIL) interrupted by SIGTERM or SIGINT, what was trained is saved, to be
+continued with --config.resume.ckpt=latest; 65 (EX_DATAERR) a sample could not be read in mid-run, saved likewise; 1 or
+2 an error that one line tells. A second signal ends the run at once.
 """
 
+# ruff: noqa: E402
+from wallx_jax import signals
+
+if __name__ == "__main__":  # importing the rest takes seconds, in which Ctrl-C shall not end in a traceback either
+    signals.Watch(signals.end_at_once).__enter__()
+
+import contextlib
 import dataclasses
 import logging
+import os
 import shutil
 import sys
+from signal import Signals
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -26,7 +36,7 @@ from wallx_jax import compile_cache, devices, extras
 extras.require("train", __name__, __doc__)
 
 from wallx_jax.command_line import launch, render
-from wallx_jax.config import ConfigError, flatten, resolve
+from wallx_jax.config import flatten, resolve
 from wallx_jax.data.batch import Batch, describe
 from wallx_jax.data.mixture import Part, open_parts
 from wallx_jax.data.pipeline import Batches, eval_batches, mixed, samples
@@ -34,22 +44,22 @@ from wallx_jax.data.processor import Processor
 from wallx_jax.data.setup import blank_sample, build_augment, split_sources
 from wallx_jax.data.tokenizer import Tokenizer
 from wallx_jax.data.unreadable import SkippedFrames
+from wallx_jax.data.workers import check_shared_memory
 from wallx_jax.evaluation import preflight
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.run_config import RunConfig
-from wallx_jax.training import checkpoint_dir, distributed, sharding, start
+from wallx_jax.training import checkpoint_dir, distributed, ending, run_lock, sharding, start
 from wallx_jax.training.checkpoint import Checkpointer, restore_state
 from wallx_jax.training.checkpoint_dir import CheckpointError
 from wallx_jax.training.flops import update_flops
 from wallx_jax.training.interruption import EXIT_CODE, Interrupted, StopRequest
-from wallx_jax.training.loop import NonFiniteError, Steps, abstract_batch, run_loop
+from wallx_jax.training.loop import Steps, UnreadableData, abstract_batch, run_loop
 from wallx_jax.training.metrics import MetricWriter
 from wallx_jax.training.optimizer import check_patterns, is_trainable
 from wallx_jax.training.plan import Length, make_plan
 from wallx_jax.training.progress import Progress
 from wallx_jax.training.state import TrainState, keep_gradients
 from wallx_jax.training.step import Objective, compile_train_step, make_eval_step, make_train_step
-from wallx_jax.weights.safetensors_io import WeightsError
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +67,9 @@ EVAL_SEED = 20_251_123  # of the validation noise: the same in every run, so tha
 # Files of a model directory that later users of a checkpoint look for beside the tokenizer.
 EXTRA_ASSETS = ("preprocessor_config.json", "video_preprocessor_config.json", "generation_config.json",
                 "chat_template.json", "chat_template.jinja")  # fmt: skip
-USER_ERRORS = (
-    ConfigError, devices.DeviceError, CheckpointError, WeightsError, NonFiniteError, OSError, ValueError,
-    ImportError,
-)  # fmt: skip
+# What is told in one line: wrong input and settings, and what the machine lacks. Other exceptions are faults of the
+# program, and show where.
+USER_ERRORS = (OSError, ValueError, ImportError, RuntimeError, MemoryError)
 
 
 def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
@@ -76,8 +85,15 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
         ConfigError, DeviceError, CheckpointError, WeightsError, FileNotFoundError, ValueError: what is wrong, and the
             remedy.
         NonFiniteError: training diverged.
+        UnreadableData: a sample could not be read in mid-run; a checkpoint has been saved.
         Interrupted: SIGTERM or SIGINT came while training; a checkpoint has been saved.
     """
+    with contextlib.ExitStack() as stack:
+        return _run(config, dry_run, stack)
+
+
+def _run(config: ConfigDict, dry_run: bool, stack: contextlib.ExitStack) -> Path | None:
+    """`run`; `stack`: what is to be closed at its end."""
     settings = start.resumable(resolve(config))
     preflight.check_folders(settings)
     distributed.initialize(settings.distributed)
@@ -87,10 +103,11 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
     parts = open_parts(settings, videos="first" if dry_run else "all")
     settings = parts[0].settings
     mesh = sharding.make_mesh(settings.mesh)
-    loop, save_path = settings.loop, Path(settings.loop.save_path)
+    loop, save_path = settings.loop, Path(settings.loop.save_path).expanduser().absolute()
 
+    newest = checkpoint_dir.latest_step(save_path)
     origin, processors = start.plan_parts(parts)
-    continues = origin.resumes and origin.checkpoint.parent == (save_path / checkpoint_dir.FOLDER).absolute()
+    continues = origin.resumes and origin.checkpoint.parent == save_path / checkpoint_dir.FOLDER
     if not continues:
         checkpoint_dir.refuse_overwrite(save_path)
     noted = preflight.check(parts)
@@ -110,6 +127,11 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
     ]
     stream = mixed(streams, [part.weight for part in parts])
     batches = Batches(stream, global_batch // shares, settings.data.num_workers, share, shares)
+    stack.callback(batches.close)
+
+    sample = blank_sample(processors[0].config, mixed=len(parts) > 1)
+    batch_bytes = global_batch // shares * sum(x.nbytes for x in jax.tree.leaves(sample))
+    check_shared_memory(settings.data.num_workers, batch_bytes)
 
     abstract = start.abstract_state(origin.config, settings.optim, decay_steps, mesh)
     check_patterns(settings.optim, abstract.params)
@@ -117,7 +139,6 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
     length = Length(global_batch, epoch, total_steps, decay_steps)
     plan = make_plan(parts, origin, processors[0].config, abstract, mesh, frames, length)
     if dry_run:
-        batches.close()
         start.check_weights(origin, abstract)
         print("\n".join(map(str, [plan, *(f"{name}: {finding}" for name, finding in noted)])))
         return None
@@ -129,9 +150,11 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
     assets = save_path / "assets"
     if jax.process_index() == 0:
         save_path.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(run_lock.hold(save_path))
+        if checkpoint_dir.latest_step(save_path) != newest:
+            raise CheckpointError(f"another run has just saved a checkpoint in {save_path}: start this one again")
         (save_path / "config.yaml").write_text(render(config), "utf-8")
         write_assets(parts, processors, origin.files, assets)
-    sample = blank_sample(processors[0].config, mixed=len(parts) > 1)
     logger.info("%s", origin.config.numerics)
     logger.info("one sample: %s", describe(sample))
 
@@ -146,7 +169,15 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
     if mesh.local_devices[0].platform == "cpu":
         state = keep_gradients(state, settings.optim, loop.gradient_accumulation_steps)
 
+    if int(state.step) >= total_steps:
+        logger.warning(
+            "nothing is left to train: the checkpoint has done %d updates, and num_training_steps or num_epoch ask for "
+            "%d",
+            int(state.step),
+            total_steps,
+        )
     progress = Progress(total_steps, int(state.step))
+    stack.callback(progress.close)
     writer = MetricWriter(
         save_path,
         resumed_step=resumed_step,
@@ -155,6 +186,7 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
         name=loop.log_name,
         config=flatten(config),
     )
+    stack.callback(writer.close)
     eval_batch = settings.data.eval_batch_size * mesh.shape["data"] * mesh.shape["fsdp"]
 
     def held_out() -> Iterator[Batch]:
@@ -162,28 +194,27 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
             yield from eval_batches(val, processor, eval_batch, loop.eval_batches, share, shares, number)
 
     checkpointer = Checkpointer(save_path, loop.max_to_keep, resumed_step)
-    stop = StopRequest(mesh)
+    stack.callback(checkpointer.close)
 
     def save(step: int, state: TrainState, loss: float | None) -> None:
         stored = start.arranged(dataclasses.replace(state, gradients=None), abstract)
         checkpointer.save(step, stored, batches, flatten(config), origin.config, assets, loss=loss, data_order=order)
 
-    try:
-        evaluates = loop.eval_interval and any(len(val) for _, val in sources)
-        sizes = (global_batch, eval_batch if evaluates else None)
-        objective = make_objective(settings, processors[0].tokenizer, [part.name for part in parts])
-        steps = compile_steps(settings, origin.config, decay_steps, state, sample, sizes, objective, mesh, progress)
-        with stop:
-            state = run_loop(
-                state, batches, steps, total_steps, global_batch, loop, mesh, held_out, writer, progress, save,
-                stop.reached, SkippedFrames([part.source for part in parts]),
-            )  # fmt: skip
-            checkpointer.wait()
-    finally:
-        progress.close()
-        writer.close()
-        checkpointer.close()
-        batches.close()
+    def give_up(number: Signals) -> None:
+        saved = checkpoint_dir.latest_step(save_path)
+        lost = "all that was trained is lost" if saved is None else f"what was trained after step {saved} is lost"
+        ending.leave(f"ended by a second signal ({number.name}): {lost}", 128 + number)
+
+    evaluates = loop.eval_interval and any(len(val) for _, val in sources)
+    sizes = (global_batch, eval_batch if evaluates else None)
+    objective = make_objective(settings, processors[0].tokenizer, [part.name for part in parts])
+    steps = compile_steps(settings, origin.config, decay_steps, state, sample, sizes, objective, mesh, progress)
+    stop = stack.enter_context(StopRequest(mesh, give_up))
+    state = run_loop(
+        state, batches, steps, total_steps, global_batch, loop, mesh, held_out, writer, progress, save,
+        stop.reached, SkippedFrames([part.source for part in parts]),
+    )  # fmt: skip
+    checkpointer.wait()
     last = checkpoint_dir.find_checkpoints(save_path)[0]
     if stop.stopped and int(state.step) < total_steps:
         raise Interrupted(
@@ -245,19 +276,34 @@ def main(config: ConfigDict, dry_run: bool = False) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)  # in place of absl's
     for library in ("absl", "jax"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    try:
-        distributed.initialize(resolve(config).distributed)
-        if jax.process_index() == 0:
-            print(render(config))
-        else:
-            logging.getLogger().setLevel(logging.WARNING)
-        last = run(config, dry_run)
-    except Interrupted as interrupted:
-        print(interrupted, file=sys.stderr)
-        sys.exit(EXIT_CODE)
-    except USER_ERRORS as error:
-        sys.exit(f"error: {error}")
+    with signals.Watch(lambda number: ending.leave(f"interrupted by {number.name}", EXIT_CODE)):
+        try:
+            settings = resolve(config)
+            distributed.initialize(settings.distributed)
+            with ending.together():
+                devices.require(settings.platform)  # before anything else asks JAX for its devices
+                if jax.process_index() == 0:
+                    print(render(config))
+                else:
+                    logging.getLogger().setLevel(logging.WARNING)
+                last = run(config, dry_run)
+        except Interrupted as interrupted:
+            print(interrupted, file=sys.stderr)
+            sys.exit(EXIT_CODE)
+        except UnreadableData as error:
+            ending.fail(f"error: {one_line(error)}", os.EX_DATAERR)
+        except USER_ERRORS as error:
+            ending.fail(f"error: {one_line(error)}", 1)
     print("dry run: nothing was loaded or written" if dry_run else f"trained; last checkpoint: {last}")
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, in one line; XLA adds pages about memory."""
+    text = str(error).strip()
+    if isinstance(error, MemoryError) or text.startswith("RESOURCE_EXHAUSTED"):
+        reason = text.splitlines()[0] if text else "no memory left"
+        return f"{reason}; lower batch_size_per_gpu, or set numerics.remat=full, or use more devices (mesh.fsdp)"
+    return " ".join(text.split()) or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Batches are formed before the work is dealt out to worker processes, so the orde
 seed alone, not on the number of workers.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Literal
@@ -19,7 +20,7 @@ from wallx_jax.data.metadata import DatasetInfo
 from wallx_jax.data.processor import Processor
 from wallx_jax.data.source import FrameSource
 from wallx_jax.data.torch_random import randperm
-from wallx_jax.data.workers import start_worker
+from wallx_jax.data.workers import BUFFERED, start_worker, starting
 
 UPSTREAM_SHARES = (0.95, 0.05)
 
@@ -80,7 +81,10 @@ class Batches(Iterator[Batch]):
     def __next__(self) -> Batch:
         if self._reader is None:
             self._reader = self._read_from(self._drawn)
-        batch = next(self._reader)
+            with starting(self._num_workers) if self._num_workers else contextlib.nullcontext():
+                batch = next(self._reader)
+        else:
+            batch = next(self._reader)
         self._drawn += 1
         return batch
 
@@ -105,7 +109,7 @@ class Batches(Iterator[Batch]):
         if self._num_workers:
             if not flags.FLAGS.is_parsed():  # Grain hands its own absl flags to the workers, also outside of app.run.
                 flags.FLAGS.mark_as_parsed()
-            options = grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=2)
+            options = grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=BUFFERED)
             dataset = dataset.mp_prefetch(options, worker_init_fn=start_worker)
         return iter(dataset)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
@@ -242,12 +243,30 @@ def restore_state(
     def load(step: Path) -> Any:
         read_json_object(checkpoint_dir.metadata_file(step))  # damaged: nobody could act with this checkpoint
         compare_state(step, abstract_state)
-        leaves = _from_items(ocp.load_checkpointables(step, jax.tree.map(_placed, _items(wanted))), wanted)
+        with _each_for_itself():
+            stored_items = ocp.load_checkpointables(step, jax.tree.map(_placed, _items(wanted)))
+        leaves = _from_items(stored_items, wanted)
         if data_iterator is not None:
             _restore_iterator(step, data_iterator)
         return jax.tree.unflatten(jax.tree.structure(abstract_state), list(leaves.values()))
 
-    return checkpoint_dir.first_readable(path, save_path, load), data_iterator
+    return checkpoint_dir.first_readable(path, save_path, load, _all_processes), data_iterator
+
+
+def _each_for_itself() -> ocp.Context:
+    """For reading: every process reads its part without waiting for the others, which may have met damage."""
+    context = ocp.Context()
+    if jax.process_count() > 1:
+        context.multiprocessing.primary_host = jax.process_index()
+        context.multiprocessing.active_processes = {jax.process_index()}
+    return context
+
+
+def _all_processes(success: bool) -> bool:
+    """Whether all processes of the run have succeeded."""
+    if jax.process_count() == 1:
+        return success
+    return bool(multihost_utils.process_allgather(np.array([success])).all())
 
 
 def restore_params(path: str | Path, abstract_params: Tree | None = None, save_path: str | Path | None = None) -> Tree:
@@ -264,9 +283,10 @@ def restore_params(path: str | Path, abstract_params: Tree | None = None, save_p
     def load(step: Path) -> Tree:
         wanted = abstract_params if abstract_params is not None else unflatten(stored(step))
         compare_params(step, wanted)
-        return ocp.load_checkpointables(step, {"params": jax.tree.map(_placed, wanted)})["params"]
+        with _each_for_itself():
+            return ocp.load_checkpointables(step, {"params": jax.tree.map(_placed, wanted)})["params"]
 
-    return checkpoint_dir.first_readable(path, save_path, load)
+    return checkpoint_dir.first_readable(path, save_path, load, _all_processes)
 
 
 def _restore_iterator(step: Path, data_iterator: DataIterator) -> None:

@@ -13,11 +13,12 @@ the word "latest": the newest checkpoint of `save_path`. Who reads several thing
 `find_checkpoints` once and goes on with the step directory it gives.
 """
 
+import asyncio
 import itertools
 import logging
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -150,22 +151,45 @@ def assets_dir(path: str | Path, save_path: str | Path | None = None) -> Path:
     return find_checkpoints(path, save_path)[0] / "assets"
 
 
-def first_readable(path: str | Path, save_path: str | Path | None, load: Callable[[Path], T]) -> T:
-    """`load` of the newest checkpoint that is not damaged; passing over one is a warning.
+def first_readable(
+    path: str | Path,
+    save_path: str | Path | None,
+    load: Callable[[Path], T],
+    agree: Callable[[bool], bool] = lambda success: success,
+) -> T:
+    """Returns `load` of the newest checkpoint that is not damaged; passing over one is a warning.
+
+    Args:
+        agree: called after each attempt with whether this process has succeeded; tells whether all have.
 
     Raises:
         CheckpointError: all are damaged; or `load` says so: a checkpoint of another model is not damage.
+        KeyboardInterrupt: Ctrl-C, which libraries wrap into errors of their own, is no damage either.
     """
     failures = []
     for step in find_checkpoints(path, save_path):
+        why = "another process of the run cannot read it"
         try:
-            return load(step)
+            loaded, success = load(step), True
         except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
             raise  # out of memory and device errors say nothing about the files
         except Exception as error:  # Orbax and TensorStore report damage as many types
-            failures.append(f"{step}: {reason(error)}")
-            logger.warning("the checkpoint %s is damaged and passed over (%s)", step, reason(error))
+            if any(isinstance(cause, KeyboardInterrupt | asyncio.CancelledError) for cause in _causes(error)):
+                raise KeyboardInterrupt from error
+            loaded, success, why = None, False, reason(error)
+        if agree(success):
+            return loaded
+        failures.append(f"{step}: {why}")
+        logger.warning("the checkpoint %s is damaged and passed over (%s)", step, why)
     raise CheckpointError(f"no readable checkpoint: {'; '.join(failures)}")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and those that it wraps."""
+    if error is not None:
+        yield error
+        for inner in (error.__cause__, error.__context__, *getattr(error, "exceptions", ())):
+            yield from _causes(inner)
 
 
 def reason(error: BaseException) -> str:

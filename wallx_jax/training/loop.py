@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,10 @@ from wallx_jax.training.profile import ProfileWindow
 from wallx_jax.training.progress import Progress
 from wallx_jax.training.sharding import batch_sharding
 from wallx_jax.training.state import TrainState
+
+
+class UnreadableData(RuntimeError):
+    """A sample could not be read or encoded in mid-run. What was trained until then has been saved."""
 
 
 class NonFiniteError(RuntimeError):
@@ -88,6 +92,8 @@ def run_loop(
 
     Raises:
         NonFiniteError: after `max_nonfinite_steps` skipped updates; the batch that came last is kept in save_path.
+        UnreadableData: the next batch cannot be had; the updates before it have been saved, unless there are other
+            processes, which would have to save with this one.
     """
     watch, window = Stopwatch(), []
     pending: deque[tuple[int, Batch, Mapping[str, jax.Array]]] = deque()
@@ -107,12 +113,31 @@ def run_loop(
                 f"Lower learning_rate, or look at the data with numpy.load"
             )
 
+    first = int(state.step)
+
+    def give_up(step: int, error: Exception) -> NoReturn:
+        saved = "nothing was trained"
+        if step > first and jax.process_count() == 1:
+            while pending:
+                check(*pending.popleft())
+            save(step, state, loss)
+            saved = f"the {step - first} updates before it are saved as step {step}"
+        elif step > first:
+            saved = "the run goes on from its last checkpoint"
+        raise UnreadableData(
+            f"update {step + 1}: {error}; {saved}. Mend the data, or leave out what is wrong (settings `episodes`, "
+            "`unreadable_frames`), and go on with resume.ckpt=latest"
+        ) from error
+
     with ProfileWindow(loop, int(state.step), total_steps) as profiler:
         for step in range(int(state.step) + 1, total_steps + 1):
             profiler.before(step)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 with watch("data_wait"):
-                    batch = next(batches)
+                    try:
+                        batch = next(batches)
+                    except Exception as error:
+                        give_up(step - 1, error)
                 state, metrics = steps.train(state, put_batch(batch, mesh, loop.gradient_accumulation_steps))
             window.append(metrics)
             progress.advance()

@@ -1,0 +1,90 @@
+"""One run per folder: a second one would remove the saves of the first and rename its checkpoints."""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from wallx_jax.training.checkpoint_dir import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+FILE = "run.lock"
+BEAT_S = 5.0  # how often a run shows that it lives
+
+
+@contextlib.contextmanager
+def hold(save_path: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder until the block ends, or the process does, however that happens.
+
+    The system releases the lock of a process that is gone. On a network file system it may know the processes of one
+    machine alone; so the owner also writes into the file every BEAT_S seconds, and whoever finds another machine's
+    entry there watches whether it goes on.
+
+    Raises:
+        CheckpointError: another run is training in the folder; tells which.
+    """
+    file = save_path / FILE
+    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        owner = _read(file)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except BlockingIOError:
+            free = False
+        except OSError:  # a file system without locks: the entries alone decide
+            free = not (owner and owner["host"] == socket.gethostname() and _lives(owner["pid"]))
+        if free and owner and owner["host"] != socket.gethostname():
+            logger.warning("was the run of %s in %s killed? Waiting whether it goes on", owner["host"], save_path)
+            time.sleep(2 * BEAT_S)
+            free = _read(file) == owner
+        if not free:
+            raise CheckpointError(_refusal(save_path, _read(file)))
+        done = threading.Event()
+        beating = threading.Thread(target=_beat, args=(handle, done), daemon=True, name="run lock")
+        beating.start()
+        try:
+            yield
+        finally:
+            done.set()
+            beating.join()
+            os.ftruncate(handle, 0)
+    finally:
+        os.close(handle)
+
+
+def _beat(handle: int, done: threading.Event) -> None:
+    entry = {"host": socket.gethostname(), "pid": os.getpid()}
+    while True:
+        with contextlib.suppress(OSError):  # a full disk is for the next save to report
+            os.pwrite(handle, json.dumps(entry | {"time": time.time()}).encode().ljust(256), 0)
+            os.fsync(handle)
+        if done.wait(BEAT_S):
+            return
+
+
+def _read(file: Path) -> dict | None:
+    """The entry of a run that holds the lock, or was killed; None where the last one has ended."""
+    try:
+        return json.loads(file.read_bytes())  # opened anew: then a network file system shows what is new
+    except ValueError:
+        return None
+
+
+def _lives(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+def _refusal(save_path: Path, owner: dict | None) -> str:
+    who = f" (process {owner['pid']} on {owner['host']})" if owner else ""
+    return (
+        f"another run{who} is training in save_path {save_path}: wait until it has ended, or end it, or choose another "
+        "save_path"
+    )
