@@ -21,9 +21,9 @@ import logging
 import os
 import shutil
 import sys
-from signal import Signals
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from signal import Signals
 
 import jax
 import jax.numpy as jnp

@@ -66,7 +66,7 @@ def check_shared_memory(workers: int, batch_bytes: int, folder: Path = SHARED_ME
     if free < needed:
         raise OSError(
             f"{folder} has {free / 2**20:.0f} MiB free, and the batches of {workers} data workers may take "
-            f"{needed / 2**20:.0f}: free some, give the container more (--shm-size), or lower num_workers (0 needs none)"
+            f"{needed / 2**20:.0f}: free some, give the container more (--shm-size), or lower num_workers"
         )
 
 
