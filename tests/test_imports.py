@@ -13,8 +13,8 @@ PACKAGE = Path(wallx_jax.__path__[0])
 
 # Part of the package, by prefix (the longest counts) -> the prefixes that it may import, besides itself.
 SETTINGS = {
-    "tree", "switches", "files", "extras", "robots", "vectors", "ranges", "config", "run_config", "command_line",
-    "upstream_yaml", "hub",
+    "tree", "switches", "signals", "files", "extras", "robots", "vectors", "ranges", "config", "run_config",
+    "command_line", "upstream_yaml", "hub",
 }  # fmt: skip
 DATASET_CHECKS = {
     f"evaluation.{name}" for name in ("preflight", "dataset_check", "findings", "frames", "signals", "videos")
@@ -24,6 +24,7 @@ ALLOWED = {
     "extras": set(),
     "tree": set(),
     "switches": set(),
+    "signals": set(),
     "hub": set(),
     "files": set(),
     "robots": set(),

@@ -94,7 +94,7 @@ class Job:
 
     @property
     def log(self) -> str:
-        return self._log.read_text()
+        return self._log.read_text() if self._log.exists() else ""
 
 
 def serve() -> None:

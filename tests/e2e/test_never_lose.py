@@ -1,6 +1,7 @@
 """A run that is interrupted, killed, damaged or out of disk goes on as if nothing had happened."""
 
 import functools
+import itertools
 import json
 import shutil
 import signal
@@ -86,6 +87,63 @@ def test_a_signal_saves_and_the_run_goes_on(start, whole, tmp_path, number):
     again = start(tmp_path / "run", save_interval=1000, num_workers=0)  # their number may change
     assert again.wait() == 0, again.log
     assert_same_run(tmp_path / "run", whole)
+
+
+STAGES = ("one sample:", "compiling the train step", "compiled the train step")
+
+
+@pytest.mark.parametrize(
+    "stage, delay, number",
+    [*itertools.product(STAGES, (0.0, 0.1), [signal.SIGINT]), (STAGES[0], 0.2, signal.SIGTERM)],
+)
+def test_a_signal_before_training_ends_the_run_and_harms_nothing(start, whole, tmp_path, stage, delay, number):
+    """In a run that is resumed: restoring, which libraries do in threads of their own, compiling, the first update."""
+    run = without_the_last(whole, tmp_path / "run", keep=False)
+    checkpoints = sorted(path.name for path in (run / "checkpoints").iterdir())
+    job = start(run, save_interval=1000)
+    job.until(lambda: stage in job.log)
+    time.sleep(delay)
+    job.signal(number)
+    begin = time.monotonic()
+    assert job.wait() in (EXIT_CODE, 0), job.log  # 0: it had two updates to do
+    assert time.monotonic() - begin < 15
+    assert "Traceback" not in job.log and "damaged" not in job.log and "abandoned" not in job.log
+    assert {path.name for path in (run / "checkpoints").iterdir()} >= set(checkpoints)
+    assert start(run).wait() == 0
+    assert_same_run(run, whole)
+
+
+def test_a_second_signal_says_what_is_lost(start, tmp_path):
+    run = tmp_path / "run"
+    job = start(run, num_training_steps=100_000, save_interval=5)
+    job.until(lambda: checkpoint_dir.latest_step(run) is not None)
+    for _ in range(2):  # one request, told twice
+        job.signal(signal.SIGINT)
+        time.sleep(0.05)
+    assert job.wait() == EXIT_CODE, job.log
+    assert "interrupted after step" in job.log
+
+
+def test_a_second_run_in_the_folder_is_refused(start, tmp_path):
+    run = tmp_path / "run"
+    first = start(run, num_training_steps=100_000, save_interval=5)
+    first.until(lambda: checkpoint_dir.latest_step(run) is not None)
+    second = start(run)
+    assert second.wait() == 1, second.log
+    (line,) = [line for line in second.log.splitlines() if line.startswith("error")]
+    assert f"another run (process {first.pid} on" in line and "Traceback" not in second.log
+    before = checkpoint_dir.latest_step(run)
+    first.until(lambda: checkpoint_dir.latest_step(run) > before)
+    assert first.running
+    first.signal(signal.SIGTERM)
+    assert first.wait() == EXIT_CODE, first.log
+
+
+def test_nothing_left_to_train_is_told(start, whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    job = start(run, num_training_steps=STEPS - 4)
+    assert job.wait() == 0, job.log
+    assert f"nothing is left to train: the checkpoint has done {STEPS} updates" in job.log
 
 
 @pytest.mark.parametrize("workers, kills", [(0, 6), (2, 3)])
