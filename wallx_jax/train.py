@@ -158,6 +158,7 @@ def _run(config: ConfigDict, dry_run: bool, stack: contextlib.ExitStack) -> Path
     logger.info("%s", origin.config.numerics)
     logger.info("one sample: %s", describe(sample))
 
+    distributed.meet()
     if origin.resumes:
         state, _ = restore_state(loop.resume_ckpt, abstract, batches, save_path)
         resumed_step = int(state.step) if continues else None
@@ -209,6 +210,7 @@ def _run(config: ConfigDict, dry_run: bool, stack: contextlib.ExitStack) -> Path
     sizes = (global_batch, eval_batch if evaluates else None)
     objective = make_objective(settings, processors[0].tokenizer, [part.name for part in parts])
     steps = compile_steps(settings, origin.config, decay_steps, state, sample, sizes, objective, mesh, progress)
+    distributed.meet()  # some compile longer than others
     stop = stack.enter_context(StopRequest(mesh, give_up))
     state = run_loop(
         state, batches, steps, total_steps, global_batch, loop, mesh, held_out, writer, progress, save,

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import socket
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import tiny_jobs
 import tiny_run
 
 from wallx_jax import tree
-from wallx_jax.training import checkpoint_dir
+from wallx_jax.training import checkpoint_dir, run_lock
 from wallx_jax.training.checkpoint import restore_params
 from wallx_jax.training.interruption import EXIT_CODE
 
@@ -62,6 +63,62 @@ def steps_logged(folder: Path) -> int:
 def finish(jobs: list[tiny_jobs.Job]) -> None:
     for job in jobs:
         assert job.wait() == 0, job.log
+
+
+@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize("stage", ["one sample:", "compiling the train step"])
+def test_a_signal_to_one_process_before_training_ends_both(start, tmp_path, stage, process):
+    jobs = start(tmp_path / "run")
+    jobs[0].until(lambda: stage in jobs[0].log)
+    jobs[process].signal(signal.SIGINT)
+    begin = time.monotonic()
+    assert [job.wait() for job in jobs] == [EXIT_CODE] * 2, jobs[0].log + jobs[1].log
+    assert time.monotonic() - begin < 20
+    assert "interrupted by SIGINT" in jobs[process].log
+    assert f"process {process} ended the run: interrupted by SIGINT" in jobs[1 - process].log
+    for job in jobs:
+        assert not {"Traceback", "Gloo", "Check failure"} & set(job.log.split())
+
+
+def test_an_error_in_one_process_ends_both(start, tmp_path):
+    """And only one of them can find it."""
+    run = tmp_path / "run"
+    with run_lock.hold(run_folder(run)):
+        jobs = start(run)
+        assert [job.wait() for job in jobs] == [1, 1], jobs[0].log + jobs[1].log
+    assert "error: another run" in jobs[0].log and "process 0 ended the run: error: another run" in jobs[1].log
+
+
+def run_folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def test_a_process_that_is_late_and_one_that_is_stopped_for_a_while(start, tmp_path):
+    jobs = start(tmp_path / "run")
+    jobs[1].until(lambda: "statistics" in jobs[0].log)
+    jobs[1].signal(signal.SIGSTOP)
+    time.sleep(35)
+    jobs[1].signal(signal.SIGCONT)
+    jobs[0].until(lambda: steps_logged(tmp_path / "run") >= 3)
+    jobs[1].signal(signal.SIGSTOP)
+    time.sleep(110)
+    jobs[1].signal(signal.SIGCONT)
+    finish(jobs)
+    assert "waiting for the other processes of the run" in jobs[0].log
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_damage_that_one_process_meets_is_passed_over_by_both(start, tmp_path, process, monkeypatch):
+    run = tmp_path / "run"
+    finish(start(run))
+    newest = run / "checkpoints" / str(STEPS)
+    own = sorted((newest / "state").glob(f"ocdbt.process_{process}/d/*"), key=lambda file: file.stat().st_size)[-1]
+    own.write_bytes(own.read_bytes()[:7])
+    jobs = start(run)
+    finish(jobs)
+    assert f"checkpoints/{STEPS} is damaged and passed over" in jobs[0].log
+    assert (run / "checkpoints" / f"{STEPS}.abandoned-1").is_dir() and newest.is_dir()
 
 
 def test_two_processes(start, tmp_path):

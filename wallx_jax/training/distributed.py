@@ -1,13 +1,23 @@
 """Runs of many processes: each learns who the others are before it touches a device."""
 
+import itertools
+import logging
 import os
+import threading
 from collections.abc import Mapping
 
 import jax
+from jax._src.distributed import global_state  # barriers outside of the devices have no public name
 
 from wallx_jax.config import ConfigError
 from wallx_jax.run_config import DistributedConfig
 
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 300  # a process that was stopped for a minute or two, as machines are when they move, is not dead
+MEETING_S = 3600
+SLOW_S = 10
+_meetings = itertools.count()
 # The same three settings as environment variables.
 VARIABLES = {
     "coordinator": "JAX_COORDINATOR_ADDRESS",
@@ -56,7 +66,24 @@ def initialize(config: DistributedConfig, environ: Mapping[str, str] = os.enviro
         return
     # JAX's own handling of SIGTERM would keep a process from ending before training starts; see interruption.py.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(**arguments)
+    jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_S)
+
+
+def meet() -> None:
+    """Waits until all processes of the run have come here; to be called as often by each.
+
+    Between CPUs the first collectives fail unless all processes come to them within 30 seconds (Gloo's, in JAX).
+    """
+    client = global_state.client
+    if client is None:
+        return
+    slow = threading.Timer(SLOW_S, logger.warning, ["waiting for the other processes of the run"])
+    slow.daemon = True
+    slow.start()
+    try:
+        client.wait_at_barrier(f"wallx_jax/meeting/{next(_meetings)}", 1000 * MEETING_S)
+    finally:
+        slow.cancel()
 
 
 def _integer(name: str, value: int | str) -> int:
