@@ -328,7 +328,7 @@ NO_TASKS = {
         {"task_index": [0, 1], "english": [ONE, OTHER], "french": ["a", "b"]},
         "any of the columns \\['english', 'french'\\] may hold the instructions; keep one and call it 'task'",
     ),
-    "no number": ({"task": [ONE, OTHER]}, "lacks columns \['task_index'\]"),
+    "no number": ({"task": [ONE, OTHER]}, r"lacks columns \['task_index'\]"),
     "number twice": ({"task_index": [1, 1], "task": [ONE, OTHER]}, "task_index \\[1\\] is there more than once"),
     "no whole number": ({"task_index": [0.5, 1.0], "task": [ONE, OTHER]}, "does not convert to int64"),
 }
