@@ -32,13 +32,14 @@ def server(tmp_path_factory):
 def start(server, dataset_dir, tmp_path_factory):
     model = tiny_run.write_model(tmp_path_factory.mktemp("model") / "tiny")
 
-    def start(save_path: Path, processes: int = 2) -> list[tiny_jobs.Job]:
+    def start(save_path: Path, processes: int = 2, **changes) -> list[tiny_jobs.Job]:
+        settings = {"num_training_steps": STEPS, "eval_interval": 8, "resume__ckpt": "latest"} | changes
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{probe.getsockname()[1]}"
         return [
             server.start(
-                model, dataset_dir, save_path, num_training_steps=STEPS, eval_interval=8, resume__ckpt="latest",
+                model, dataset_dir, save_path, **settings,
                 mesh__fsdp=processes, batch_size_per_gpu=2 // processes, eval_batch_size_per_gpu=2 // processes,
                 distributed__coordinator=address, distributed__num_processes=processes, distributed__process_id=index,
             )
@@ -95,14 +96,16 @@ def run_folder(path: Path) -> Path:
 
 
 def test_a_process_that_is_late_and_one_that_is_stopped_for_a_while(start, tmp_path):
-    jobs = start(tmp_path / "run")
+    """For longer than Gloo waits for a process (30 s) and gRPC for the answer to a ping (60 s)."""
+    steps = 200
+    jobs = start(tmp_path / "run", num_training_steps=steps, eval_interval=0, save_interval=steps)
     jobs[1].until(lambda: "statistics" in jobs[0].log)
     jobs[1].signal(signal.SIGSTOP)
     time.sleep(35)
     jobs[1].signal(signal.SIGCONT)
-    jobs[0].until(lambda: steps_logged(tmp_path / "run") >= 3)
+    jobs[0].until(lambda: steps_logged(tmp_path / "run") >= steps // 2)  # seconds after the last word between the two
     jobs[1].signal(signal.SIGSTOP)
-    time.sleep(110)
+    time.sleep(75)
     jobs[1].signal(signal.SIGCONT)
     finish(jobs)
     assert "waiting for the other processes of the run" in jobs[0].log
