@@ -1,6 +1,8 @@
 """A frame that cannot be decoded in mid-run: one line that names it, or, if so set, another frame in its place."""
 
 import json
+import os
+import re
 import shutil
 
 import edits
@@ -10,7 +12,10 @@ import synthetic
 import tiny_run
 
 import wallx_jax.train
-from wallx_jax.data.errors import DatasetError, FrameError
+from wallx_jax.data.errors import DatasetError
+from wallx_jax.data.pipeline import Batches
+from wallx_jax.training import checkpoint_dir
+from wallx_jax.training.loop import UnreadableData
 
 BAD = (4, 9, 10, 17)
 
@@ -38,10 +43,36 @@ def train(model, dataset, folder, **changes):
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.multiprocess])])
-def test_the_run_ends_with_one_line(model_dir, damaged, tmp_path, workers):
-    with pytest.raises(FrameError, match="^damaged: episode [0-3], frame [0-9]: .*cam_high cannot be read") as error:
-        train(model_dir, damaged, tmp_path / "run", num_workers=workers, num_training_steps=40)
-    assert "\n" not in str(error.value) and "file-000.parquet" in str(error.value)
+def test_the_run_saves_and_ends_with_one_line_and_goes_on_when_mended(
+    model_dir, damaged, dataset_dir, tmp_path, capsys, workers
+):
+    run, settings = tmp_path / "run", {"num_workers": workers, "num_training_steps": 12, "log_interval": 1}
+    config = tiny_run.run_config(model_dir, damaged, run, eval_interval=0, save_interval=100, **settings)
+    with pytest.raises(SystemExit) as exit:
+        wallx_jax.train.main(config)
+    assert exit.value.code == os.EX_DATAERR == 65
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    update, name, place = re.match(
+        r"error: update (\d+): (\w+): (episode [0-3], frame [0-9]): .*cam_high", line
+    ).groups()
+    assert name == "damaged" and "file-000.parquet" in line
+    done = int(update) - 1
+    assert f"the {done} updates before it are saved as step {done}" in line
+    assert checkpoint_dir.latest_step(run) == done
+
+    lines = train(model_dir, damaged, run, resume__ckpt="latest", unreadable_frames="skip", **settings)
+    whole = train(model_dir, damaged, tmp_path / "whole", unreadable_frames="skip", **settings)
+    assert [line["loss"] for line in lines] == [line["loss"] for line in whole]
+
+
+def test_a_first_batch_that_cannot_be_read_saves_nothing(model_dir, damaged, tmp_path, monkeypatch):
+    def broken(self):
+        raise ValueError("episode 0, frame 3: NaN")
+
+    monkeypatch.setattr(Batches, "__next__", broken)
+    with pytest.raises(UnreadableData, match="update 1: episode 0, frame 3: NaN; nothing was trained"):
+        train(model_dir, damaged, tmp_path / "run", num_training_steps=4)
+    assert checkpoint_dir.latest_step(tmp_path / "run") is None
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.multiprocess])])

@@ -1,0 +1,81 @@
+"""What `wallx_jax.train.main` tells, and its exit codes."""
+
+import signal
+import time
+
+import jax
+import pytest
+import tiny_run
+
+import wallx_jax.train
+from wallx_jax.train import one_line
+from wallx_jax.training import checkpoint_dir
+from wallx_jax.training.interruption import StopRequest
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (ValueError("a\n  b"), "a b"),
+        (RuntimeError(), "RuntimeError"),
+        (MemoryError(), "no memory left; lower batch_size_per_gpu, or "),
+        (MemoryError("Unable to allocate 3 GiB"), "Unable to allocate 3 GiB; lower batch_size_per_gpu, or "),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 7 bytes.\n  pages"),
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 7 bytes.; lower batch_size_per_gpu",
+        ),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_1(error, line, monkeypatch, capsys, dataset_dir, tmp_path):
+    assert one_line(error).startswith(line) and "\n" not in one_line(error)
+
+    def run(config, dry_run):
+        raise error
+
+    monkeypatch.setattr(wallx_jax.train, "run", run)
+    with pytest.raises(SystemExit) as exit:
+        wallx_jax.train.main(tiny_run.run_config(tmp_path, dataset_dir, tmp_path))
+    assert exit.value.code == 1
+    assert capsys.readouterr().err.startswith(f"error: {line}")
+
+
+def test_a_fault_of_the_program_shows_where(monkeypatch, dataset_dir, tmp_path):
+    def run(config, dry_run):
+        raise KeyError("x")
+
+    monkeypatch.setattr(wallx_jax.train, "run", run)
+    with pytest.raises(KeyError):
+        wallx_jax.train.main(tiny_run.run_config(tmp_path, dataset_dir, tmp_path))
+
+
+class Left(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(
+    "save_interval, lost", [(100, "all that was trained is lost"), (2, "what was trained after step 2 is lost")]
+)
+def test_a_second_signal_says_what_is_lost(save_interval, lost, monkeypatch, dataset_dir, tmp_path):
+    told, updates = [], []
+
+    def leave(line, code):
+        told.append((line, code))
+        raise Left
+
+    def reached(self):
+        updates.append(None)
+        if len(updates) == 3:
+            while save_interval == 2 and checkpoint_dir.latest_step(tmp_path / "run") is None:
+                time.sleep(0.01)  # saved in the background
+            self._give_up(signal.SIGTERM)
+
+    tiny_run.use_devices(monkeypatch, 1)
+    monkeypatch.setattr(wallx_jax.train.ending, "leave", leave)
+    monkeypatch.setattr(StopRequest, "reached", reached)
+    model = tiny_run.write_model(tmp_path / "model")
+    config = tiny_run.run_config(
+        model, dataset_dir, tmp_path / "run", num_training_steps=6, eval_interval=0, save_interval=save_interval
+    )
+    with pytest.raises(Left):
+        wallx_jax.train.run(config)
+    assert told == [(f"ended by a second signal (SIGTERM): {lost}", 128 + signal.SIGTERM)]
