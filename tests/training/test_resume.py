@@ -371,6 +371,22 @@ def test_a_new_run_starts_with_the_policy_of_the_adapters(adapted, tmp_path, nam
     assert kept == (name in ("the same", "alpha")), "adapters of the same shapes go on, others begin"
 
 
+def test_adapters_are_merged_as_precisely_as_the_new_run_keeps_them(model_dir, dataset_dir, tmp_path):
+    config = tiny_run.run_config(
+        model_dir, dataset_dir, tmp_path / "run", lora__rank=2, numerics__param_dtype="bfloat16"
+    )
+    checkpoint = save(config)
+    config.resume.ckpt, config.resume.load_ckpt_only = str(checkpoint), True
+    config.lora.rank, config.numerics.param_dtype, config.save_path = 0, "float32", str(tmp_path / "other")
+    settings = resolve(config)
+    origin, _ = start.plan_parts(open_parts(settings))
+    params = tree.flatten(start.load_state(origin, settings, 10, sharding.make_mesh(settings.mesh)).params)
+    flat = {path: np.asarray(x, np.float32) for path, x in tree.flatten(restore_params(checkpoint)).items()}
+    module = "decoder/layers/attn/q"
+    wanted = flat[f"{module}/kernel"] + 16 * flat[f"{module}/lora_a"] @ flat[f"{module}/lora_b"]
+    np.testing.assert_allclose(params[f"{module}/kernel"], wanted, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_a_new_rate_is_that_of_the_next_update(model_dir, dataset_dir, tmp_path, optimizer):

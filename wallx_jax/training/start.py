@@ -293,7 +293,7 @@ def load_origin(origin: Origin, seed: int, put: Put | None = None) -> tree.Tree:
     stored = StoredModel(origin.checkpoint)
     config = stored.config.replace(numerics=numerics)
     specs = tree.flatten(abstract_params(config))
-    return assemble(config, lambda path: stored.read(path).astype(specs[path].dtype, copy=False), **changes)[1]
+    return assemble(config, lambda path: stored.read(path, specs[path].dtype), **changes)[1]
 
 
 def _same_shapes(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
