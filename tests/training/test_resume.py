@@ -220,13 +220,15 @@ def test_another_action_tokenizer_is_refused(speaking, fast_dirs, tmp_path):
         resumed(config, action_expert_intermediate_size=32)
 
 
-def test_the_same_said_otherwise_goes_on(adapted):
+def test_the_same_said_otherwise_goes_on(adapted, caplog):
     """All names or none, one group or several, defaults spelled out, numerics left to the checkpoint."""
     config, _ = adapted
     resumed(config, obs_action_keys=("rest", "arm"), train_action_expert_only=False)
     resumed(config, dof_config={"a": 2, "b": 4, "c": 8}, predict_action_keys=("b", "a"))
     resumed(config, numerics=dataclasses.asdict(Numerics(param_dtype="float32", compute_dtype="float32")))
+    caplog.clear()
     resumed(config, numerics=dict.fromkeys(config.numerics))
+    assert "goes on" not in caplog.text
 
 
 def test_numerics_that_came_with_the_weights_stay(dataset_dir, tmp_path):

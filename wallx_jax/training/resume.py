@@ -73,13 +73,16 @@ def check(
 
 
 def tell_changes(config: ConfigDict, checkpoint: Path) -> None:
-    """Warns of all settings that are others than those with which the checkpoint was trained."""
+    """Warns of all settings that are others than those with which the checkpoint was trained. Numerics that are not set
+    any more are no change: the checkpoint's stay."""
     before = recorded(checkpoint_dir.metadata_of(checkpoint)["config"])
     now = recorded(json.loads(json.dumps(flatten(config), default=str)))
     if changed := [
         f"{name} was {before[name]!r}, is {value!r}"
         for name, value in now.items()
-        if value != before[name] and not name.startswith(UNTOLD)
+        if value != before[name]
+        and not name.startswith(UNTOLD)
+        and not (name.startswith("numerics.") and value is None)
     ]:
         logger.warning("the run goes on with other settings: %s", "; ".join(changed))
     for name in ("pretrained_wallx_path", "pretrained_revision"):
