@@ -197,6 +197,7 @@ def default_config() -> OrderedConfig:
     c.save_interval = 1000  # steps between checkpoints; there is always one at the end
     c.max_to_keep = 2  # newest checkpoints kept
     c.resume = OrderedConfig()
+    # A run that goes on must have the settings that have shaped it as they were, see training.resume.
     c.resume.ckpt = placeholder(str)  # to continue from; "latest": the newest of save_path, a new run if it has none
     c.resume.load_ckpt_only = False  # take its weights only: step, optimizer and data start anew
     c.eval_interval = 1000  # steps between validations; 0: never
@@ -312,6 +313,12 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
         else:
             flat |= flatten(value, f"{name}.")
     return flat
+
+
+def recorded(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat values of a configuration that a checkpoint keeps as JSON. What it does not say was not to be chosen
+    when it was written, and has the default."""
+    return _read({key: tuple(value) if isinstance(value, list) else value for key, value in config.items()})[0]
 
 
 def _plain(value: Any) -> Any:

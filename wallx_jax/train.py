@@ -48,7 +48,7 @@ from wallx_jax.data.workers import check_shared_memory
 from wallx_jax.evaluation import preflight
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.run_config import RunConfig
-from wallx_jax.training import checkpoint_dir, distributed, ending, run_lock, sharding, start
+from wallx_jax.training import checkpoint_dir, distributed, ending, resume, run_lock, sharding, start
 from wallx_jax.training.checkpoint import Checkpointer, restore_state
 from wallx_jax.training.checkpoint_dir import CheckpointError
 from wallx_jax.training.flops import update_flops
@@ -107,6 +107,8 @@ def _run(config: ConfigDict, dry_run: bool, stack: contextlib.ExitStack) -> Path
 
     newest = checkpoint_dir.latest_step(save_path)
     origin, processors = start.plan_parts(parts)
+    if origin.resumes:
+        resume.tell_changes(config, origin.checkpoint)
     continues = origin.resumes and origin.checkpoint.parent == save_path / checkpoint_dir.FOLDER
     if not continues:
         checkpoint_dir.refuse_overwrite(save_path)

@@ -162,6 +162,40 @@ def test_loss_is_recorded_and_metadata_is_strict_json(tmp_path, assets):
     assert read_metadata(tmp_path)["loss"] is None
 
 
+BROKEN_METADATA = {
+    "no model": (lambda m: m.pop("model"), " lacks model; copy it again"),
+    "several missing": (lambda m: [m.pop(name) for name in ("tokens", "numerics")], " lacks numerics, tokens; copy"),
+    "no settings": (lambda m: m.pop("config"), " lacks config; copy it again"),
+    "model a list": (lambda m: m.update(model=[1]), r": model is \[1\]; copy it again"),
+    "no object": (lambda m: m.update(numerics=None), ": numerics is None; copy it again"),
+    "step a text": (lambda m: m.update(step="3"), ": step is '3'; copy it again"),
+    "a size missing": (lambda m: m["model"].pop("hidden_size"), ": model lacks hidden_size; .*copy it again"),
+    "a size a text": (lambda m: m["model"].update(hidden_size="x"), ': model: hidden_size is "x"; expected a whole n'),
+    "an id missing": (lambda m: m["tokens"].pop("eos"), ": tokens lacks eos; copy it again"),
+    "an id a text": (lambda m: m["tokens"].update(eos="x"), ": tokens.eos is 'x'; expected a whole number"),
+    "an id unknown": (lambda m: m["tokens"].update(end=1), ": tokens.end is unknown; copy it again"),
+    "an option unknown": (lambda m: m["numerics"].update(speed=1), ": numerics.speed is unknown; copy it again"),
+    "no such choice": (lambda m: m["numerics"].update(flow_loss="x"), ": numerics.flow_loss is 'x'; choose one of"),
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN_METADATA)
+def test_broken_metadata_name_the_file_and_the_field(save, damage):
+    """In one line for a step, while a run gives way to the checkpoint before, for whoever reads it."""
+    break_it, match = BROKEN_METADATA[damage]
+    path = save(3, 6)
+    file = path / "checkpoints" / "6" / "metadata" / "metadata.json"
+    metadata = json.loads(file.read_text())
+    break_it(metadata)
+    file.write_text(json.dumps(metadata))
+    with pytest.raises(CheckpointError, match=f"{file}{match}") as error:
+        read_model_config(path / "checkpoints" / "6")
+    assert "\n" not in str(error.value)
+    assert read_model_config(path) == MODEL
+    state, _ = restore_state(path, abstract(make_state(3), 4), None)
+    assert int(state.step) == 3
+
+
 def test_iterator_resumes_at_the_batch_after_the_save(tmp_path, assets):
     iterator = make_iterator()
     state = make_state(1)

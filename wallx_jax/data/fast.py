@@ -118,6 +118,11 @@ class FastTokenizer:
         bpe.train_from_iterator((fitted._text(chunk) for chunk in chunks), trainer)
         return fitted
 
+    def codes_like(self, other: "FastTokenizer") -> bool:
+        """Whether both give the same ids for any actions."""
+        ours, theirs = ((x.scale, x.vocab_size, x.min_token, x._bpe.to_str()) for x in (self, other))
+        return ours == theirs
+
     def save(self, path: str | Path) -> None:
         """Writes the files that `from_dir` and the original processor class read into `path`, created if missing."""
         path = Path(path)

@@ -79,6 +79,19 @@ class NormStats:
                 f"{_differences(*wanted)}"
             )
 
+    def difference(self, other: "NormStats") -> str:
+        """The first number in which these differ from other statistics by more than rounding; empty where none does."""
+        for part in ("state", "action"):
+            ours, theirs = getattr(self, part), getattr(other, part)
+            if len(ours) != len(theirs):
+                return f"{part} has {len(ours)} dims, there {len(theirs)}"
+            for field in dataclasses.fields(Stats):
+                a, b = getattr(ours, field.name), getattr(theirs, field.name)
+                if (apart := np.flatnonzero(~np.isclose(a, b, rtol=1e-6, atol=1e-9))).size:
+                    dim = apart[0]
+                    return f"{field.name} of {part} dim {dim} is {a[dim]:.6g}, there {b[dim]:.6g}"
+        return ""
+
 
 class Normalizer:
     """q01..q99 -> [-1, 1] with a clamp, zero padding from D dims to C channels, and the way back.

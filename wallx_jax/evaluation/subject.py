@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from wallx_jax.config import ConfigError, default_config, resolve
+from wallx_jax.config import ConfigError, default_config, recorded, resolve
 from wallx_jax.data import processor as processors
 from wallx_jax.data.fetch import fetch
 from wallx_jax.data.lerobot import LeRobotSource
@@ -78,24 +78,24 @@ def open_subject(arguments: argparse.Namespace, numerics: Mapping[str, Any] | No
     files = folder if is_pytorch else checkpoint_dir.assets_dir(folder)
     if not (files / processors.FILE_NAME).is_file():
         return _open_model_directory(folder, arguments, numerics)
-    stored = {} if is_pytorch else checkpoint_dir.read_metadata(folder)["config"]
+    stored = recorded({} if is_pytorch else checkpoint_dir.read_metadata(folder)["config"])
     if len(known := processors.robots(files)) > 1:
         if arguments.robot not in known:
             raise ValueError(f"--robot {arguments.robot}: {folder} was trained on several, choose one of {known}")
         first_only = {"dataset_root": None, "dataset_revision": None, "episodes": None}
         stored |= first_only | stored["datasets"][arguments.robot] if arguments.robot in stored["datasets"] else {}
-    location = arguments.dataset or stored.get("dataset_root") or stored.get("repo_id")
+    location = arguments.dataset or stored["dataset_root"] or stored["repo_id"]
     if location is None:
         raise ValueError(f"{folder} does not say what it was trained on; give --dataset")
     if arguments.dataset:
         stored |= {"dataset_revision": None, "episodes": None}
-    info = read_info(location, stored.get("dataset_revision"), stored.get("episodes"))
+    info = read_info(location, stored["dataset_revision"], stored["episodes"])
     policy = load_policy(folder, numerics=numerics, robot=arguments.robot)
-    split = {key: stored.get(key, default_config()[key]) for key in ("train_test_split", "split_mode", "split_seed")}
+    split = [stored[key] for key in ("train_test_split", "split_mode", "split_seed")]
     layout = policy.processor.config
     fetch(info, layout.camera_keys)
     source = LeRobotSource(info, layout.horizon, layout.camera_keys, layout.state_key, layout.action_key)
-    return Subject(policy, info, _held_out(source, *split.values()), folder)
+    return Subject(policy, info, _held_out(source, *split), folder)
 
 
 def _open_model_directory(folder: Path, arguments: argparse.Namespace, numerics: Mapping[str, Any] | None) -> Subject:

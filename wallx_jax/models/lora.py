@@ -52,6 +52,19 @@ def merge_params(params: tree.Tree, config: LoraConfig) -> tree.Tree:
     return tree.unflatten(merged)
 
 
+def rescale(params: tree.Tree, stored: LoraConfig, wanted: LoraConfig) -> tree.Tree:
+    """Parameters with the adapters of `stored` that compute the same with the scale of `wanted`, another alpha: B takes
+    up the difference."""
+    if not wanted.rank or stored.scale == wanted.scale:
+        return params
+    factor = stored.scale / wanted.scale
+
+    def leaf(path: str, x: jax.Array) -> jax.Array:
+        return (x.astype("float32") * factor).astype(x.dtype) if path.endswith("/lora_b") else x
+
+    return tree.map_with_path(leaf, params)
+
+
 def merge(kernel, a, b, scale: float):
     """The kernel [..., D, O] that computes what kernel and adapter do together (NumPy or JAX), in its dtype."""
     added = (a.astype("float32") @ b.astype("float32")) * scale

@@ -241,7 +241,7 @@ def restore_state(
     wanted = leaves_by_path(abstract_state)
 
     def load(step: Path) -> Any:
-        read_json_object(checkpoint_dir.metadata_file(step))  # damaged: nobody could act with this checkpoint
+        checkpoint_dir.model_config_of(step)  # damaged: nobody could act with this checkpoint
         compare_state(step, abstract_state)
         with _each_for_itself():
             stored_items = ocp.load_checkpointables(step, jax.tree.map(_placed, _items(wanted)))

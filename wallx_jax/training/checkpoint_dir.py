@@ -14,6 +14,7 @@ the word "latest": the newest checkpoint of `save_path`. Who reads several thing
 """
 
 import asyncio
+import dataclasses
 import itertools
 import logging
 import re
@@ -26,7 +27,8 @@ import jax
 
 from wallx_jax import hub
 from wallx_jax.files import read_json_object
-from wallx_jax.models.config import WallXConfig
+from wallx_jax.models.config import Numerics, TokenIds, WallXConfig
+from wallx_jax.models.json_fields import mismatch
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -35,6 +37,10 @@ FOLDER = "checkpoints"
 METADATA_FILE = "metadata.json"
 POSITION_FILE = "position.json"
 COMMITTED = "commit_success.txt"  # Orbax writes it last
+# Entries of metadata.json and their types; and those that not every checkpoint has.
+METADATA = {"step": int, "time": str, "config": dict, "model": dict, "tokens": dict, "numerics": dict,
+            "versions": dict, "processes": int}  # fmt: skip
+OPTIONAL_METADATA = {"loss": int | float | None, "data_order": dict | None, "source": dict | None}
 _TEMPORARY = re.compile(r"\d+\.orbax-checkpoint-tmp.*")
 
 
@@ -132,7 +138,24 @@ def prepare(folder: Path, resumed_step: int | None) -> None:
 
 def read_metadata(path: str | Path, save_path: str | Path | None = None) -> dict[str, Any]:
     """metadata.json of the (newest) checkpoint: step, time, loss, config, model, tokens, numerics, versions."""
-    return first_readable(path, save_path, lambda step: read_json_object(metadata_file(step)))
+    return first_readable(path, save_path, metadata_of)
+
+
+def metadata_of(step: Path) -> dict[str, Any]:
+    """metadata.json of a step directory, with the entries that are always there, each of its type.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file, and the entries that are missing or of another type.
+    """
+    file = metadata_file(step)
+    metadata = read_json_object(file)
+    if missing := sorted(METADATA.keys() - metadata.keys()):
+        raise ValueError(f"{file} lacks {', '.join(missing)}; copy it again")
+    for name, kind in (METADATA | OPTIONAL_METADATA).items():
+        value = metadata.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{file}: {name} is {value!r}; copy it again")
+    return metadata
 
 
 def metadata_file(step: Path) -> Path:
@@ -142,8 +165,32 @@ def metadata_file(step: Path) -> Path:
 
 def read_model_config(path: str | Path, save_path: str | Path | None = None) -> WallXConfig:
     """Shapes, token ids and numerics of the (newest) checkpoint's model."""
-    metadata = read_metadata(path, save_path)
-    return WallXConfig.from_hf(metadata["model"]).replace(tokens=metadata["tokens"], numerics=metadata["numerics"])
+    return first_readable(path, save_path, model_config_of)
+
+
+def model_config_of(step: Path) -> WallXConfig:
+    """The model that a step directory's metadata describe.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file and the entry that makes no sense.
+    """
+    file, metadata = metadata_file(step), metadata_of(step)
+    tokens, numerics = metadata["tokens"], metadata["numerics"]
+    ids, options = ({field.name for field in dataclasses.fields(kind)} for kind in (TokenIds, Numerics))
+    errors = [f"tokens lacks {name}" for name in sorted(ids - tokens.keys())]
+    errors += [f"tokens.{name} is unknown" for name in sorted(tokens.keys() - ids)]
+    errors += [f"numerics.{name} is unknown" for name in sorted(numerics.keys() - options)]
+    errors += [
+        f"tokens.{name} is {value!r}; expected {expected}"
+        for name, value in tokens.items()
+        if (expected := mismatch(value, int, least=-1))
+    ]
+    try:
+        if not errors:
+            return WallXConfig.from_hf(metadata["model"]).replace(tokens=tokens, numerics=numerics)
+    except ValueError as error:
+        errors.append(str(error).replace("config.json", "model", 1))
+    raise ValueError(f"{file}: {'; '.join(errors)}; copy it again")
 
 
 def assets_dir(path: str | Path, save_path: str | Path | None = None) -> Path:

@@ -141,12 +141,13 @@ class StoredModel:
         self._lora, self._params = stored_config.lora, StoredParams(step)
         self.specs = {path: spec for path, spec in self._params.specs.items() if not lora.is_adapter(path)}
 
-    def read(self, path: str) -> np.ndarray:
-        """One parameter, in host memory."""
+    def read(self, path: str, dtype: Any = None) -> np.ndarray:
+        """One parameter, in host memory, as it is stored or in a dtype, which adapters are then merged in."""
+        dtype = dtype or self.specs[path].dtype
         pair = lora.beside(path)
         if pair is None or pair[0] not in self._params.specs:
-            return self._params.read(path)
-        kernel, a, b = np.array(self._params.read(path)), *map(self._params.read, pair)
+            return self._params.read(path).astype(dtype, copy=False)
+        kernel, a, b = np.array(self._params.read(path), dtype), *map(self._params.read, pair)
         for layer in range(len(kernel)) if kernel.ndim == 3 else [slice(None)]:
             kernel[layer] = lora.merge(kernel[layer], a[layer], b[layer], self._lora.scale)
         return kernel

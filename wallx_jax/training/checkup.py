@@ -20,9 +20,6 @@ from wallx_jax.weights.load import open_weights
 
 T = TypeVar("T")
 
-METADATA = {"step": int, "time": str, "model": dict, "tokens": dict, "numerics": dict, "versions": dict,
-            "processes": int}  # fmt: skip
-
 
 @dataclass
 class Checkup:
@@ -75,12 +72,12 @@ def _check_pytorch(checkup: Checkup, folder: Path) -> None:
 
 def _check_step(checkup: Checkup, step: Path) -> None:
     checkup.say("checkpoint", f"{step}, complete")
-    metadata = checkup.attempt("its metadata cannot be read", _read_metadata, step)
+    metadata = checkup.attempt("its metadata cannot be read", checkpoint_dir.metadata_of, step)
     specs = checkup.attempt("its parameters cannot be read", stored, step)
     if metadata is not None:
         loss = "" if metadata.get("loss") is None else f", loss {metadata['loss']:.4g}"
         checkup.say("written", f"at step {metadata['step']}{loss}, {metadata['time']}, {_versions(metadata)}")
-        model = checkup.attempt("its metadata describe no model", checkpoint_dir.read_model_config, step)
+        model = checkup.attempt("its metadata describe no model", checkpoint_dir.model_config_of, step)
         if model is not None:
             _describe_model(checkup, model)
             if specs is not None:
@@ -95,17 +92,6 @@ def _check_step(checkup: Checkup, step: Path) -> None:
             )
     _check_files(checkup, step / "assets")
     _check_resumable(checkup, step)
-
-
-def _read_metadata(step: Path) -> dict[str, Any]:
-    """Of this step directory alone, with the entries that are always there, each of its type."""
-    metadata = read_json_object(checkpoint_dir.metadata_file(step))
-    if missing := METADATA.keys() - metadata.keys():
-        raise ValueError(f"metadata.json lacks {', '.join(sorted(missing))}")
-    for name, kind in (METADATA | {"loss": int | float | None}).items():
-        if not isinstance(metadata.get(name), kind):
-            raise ValueError(f"metadata.json: {name} is {metadata.get(name)!r}; copy it again")
-    return metadata
 
 
 def _describe_model(checkup: Checkup, model: WallXConfig) -> None:

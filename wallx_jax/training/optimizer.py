@@ -5,6 +5,7 @@ here; and with groups it lets each peak fall to min_lr / 1e-3 of itself, instead
 reproduced.
 """
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 
@@ -124,23 +125,33 @@ def make_optimizer(config: OptimConfig, decay_steps: int) -> optax.GradientTrans
     Clipping gradients is not part of it: the step clips once per update with the norm that it logs.
     """
 
-    def at_rate(peak: float) -> optax.GradientTransformation:
-        rate = schedule(peak, config, decay_steps)
-        if config.optimizer == "adamw":
-            return optax.adamw(rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=config.weight_decay)
-        return optax.chain(
-            optax.scale_by_factored_rms(),
-            optax.clip_by_block_rms(1.0),
-            optax.add_decayed_weights(config.weight_decay),
-            optax.scale_by_learning_rate(rate),
-        )
-
-    rates = {config.learning_rate, config.action_expert_learning_rate or config.learning_rate}
-    rates |= {rate for _, rate in config.learning_rates}
-    return optax.partition(
-        {str(rate): at_rate(rate) for rate in sorted(rates)},
-        lambda params: tree.map_with_path(lambda path, _: str(peak_rate(path, config)), params),
+    if config.optimizer == "adamw":
+        moments = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
+    else:
+        moments = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    return optax.chain(
+        moments, optax.add_decayed_weights(config.weight_decay), _scale_by_learning_rates(config, decay_steps)
     )
+
+
+def _scale_by_learning_rates(config: OptimConfig, decay_steps: int) -> optax.GradientTransformation:
+    """Descends at each parameter's own rate. Its state is the count of updates alone, and no rate is part of the names
+    in it: a run may be resumed with others."""
+
+    def init(_: tree.Tree) -> optax.ScaleByScheduleState:
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(
+        updates: tree.Tree, state: optax.ScaleByScheduleState, params: tree.Tree | None = None
+    ) -> tuple[tree.Tree, optax.ScaleByScheduleState]:
+        rate = functools.cache(lambda peak: schedule(peak, config, decay_steps)(state.count))
+
+        def scaled(path: str, update: jax.Array) -> jax.Array:
+            return (-rate(peak_rate(path, config))).astype(update.dtype) * update
+
+        return tree.map_with_path(scaled, updates), optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
 
 
 def global_norm(grads) -> jax.Array:

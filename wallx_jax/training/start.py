@@ -20,15 +20,14 @@ from wallx_jax.data import processor as processors
 from wallx_jax.data.fast import FastTokenizer
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.mixture import Part, in_one_layout
-from wallx_jax.data.processor import Processor, ProcessorConfig
+from wallx_jax.data.processor import Processor
 from wallx_jax.data.setup import build_processor, load_fast_tokenizer, load_stats
 from wallx_jax.data.tokenizer import Tokenizer
-from wallx_jax.files import read_json_object
-from wallx_jax.models import stack
+from wallx_jax.models import lora, stack
 from wallx_jax.models.config import ActionConfig, LoraConfig, WallXConfig
 from wallx_jax.models.wallx import abstract_params
 from wallx_jax.run_config import OptimConfig, RunConfig
-from wallx_jax.training import checkpoint_dir
+from wallx_jax.training import checkpoint_dir, resume
 from wallx_jax.training.checkpoint import compare_params, compare_state, restore_params
 from wallx_jax.training.checkpoint_dir import CheckpointError
 from wallx_jax.training.checkpoint_stream import StoredModel, StoredParams
@@ -101,12 +100,14 @@ def find(run: RunConfig, robot_state_dim: int, robot_action_dim: int, fast: Fast
             f"pretrained_wallx_path={checkpoint}"
         )
     processor = Processor.from_dir(assets)
+    free = {name: value for name, value in run.model.numerics if name in resume.FREE_NUMERICS}
+    config = config.replace(numerics=free)
     return Origin(config, processor.tokenizer, assets, checkpoint, processor)
 
 
 def _with_small_files(checkpoint: Path) -> Path:
     """The checkpoint; raises whatever comes up when metadata or assets are damaged."""
-    read_json_object(checkpoint_dir.metadata_file(checkpoint))
+    checkpoint_dir.model_config_of(checkpoint)
     assets = checkpoint / "assets"
     Tokenizer.from_dir(assets)
     if (assets / processors.FILE_NAME).is_file():
@@ -152,13 +153,13 @@ def _final_config(
 
 
 def _check_adapters(config: WallXConfig, fresh: bool) -> None:
-    lora, flat = config.lora, tree.flatten(abstract_params(dataclasses.replace(config, lora=LoraConfig())))
+    adapters, flat = config.lora, tree.flatten(abstract_params(dataclasses.replace(config, lora=LoraConfig())))
     layers = [path.removesuffix("/kernel") for path in flat if path.endswith("/kernel")]
-    if lora.rank and not any(map(lora.adapts, layers)):
-        raise ConfigError(f"lora.targets = {lora.targets} match no linear layer; there are {', '.join(layers)}")
-    if fresh and lora.adapts(f"{ACTION_EXPERT}gate"):
+    if adapters.rank and not any(map(adapters.adapts, layers)):
+        raise ConfigError(f"lora.targets = {adapters.targets} match no linear layer; there are {', '.join(layers)}")
+    if fresh and adapters.adapts(f"{ACTION_EXPERT}gate"):
         raise ConfigError(
-            f"lora.targets = {lora.targets} adapt the action expert, which is new in a model that starts from "
+            f"lora.targets = {adapters.targets} adapt the action expert, which is new in a model that starts from "
             "Qwen2.5-VL and has to be trained itself: use ('decoder/layers/attn/', 'decoder/layers/mlp/vlm/')"
         )
 
@@ -184,8 +185,7 @@ def plan_parts(parts: Sequence[Part]) -> tuple[Origin, tuple[Processor, ...]]:
                 "start anew from its weights with resume.load_ckpt_only=True"
             )
         kept = tuple(Processor.from_dir(origin.files, name if stored else None) for name in names)
-        for part, processor in zip(parts, kept, strict=True):
-            check_same_layout(part.settings, processor.config)
+        resume.check(parts, kept, origin.config, origin.checkpoint, fast)
         return origin, kept
     action, fresh = origin.config.action, []
     for part in parts:
@@ -193,44 +193,6 @@ def plan_parts(parts: Sequence[Part]) -> tuple[Origin, tuple[Processor, ...]]:
         channels = (action.state_dim, action.action_dim)
         fresh.append(build_processor(part.settings, part.source, origin.tokenizer, fast, stats, *channels))
     return origin, in_one_layout(parts, fresh)
-
-
-def check_same_layout(settings: RunConfig, stored: ProcessorConfig) -> None:
-    """Raises ConfigError when a run to be resumed was set up for other samples than this configuration asks for."""
-    data = settings.data
-    wanted = {
-        "use_fast_tokenizer": (settings.model.use_fast_tokenizer, stored.objective == "fast"),
-        "action_horizon": (data.action_horizon, stored.horizon),
-        "camera_views": (
-            {camera.view: camera.key for camera in data.cameras},
-            dict(zip(stored.views, stored.camera_keys, strict=True)),
-        ),
-        **{
-            f"prompt.{name}": (getattr(data.prompt, name), getattr(stored.prompt, name))
-            for name in ("system", "image", "action", "language")
-        },
-        "prompt.view_names": tuple(
-            {view: template.view_label(view) for view in stored.views} for template in (data.prompt, stored.prompt)
-        ),
-        "state (agent_pos_config, state_key)": (data.state_key, stored.state_key),
-        "action (dof_config, action_key)": (data.action_key, stored.action_key),
-        "relative_action_keys (action dim: state dim)": (
-            _relative_dims(settings.robot.relative_to()),
-            _relative_dims(stored.relative_to),
-        ),
-    }
-    differing = [
-        f"{name} = {now!r}, but the run of resume.ckpt has {then!r}: use that, or start anew from its weights with "
-        "resume.load_ckpt_only=True"
-        for name, (now, then) in wanted.items()
-        if now != then
-    ]
-    if differing:
-        raise ConfigError(*differing)
-
-
-def _relative_dims(relative_to: Sequence[int]) -> dict[int, int]:
-    return {action: state for action, state in enumerate(relative_to) if state >= 0}
 
 
 def check_weights(origin: Origin, state: TrainState) -> None:
@@ -268,34 +230,45 @@ def check_same_order(origin: Origin, order: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: updates have another size: the position in the data counts those.
     """
-    stored = checkpoint_dir.read_metadata(origin.checkpoint).get("data_order") if origin.resumes else None
+    stored = checkpoint_dir.metadata_of(origin.checkpoint).get("data_order") if origin.resumes else None
     if stored is None:
         return
-    if stored["global_batch"] != order["global_batch"]:
+    then = {name: stored.get(name) for name in order}
+    if then["global_batch"] != order["global_batch"]:
         raise ConfigError(
             f"an update has {order['global_batch']} samples (batch_size_per_gpu x data and fsdp devices x "
-            f"gradient_accumulation_steps), but the run of resume.ckpt has {stored['global_batch']}: change one of "
-            "them so that it is the same, or start anew from its weights with resume.load_ckpt_only=True"
+            f"gradient_accumulation_steps), but the run of resume.ckpt has {then['global_batch']}: change one of "
+            f"them so that it is the same, {resume.ANEW}"
         )
-    if changed := [f"{name} was {stored[name]}, is {order[name]}" for name in stored if stored[name] != order[name]]:
+    if changed := [f"{name} was {then[name]}, is {order[name]}" for name in order if then[name] != order[name]]:
         logger.warning(
             "the run goes on with other samples than it would have met without the interruption: %s", "; ".join(changed)
         )
 
 
 def load_state(origin: Origin, run: RunConfig, decay_steps: int, mesh: Mesh) -> TrainState:
-    """A fresh training state around the origin's weights, each parameter placed on the mesh as it is read."""
+    """A fresh training state around the origin's weights, each parameter placed on the mesh as it is read.
+
+    It computes what the origin does: stored adapters go on with their output as it was, or, where this run has others
+    or none, are merged into the layers that they adapt.
+    """
     wanted = abstract_state(origin.config, run.optim, decay_steps, mesh).params
+    before = origin.config.lora  # of the adapters that are loaded
     if origin.checkpoint is not None and _same_shapes(StoredParams(origin.checkpoint).specs, tree.flatten(wanted)):
         params = restore_params(origin.checkpoint, wanted)
+        before = checkpoint_dir.read_model_config(origin.checkpoint).lora
     else:
         params = load_origin(
             origin,
             run.loop.seed,
             put=lambda path, x: _put(x, NamedSharding(mesh, param_spec(path, x.shape, mesh))),
         )
-    out = shardings(jax.eval_shape(lambda p: create_state(p, run.optim, decay_steps), params), mesh)
-    return jax.jit(lambda p: create_state(p, run.optim, decay_steps), out_shardings=out, donate_argnums=0)(params)
+
+    def create(params: tree.Tree) -> TrainState:
+        return create_state(lora.rescale(params, before, origin.config.lora), run.optim, decay_steps)
+
+    out = shardings(jax.eval_shape(create, params), mesh)
+    return jax.jit(create, out_shardings=out, donate_argnums=0)(params)
 
 
 def _put(x: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
@@ -320,7 +293,7 @@ def load_origin(origin: Origin, seed: int, put: Put | None = None) -> tree.Tree:
     stored = StoredModel(origin.checkpoint)
     config = stored.config.replace(numerics=numerics)
     specs = tree.flatten(abstract_params(config))
-    return assemble(config, lambda path: stored.read(path).astype(specs[path].dtype, copy=False), **changes)[1]
+    return assemble(config, lambda path: stored.read(path, specs[path].dtype), **changes)[1]
 
 
 def _same_shapes(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
