@@ -11,6 +11,7 @@ import tiny_run
 
 import wallx_jax
 from wallx_jax import switches
+from wallx_jax.data.batch import EvalBatch
 from wallx_jax.data.setup import blank_sample
 from wallx_jax.inference.policy import ActionNotFiniteError, Policy
 from wallx_jax.inference.vlm import VLM
@@ -95,7 +96,8 @@ def train(layout, config) -> list[np.ndarray]:
     state = create_state(init_params(config, 0), OPTIM, 10)
     step = jax.jit(make_train_step(config, OPTIM, 10, Objective(), seed=0))
     after, metrics = step(state, jax.tree.map(lambda x: x[None], batch))
-    sums, _ = jax.jit(make_eval_step(config, Objective(), seed=0))(after.params, batch, jnp.int32(1))
+    held_out = EvalBatch(batch, frame=np.arange(2, dtype=np.uint32), counted=np.ones(2, bool))
+    sums, _ = jax.jit(make_eval_step(config, Objective(), seed=0))(after.params, held_out)
     return [np.asarray(x) for x in jax.tree.leaves(jax.device_get((after.params, metrics, sums)))]
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from signal import Signals
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -37,7 +37,7 @@ extras.require("train", __name__, __doc__)
 
 from wallx_jax.command_line import launch, render
 from wallx_jax.config import flatten, resolve
-from wallx_jax.data.batch import Batch, describe
+from wallx_jax.data.batch import Batch, EvalBatch, describe
 from wallx_jax.data.mixture import Part, open_parts
 from wallx_jax.data.pipeline import Batches, eval_batches, mixed, samples
 from wallx_jax.data.processor import Processor
@@ -192,7 +192,7 @@ def _run(config: ConfigDict, dry_run: bool, stack: contextlib.ExitStack) -> Path
     stack.callback(writer.close)
     eval_batch = settings.data.eval_batch_size * mesh.shape["data"] * mesh.shape["fsdp"]
 
-    def held_out() -> Iterator[Batch]:
+    def held_out() -> Iterator[EvalBatch]:
         for (_, val), processor, number in zip(sources, processors, numbers, strict=True):
             yield from eval_batches(val, processor, eval_batch, loop.eval_batches, share, shares, number)
 
@@ -272,7 +272,8 @@ def compile_steps(
         return Steps(train, None, flops)
     with progress.compiling("the evaluation step"):
         eval_step = jax.jit(make_eval_step(model, objective, EVAL_SEED))
-        evaluate = eval_step.lower(state.params, abstract_batch(sample, eval_size, mesh), jnp.int32(0)).compile()
+        held_out = EvalBatch(sample, frame=np.uint32(0), counted=np.bool_(True))
+        evaluate = eval_step.lower(state.params, abstract_batch(held_out, eval_size, mesh)).compile()
     return Steps(train, evaluate, flops, objective.datasets)
 
 
@@ -295,19 +296,21 @@ def main(config: ConfigDict, dry_run: bool = False) -> None:
             print(interrupted, file=sys.stderr)
             sys.exit(EXIT_CODE)
         except UnreadableData as error:
-            ending.fail(f"error: {one_line(error)}", os.EX_DATAERR)
+            ending.fail(f"error: {told(error)}", os.EX_DATAERR)
         except USER_ERRORS as error:
-            ending.fail(f"error: {one_line(error)}", 1)
+            ending.fail(f"error: {told(error)}", 1)
     print("dry run: nothing was loaded or written" if dry_run else f"trained; last checkpoint: {last}")
 
 
-def one_line(error: BaseException) -> str:
-    """What an exception says, in one line; XLA adds pages about memory."""
+def told(error: BaseException) -> str:
+    """What an exception says. JAX adds pages about memory; our own errors may be lists and keep their lines."""
     text = str(error).strip()
     if isinstance(error, MemoryError) or text.startswith("RESOURCE_EXHAUSTED"):
         reason = text.splitlines()[0] if text else "no memory left"
         return f"{reason}; lower batch_size_per_gpu, or set numerics.remat=full, or use more devices (mesh.fsdp)"
-    return " ".join(text.split()) or type(error).__name__
+    if not text:
+        return type(error).__name__
+    return " ".join(text.split()) if isinstance(error, jax.errors.JaxRuntimeError) else text
 
 
 if __name__ == "__main__":

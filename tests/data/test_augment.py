@@ -135,7 +135,7 @@ def test_training_alone_is_augmented(source, processor):
     (plain,) = take(Batches(samples(source, processor, 3), 4), 1)
     np.testing.assert_array_equal(batch.state, plain.state)
     assert all(not np.array_equal(a, b) for a, b in zip(batch.images, plain.images, strict=True))
-    held_out = next(eval_batches(source, processor, 4))
+    held_out = next(eval_batches(source, processor, 4)).batch
     np.testing.assert_array_equal(held_out.images[0][1], Encode(processor)(source[1]).images[0])
 
 

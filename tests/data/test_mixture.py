@@ -139,7 +139,7 @@ def test_dims_are_called_what_the_dataset_calls_them(processors, parts, dataset_
     robot = {"dof_config": {"left": 7, "right": 7}, "predict_action_keys": ("right",)}
     (part,) = open_parts(resolve(tiny_run.run_config("model", dataset_dir, "out", **robot)))
     tokenizer, stats = processors[0].tokenizer, processors[0].stats
-    partly = build_processor(part.settings, part.info, tokenizer, None, stats, 20, 20)
+    partly = build_processor(part.settings, part.source, tokenizer, None, stats, 20, 20)
     assert partly.names == processors[0].names and not partly.predicted[:7].any()
     decoded = partly.decode_actions(np.zeros((4, 20)), np.arange(14))
     np.testing.assert_array_equal(decoded[:, :7], np.tile(np.arange(7), (4, 1)))
@@ -254,5 +254,5 @@ def test_one_dataset_has_no_numbers(streams):
     only = samples(source, processor, 0)
     assert mixed([only], [1.0]) is only and only[0].dataset is None
     assert next(Batches(only, 2)).dataset is None
-    assert next(eval_batches(source, processor, 2)).dataset is None
-    assert next(eval_batches(source, processor, 2, dataset=1)).dataset.tolist() == [1, 1]
+    assert next(eval_batches(source, processor, 2)).batch.dataset is None
+    assert next(eval_batches(source, processor, 2, dataset=1)).batch.dataset.tolist() == [1, 1]

@@ -175,29 +175,40 @@ def test_errors_reach_the_caller(dataset_info, source):
         next(batches(source, processor=Odd()))
 
 
-def test_eval_batches_are_fixed(source):
-    batches = list(eval_batches(source, PlainProcessor(), 8))
-    states = np.concatenate([b.state for b in batches])
-    assert len(batches) == 3
-    np.testing.assert_array_equal(states, [source.low_dim(i).state for i in range(24)])
-    assert_same(eval_batches(source, PlainProcessor(), 8), batches)
+@pytest.mark.parametrize("size", [1, 8, 13, 100])
+def test_every_held_out_frame_counts_once(source, size):
+    batches = list(eval_batches(source, PlainProcessor(), size))
+    assert {batch.batch.state.shape[0] for batch in batches} == {size}
+    counted, frame, state = (
+        np.concatenate(rows)
+        for rows in zip(*((batch.counted, batch.frame, batch.batch.state) for batch in batches), strict=True)
+    )
+    np.testing.assert_array_equal(frame[counted], source.frames)
+    np.testing.assert_array_equal(state[counted], [source.low_dim(i).state for i in range(len(source))])
+    again = eval_batches(source, PlainProcessor(), size)
+    assert_same((batch.batch for batch in again), [batch.batch for batch in batches])
 
 
 def test_eval_limit_spreads_over_the_source(source):
     (batch,) = eval_batches(source, PlainProcessor(), 2, limit=1)
-    np.testing.assert_array_equal(batch.state, [source.low_dim(i).state for i in (0, len(source) - 1)])
+    assert batch.counted.all() and batch.frame.tolist() == [source.frames[0], source.frames[-1]]
+    np.testing.assert_array_equal(batch.batch.state, [source.low_dim(i).state for i in (0, len(source) - 1)])
 
 
-def test_processes_share_each_eval_batch(source):
-    whole = list(eval_batches(source, PlainProcessor(), 8, limit=2))
+@pytest.mark.parametrize("limit", [2, None])
+def test_processes_share_each_eval_batch(source, limit):
+    whole = list(eval_batches(source, PlainProcessor(), 8, limit))
     for index in range(2):
-        own = eval_batches(source, PlainProcessor(), 8, limit=2, process_index=index, process_count=2)
+        own = eval_batches(source, PlainProcessor(), 8, limit, process_index=index, process_count=2)
         for mine, batch in zip(own, whole, strict=True):
-            np.testing.assert_array_equal(mine.state, batch.state[index::2])
+            np.testing.assert_array_equal(mine.batch.state, batch.batch.state[index::2])
+            np.testing.assert_array_equal(mine.frame, batch.frame[index::2])
+            np.testing.assert_array_equal(mine.counted, batch.counted[index::2])
 
 
 def test_eval_of_a_source_smaller_than_a_batch(dataset_info):
     source = LeRobotSource(dataset_info, HORIZON, [], frames=[3, 5])
     (batch,) = eval_batches(source, PlainProcessor(), 4)
-    np.testing.assert_array_equal(batch.state, [source.low_dim(i).state for i in (0, 1, 0, 1)])
+    np.testing.assert_array_equal(batch.batch.state, [source.low_dim(i).state for i in (0, 1, 0, 0)])
+    assert batch.frame.tolist() == [3, 5, 3, 3] and batch.counted.tolist() == [True, True, False, False]
     assert list(eval_batches(LeRobotSource(dataset_info, HORIZON, [], frames=[]), PlainProcessor(), 4)) == []

@@ -22,7 +22,7 @@ from wallx_jax.models import flow
 from wallx_jax.models.stack import unstack
 from wallx_jax.models.wallx import bind
 from wallx_jax.training import checkpoint_dir
-from wallx_jax.training.step import _noise_and_time
+from wallx_jax.training.step import frame_noise_and_time
 from wallx_jax.weights.load import load_params, read_config
 
 VIEWS, SIZES = ("face_view", "left_wrist_view"), ((56, 84), (56, 56))
@@ -60,13 +60,13 @@ def made_under(numerics, policy, batches):
         hidden = net.forward(net.embed_batch(batch), (x, batch.action_mask, time)).hidden
         return noise + 0.5 * (actions - noise) + 0.5 * net.action.velocity(hidden[:, -noise.shape[1] :])
 
-    for index, batch in enumerate(batches):
-        key = jax.random.fold_in(jax.random.key(semantics.SEED), index)
-        noise, time = _noise_and_time(key, batch, config)
+    for held_out in batches:
+        noise, time = frame_noise_and_time(held_out, config, semantics.SEED)
         actions = noise
         for _ in range(60):
-            actions = improve(batch, actions, noise, time)
-        made.append(dataclasses.replace(batch, actions=np.asarray(actions)))
+            actions = improve(held_out.batch, actions, noise, time)
+        batch = dataclasses.replace(held_out.batch, actions=np.asarray(actions))
+        made.append(dataclasses.replace(held_out, batch=batch))
     return made
 
 
@@ -133,11 +133,12 @@ def test_the_cache_of_the_hub_is_left_alone(wallx_dir, tmp_path):
 
 def test_losses_are_those_of_the_model_under_each_combination(policy, source):
     """Against a direct computation of one batch's flow loss."""
-    (batch,) = eval_batches(source, policy.processor, 2, limit=1)
-    found = semantics.measure(policy, [batch], openloop.read(source, stride=1, limit=1), steps=1)
+    (held_out,) = eval_batches(source, policy.processor, 2, limit=1)
+    batch = held_out.batch
+    found = semantics.measure(policy, [held_out], openloop.read(source, stride=1, limit=1), steps=1)
     for m in found:
         config = policy.config.replace(numerics=m.numerics)
-        noise, time = _noise_and_time(jax.random.fold_in(jax.random.key(semantics.SEED), 0), batch, config)
+        noise, time = frame_noise_and_time(held_out, config, semantics.SEED)
         net = bind(config, policy.params)
         x = flow.interpolate(jnp.asarray(batch.actions), noise, time)
         hidden = net.forward(net.embed_batch(batch), (x, batch.action_mask, time)).hidden[:, -4:]

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from wallx_jax import tree
-from wallx_jax.data.batch import Batch
+from wallx_jax.data.batch import Batch, EvalBatch
 from wallx_jax.models.config import PRESETS, TINY, LoraConfig
 from wallx_jax.models.wallx import abstract_params, bind, init_params
 from wallx_jax.run_config import MeshConfig, OptimConfig
 from wallx_jax.training import sharding
-from wallx_jax.training.loop import averages
+from wallx_jax.training.loop import Steps, averages, validate
 from wallx_jax.training.optimizer import group_of, make_optimizer, peak_rate, schedule
 from wallx_jax.training.rounding import stochastic
 from wallx_jax.training.state import create_state
-from wallx_jax.training.step import Objective, make_eval_step, make_train_step
+from wallx_jax.training.step import Objective, frame_noise_and_time, make_eval_step, make_train_step
 
 OPTIM = OptimConfig(
     learning_rate=1e-3,
@@ -54,6 +54,12 @@ def random_batch(leading: tuple[int, ...], seed: int = 0, labels: int = 0) -> Ba
         action_mask=channels,
         action_is_pad=np.zeros((*leading, HORIZON), bool),
     )
+
+
+def held_out(batch: Batch, first: int = 0) -> EvalBatch:
+    """Frames `first` and on of a dataset, all counted."""
+    size = len(batch.tokens)
+    return EvalBatch(batch, frame=np.arange(first, first + size, dtype=np.uint32), counted=np.ones(size, bool))
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +143,7 @@ def test_action_accuracy_is_that_of_greedy_prediction():
 
     split = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[2:]), batch)
     assert step(state, split)[1]["action_accuracy"] == (hits, count)
-    sums, counts = jax.jit(make_eval_step(SMALL, objective, seed=0))(state.params, rows, jnp.int32(0))
+    sums, counts = jax.jit(make_eval_step(SMALL, objective, seed=0))(state.params, held_out(rows))
     assert (sums.action_hits, counts.action_hits) == (hits, count)
 
     window = [jax.device_get(step(state, b)[1]) for b in (batch, fast_batch(action_labels=False))]
@@ -155,16 +161,16 @@ def test_padded_actions_can_be_left_out(state):
     plain = jax.jit(make_eval_step(SMALL, Objective(), seed=0))
     batch = random_batch((2,))
     batch.action_is_pad[0, 1:] = True
-    sums, counts = masked(state.params, batch, jnp.int32(0))
-    assert (float(counts.flow), float(plain(state.params, batch, jnp.int32(0))[1].flow)) == (4 * 6, 6 * 6)
+    sums, counts = masked(state.params, held_out(batch))
+    assert (float(counts.flow), float(plain(state.params, held_out(batch))[1].flow)) == (4 * 6, 6 * 6)
     nothing = dataclasses.replace(batch, action_is_pad=np.zeros_like(batch.action_is_pad))
     parts = [
-        masked(state.params, dataclasses.replace(batch, action_is_pad=batch.action_is_pad ^ flip), jnp.int32(0))[0].flow
+        masked(state.params, held_out(dataclasses.replace(batch, action_is_pad=batch.action_is_pad ^ flip)))[0].flow
         for flip in (False, True)
     ]
-    whole = plain(state.params, batch, jnp.int32(0))[0].flow
+    whole = plain(state.params, held_out(batch))[0].flow
     assert float(sum(parts)) == pytest.approx(float(whole), rel=1e-5) and 0 < float(parts[0]) < float(whole)
-    assert float(masked(state.params, nothing, jnp.int32(0))[0].flow) == float(whole)
+    assert float(masked(state.params, held_out(nothing))[0].flow) == pytest.approx(float(whole), rel=1e-6)
 
 
 def test_losses_of_each_dataset(step, state):
@@ -191,23 +197,64 @@ def test_losses_of_each_dataset(step, state):
     # The mask takes b's samples out of the numerator of a run with one dataset.
     rows = jax.tree.map(lambda x: x[0], batch)
     evaluate = jax.jit(make_eval_step(SMALL, mixed, seed=0))
-    sums, counts = evaluate(state.params, rows, jnp.int32(0))
+    sums, counts = evaluate(state.params, held_out(rows))
     alone = dataclasses.replace(rows, action_mask=rows.action_mask * (rows.dataset == 0)[:, None, None])
     plain_evaluate = jax.jit(make_eval_step(SMALL, Objective(), seed=0))
-    only_a = plain_evaluate(state.params, dataclasses.replace(alone, dataset=None), jnp.int32(0))[0].flow
+    only_a = plain_evaluate(state.params, held_out(dataclasses.replace(alone, dataset=None)))[0].flow
     assert float(sums.flow[0]) == pytest.approx(float(only_a), rel=1e-5)
     assert counts.flow.tolist() == [54, 18, 0]
 
     poisoned = dataclasses.replace(rows, actions=np.where((rows.dataset == 1)[:, None, None], np.nan, rows.actions))
-    sums, _ = evaluate(state.params, poisoned, jnp.int32(0))
+    sums, _ = evaluate(state.params, held_out(poisoned))
     assert np.isnan(sums.flow[1]) and float(sums.flow[0]) == pytest.approx(float(only_a), rel=1e-5)
 
 
-def test_validation_noise_is_fixed(state):
+def test_validation_noise_belongs_to_the_frame(state):
     evaluate = jax.jit(make_eval_step(SMALL, Objective(), seed=3))
     batch = random_batch((2,))
-    first, again, other = (evaluate(state.params, batch, jnp.int32(i))[0].flow for i in (0, 0, 1))
+    first, again, other = (evaluate(state.params, held_out(batch, i))[0].flow for i in (0, 0, 1))
     assert float(first) == float(again) != float(other)
+    noise, time = frame_noise_and_time(held_out(batch), SMALL, 3)
+    assert float(np.abs(noise[0] - noise[1]).min()) > 0 and time[0] != time[1]
+    of_another = held_out(dataclasses.replace(batch, dataset=np.array([0, 1], np.int32)))
+    there, _ = frame_noise_and_time(of_another, SMALL, 3)
+    np.testing.assert_array_equal(there[0], noise[0])
+    assert (there[1] != noise[1]).all()
+
+
+OBJECTIVES = {
+    "flow": Objective(),
+    "flow without padded actions": Objective(mask_padded_actions=True),
+    "fast": Objective(use_flow=False, action_ids=(7, 8)),
+    "several datasets": Objective(datasets=("a", "b")),
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_validation_is_the_same_in_any_batches_and_on_any_mesh(state, objective):
+    """Every frame once, each with its own noise, whatever the batch size, the order or the devices."""
+    count, labels = 5, 0 if objective.use_flow else 4
+    frames = random_batch((count,), labels=labels)
+    frames.action_is_pad[2, 1:] = True
+    if objective.datasets:
+        frames = dataclasses.replace(frames, dataset=np.array([0, 1, 0, 0, 1], np.int32))
+
+    def measure(size: int, order=range(count), devices: int = 1):
+        mesh = sharding.make_mesh(MeshConfig(1, devices, 1), jax.devices()[:devices])
+        order, batches = list(order), []
+        for start in range(0, count, size):
+            rows = order[start : start + size]
+            rows, counted = rows + rows[:1] * (size - len(rows)), np.arange(size) < len(rows)
+            rows_of = jax.tree.map(lambda x, rows=rows: x[rows], frames)
+            batches.append(EvalBatch(rows_of, frame=np.array(rows, np.uint32), counted=counted))
+        evaluate = jax.jit(make_eval_step(SMALL, objective, seed=3))
+        params = jax.device_put(state.params, sharding.replicated(mesh))
+        return validate(Steps(None, evaluate, 0, objective.datasets), params, batches, mesh, 1.0)
+
+    alone = measure(1)
+    assert alone["val_loss"] > 0
+    for other in (measure(2), measure(3, order=[4, 1, 0, 3, 2]), measure(8, devices=4)):
+        assert other == pytest.approx(alone, rel=1e-5)
 
 
 def test_schedule():
@@ -342,7 +389,7 @@ def test_optimizers_lower_the_loss_on_any_mesh(optimizer):
 
     def error(params) -> float:
         fixed = jax.tree.map(lambda x: x[0], batch)
-        return sum(float(evaluate(params, fixed, jnp.int32(i))[0].flow) for i in range(4))
+        return sum(float(evaluate(params, held_out(fixed, i))[0].flow) for i in range(4))
 
     for mesh_config in (MeshConfig(1, 1, 1), MeshConfig(1, 2, 2)):
         devices = mesh_config.fsdp * mesh_config.tensor

@@ -39,6 +39,23 @@ class Batch:
     dataset: Any = None
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class EvalBatch:
+    """A batch of held-out frames.
+
+    Attributes:
+        batch: the samples.
+        frame: uint32 [B], the frames' numbers in their dataset. Noise and flow times come from them, so that a frame
+            has the same loss in whatever batch it is.
+        counted: bool [B], False for samples that only fill the batch.
+    """
+
+    batch: Batch
+    frame: Any
+    counted: Any
+
+
 def stack(samples: list[Batch]) -> Batch:
     """Samples without a batch axis -> one batch."""
     return jax.tree.map(lambda *rows: np.stack(rows), *samples)

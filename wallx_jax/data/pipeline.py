@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 
 from wallx_jax.data.augment import Augment
-from wallx_jax.data.batch import Batch
+from wallx_jax.data.batch import Batch, EvalBatch
 from wallx_jax.data.lerobot import RawSample
 from wallx_jax.data.metadata import DatasetInfo
 from wallx_jax.data.processor import Processor
@@ -151,26 +151,28 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     dataset: int | None = None,
-) -> Iterator[Batch]:
-    """Batches in a fixed order, the same at every call; all have `batch_size` samples, so that one compilation serves.
+) -> Iterator[EvalBatch]:
+    """Yields every frame once, in a fixed order; batches all have `batch_size` samples, so that one compilation serves.
 
-    Frames that do not fill a last batch are left out; a source smaller than one batch is repeated to fill it.
+    The last batch is filled up with its first sample, which is not counted there again.
 
     Args:
-        limit: at most so many batches, of frames spread evenly over the source.
+        limit: at most so many batches, then of frames spread evenly over the source.
         process_index, process_count: which share of each batch this process of a multi-host run takes.
         dataset: the number that samples carry in a mixture.
     """
-    count = len(source)
-    batches = max(count // batch_size, 1 if count else 0)
-    if limit is not None and limit < batches:
-        batches, places = limit, np.linspace(0, count - 1, limit * batch_size).round().astype(int)
-    else:
-        places = np.arange(batches * batch_size) % max(count, 1)
+    places = np.arange(len(source))
+    if limit is not None and limit * batch_size < len(source):
+        places = np.linspace(0, len(source) - 1, limit * batch_size).round().astype(int)
     encode = Encode(processor, dataset)
-    for start in range(0, batches * batch_size, batch_size):
-        yield stack_samples(
-            [encode(source[int(i)]) for i in places[start : start + batch_size][process_index::process_count]]
+    for start in range(0, len(places), batch_size):
+        chosen = places[start : start + batch_size]
+        filled = np.pad(chosen, (0, batch_size - len(chosen)), constant_values=chosen[0])[process_index::process_count]
+        samples = {int(i): encode(source[int(i)]) for i in np.unique(filled)}
+        yield EvalBatch(
+            stack_samples([samples[int(i)] for i in filled]),
+            frame=np.asarray(source.frames)[filled].astype(np.uint32),
+            counted=(np.arange(batch_size) < len(chosen))[process_index::process_count],
         )
 
 

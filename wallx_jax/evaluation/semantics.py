@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from wallx_jax.data.batch import Batch
+from wallx_jax.data.batch import EvalBatch
 from wallx_jax.evaluation import openloop
 from wallx_jax.evaluation.openloop import Recorded
 from wallx_jax.files import atomic_file, read_json_object
@@ -57,7 +56,7 @@ class Measurement:
         }
 
 
-def measure(policy: Policy, batches: Sequence[Batch], recorded: Recorded, steps: int = 10) -> list[Measurement]:
+def measure(policy: Policy, batches: Sequence[EvalBatch], recorded: Recorded, steps: int = 10) -> list[Measurement]:
     """One measurement per combination, on the same batches (with actions and labels) and recorded frames."""
     speaks = policy.processor.config.objective == "fast"
     found = []
@@ -65,8 +64,8 @@ def measure(policy: Policy, batches: Sequence[Batch], recorded: Recorded, steps:
         config = policy.config.replace(numerics=numerics)
         evaluate = jax.jit(make_eval_step(config, Objective(use_flow=not speaks), SEED))
         losses = []
-        for index, batch in enumerate(batches):
-            sums, counts = jax.device_get(evaluate(policy.params, batch, jnp.int32(index)))
+        for batch in batches:
+            sums, counts = jax.device_get(evaluate(policy.params, batch))
             losses.append((sums.flow / counts.flow, sums.cross_entropy / counts.cross_entropy))
         flow, cross_entropy = np.array(losses, np.float64).T
         none = np.full(len(losses), np.nan)

@@ -4,14 +4,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from wallx_jax.data.batch import Batch, describe
+from wallx_jax.data.batch import Batch, EvalBatch, describe
 from wallx_jax.data.unreadable import SkippedFrames
 from wallx_jax.models.wallx import LossSums
 from wallx_jax.run_config import LoopConfig
@@ -21,6 +20,8 @@ from wallx_jax.training.profile import ProfileWindow
 from wallx_jax.training.progress import Progress
 from wallx_jax.training.sharding import batch_sharding
 from wallx_jax.training.state import TrainState
+
+T = TypeVar("T", Batch, EvalBatch)
 
 
 class UnreadableData(RuntimeError):
@@ -40,19 +41,19 @@ class Steps:
     """
 
     train: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
-    evaluate: Callable[[Any, Batch, jax.Array], tuple[LossSums, LossSums]] | None
+    evaluate: Callable[[Any, EvalBatch], tuple[LossSums, LossSums]] | None
     flops_per_sample: int
     datasets: tuple[str, ...] = ()
 
 
-def abstract_batch(sample: Batch, size: int, mesh: Mesh, micro_batches: int | None = None) -> Batch:
+def abstract_batch(sample: T, size: int, mesh: Mesh, micro_batches: int | None = None) -> T:
     """Shapes, dtypes and shardings of what `put_batch` gives for `size` samples like this one (no batch axis)."""
     leading = (size,) if micro_batches is None else (micro_batches, size // micro_batches)
     sharding = batch_sharding(mesh, len(leading) - 1)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*leading, *x.shape), x.dtype, sharding=sharding), sample)
 
 
-def put_batch(batch: Batch, mesh: Mesh, micro_batches: int | None = None) -> Batch:
+def put_batch(batch: T, mesh: Mesh, micro_batches: int | None = None) -> T:
     """Host arrays [N * B, ...] -> device arrays cut over the mesh, as [N, B, ...] when `micro_batches` N is given."""
     leading = 0 if micro_batches is None else 1
     sharding = batch_sharding(mesh, leading)
@@ -74,7 +75,7 @@ def run_loop(
     samples_per_step: int,
     loop: LoopConfig,
     mesh: Mesh,
-    held_out: Callable[[], Iterable[Batch]],
+    held_out: Callable[[], Iterable[EvalBatch]],
     writer: MetricWriter,
     progress: Progress,
     save: Callable[[int, TrainState, float | None], None],
@@ -192,12 +193,17 @@ def averages(window: list[Mapping[str, np.ndarray]]) -> dict[str, float]:
     return means | {"learning_rate": float(window[-1]["learning_rate"])}
 
 
-def validate(steps: Steps, params, batches: Iterable[Batch], mesh: Mesh, flow_loss_weight: float) -> dict[str, float]:
-    """Held-out losses, each the mean over all its labels or channels; batch i meets the same noise every time. Of
-    several datasets also each one's, where it has any."""
+def validate(
+    steps: Steps, params, batches: Iterable[EvalBatch], mesh: Mesh, flow_loss_weight: float
+) -> dict[str, float]:
+    """Measures the held-out losses, each the mean over all its labels or channels in all frames.
+
+    They depend on the frames alone, not on how these are cut into batches and over devices. Of several datasets also
+    each one's, where it has any.
+    """
     sums = counts = LossSums(0.0, 0.0, 0.0)
-    for index, batch in enumerate(batches):
-        part = jax.device_get(steps.evaluate(params, put_batch(batch, mesh), jnp.int32(index)))
+    for batch in batches:
+        part = jax.device_get(steps.evaluate(params, put_batch(batch, mesh)))
         sums, counts = (
             LossSums(*(a + (0.0 if b is None else np.asarray(b, np.float64)) for a, b in zip(*pair, strict=True)))
             for pair in zip((sums, counts), part, strict=True)

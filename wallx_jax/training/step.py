@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from wallx_jax import switches, tree
-from wallx_jax.data.batch import Batch
+from wallx_jax.data.batch import Batch, EvalBatch
 from wallx_jax.models import flow, losses
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.models.wallx import FlowTarget, LossSums, bind
@@ -42,21 +42,29 @@ class Objective:
         return batch.action_is_pad if self.mask_padded_actions else None
 
 
-def loss_counts(batch: Batch, model: WallXConfig, objective: Objective) -> LossSums:
-    """Denominators of the two losses over a whole global batch (any leading axes), and its number of action tokens,
-    which may be 0. With several datasets: [datasets] each, of which any may be 0."""
-    apart = bool(objective.datasets)
-    if apart:
-        size, leading = batch.dataset.size, batch.dataset.ndim
-        batch = jax.tree.map(lambda x: x.reshape(size, *x.shape[leading:]), dataclasses.replace(batch, images=()))
+def loss_counts(batch: Batch, model: WallXConfig, objective: Objective, per_sample: bool = False) -> LossSums:
+    """Denominators of the two losses over a batch (any leading axes), and its number of action tokens.
+
+    Returns:
+        Scalars; or [B], with a single leading axis, when `per_sample`.
+    """
     flow_count = tokens = None
     if objective.use_flow:
-        flow_count = losses.flow_count(batch.action_mask, model.numerics.flow_loss, objective.left_out(batch), apart)
+        left_out = objective.left_out(batch)
+        flow_count = losses.flow_count(batch.action_mask, model.numerics.flow_loss, left_out, per_sample)
     if objective.action_ids is not None:
-        tokens = losses.count_among(batch.labels, objective.action_ids, apart)
-    labels = losses.label_count(batch.labels, apart)
-    counts = LossSums(labels, jnp.zeros_like(labels) if flow_count is None else flow_count, tokens)
-    return by_dataset(counts, batch, objective) if apart else overall(counts)
+        tokens = losses.count_among(batch.labels, objective.action_ids, per_sample)
+    labels = losses.label_count(batch.labels, per_sample)
+    return LossSums(labels, jnp.zeros_like(labels) if flow_count is None else flow_count, tokens)
+
+
+def counts_by_dataset(batch: Batch, model: WallXConfig, objective: Objective) -> LossSums:
+    """`loss_counts` of a batch (any leading axes): [datasets], of which any may be 0; scalars in a run of one."""
+    if not objective.datasets:
+        return loss_counts(batch, model, objective)
+    size, leading = batch.dataset.size, batch.dataset.ndim
+    rows = jax.tree.map(lambda x: x.reshape(size, *x.shape[leading:]), dataclasses.replace(batch, images=()))
+    return by_dataset(loss_counts(rows, model, objective, per_sample=True), rows, objective)
 
 
 def by_dataset(sums: LossSums, batch: Batch, objective: Objective) -> LossSums:
@@ -73,15 +81,19 @@ def overall(counts: LossSums) -> LossSums:
 
 
 def batch_sums(
-    params: tree.Tree, batch: Batch, noise: jax.Array, time: jax.Array, model: WallXConfig, objective: Objective
+    params: tree.Tree,
+    batch: Batch,
+    noise: jax.Array,
+    time: jax.Array,
+    model: WallXConfig,
+    objective: Objective,
+    per_sample: bool = False,
 ) -> LossSums:
-    """Loss numerators of one batch; with several datasets [datasets] each."""
-    net, apart = bind(model, params), bool(objective.datasets)
-    target = None
+    """Loss numerators of one batch: scalars, or [B] when `per_sample`."""
+    net, target = bind(model, params), None
     if objective.use_flow:
         target = FlowTarget(batch.actions, batch.action_mask, noise, time, objective.left_out(batch))
-    sums = net.loss_sums(net.embed_batch(batch), batch.labels, target, objective.action_ids, apart)
-    return by_dataset(sums, batch, objective) if apart else sums
+    return net.loss_sums(net.embed_batch(batch), batch.labels, target, objective.action_ids, per_sample)
 
 
 def make_train_step(
@@ -105,12 +117,15 @@ def make_train_step(
     @switches.ours()
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         params, frozen = tree.split(state.params, trainable)
-        counts_apart = loss_counts(batch, model, objective)
+        counts_apart = counts_by_dataset(batch, model, objective)
         counts = overall(counts_apart)
         noise, time = _noise_and_time(jax.random.fold_in(jax.random.key(seed), state.step), batch, model)
 
         def micro_loss(params, micro: Batch, noise, time) -> tuple[jax.Array, tuple[LossSums, LossSums]]:
-            apart = batch_sums(tree.merge(params, frozen), micro, noise, time, model, objective)
+            several = bool(objective.datasets)
+            apart = batch_sums(tree.merge(params, frozen), micro, noise, time, model, objective, per_sample=several)
+            if several:
+                apart = by_dataset(apart, micro, objective)
             sums = jax.tree.map(jnp.sum, apart)
             parts = LossSums(sums.cross_entropy / counts.cross_entropy, sums.flow / counts.flow, sums.action_hits)
             return parts.cross_entropy + objective.flow_loss_weight * parts.flow, (parts, apart)
@@ -177,15 +192,39 @@ def compile_train_step(
 
 def make_eval_step(
     model: WallXConfig, objective: Objective, seed: int
-) -> Callable[[tree.Tree, Batch, jax.Array], tuple[LossSums, LossSums]]:
-    """eval_step(params, batch [B], index) -> (sums, counts). Batch `index` always meets the same noise and times."""
+) -> Callable[[tree.Tree, EvalBatch], tuple[LossSums, LossSums]]:
+    """Makes the function that measures the losses of a batch of held-out frames.
+
+    Returns:
+        eval_step(params, batch [B]) -> (sums, counts) over the samples that count; [datasets] each in a run of several.
+        What a frame adds depends on the frame alone, not on the batch that it comes in.
+    """
 
     @switches.ours()
-    def eval_step(params: tree.Tree, batch: Batch, index: jax.Array) -> tuple[LossSums, LossSums]:
-        noise, time = _noise_and_time(jax.random.fold_in(jax.random.key(seed), index), batch, model)
-        return batch_sums(params, batch, noise, time, model, objective), loss_counts(batch, model, objective)
+    def eval_step(params: tree.Tree, held_out: EvalBatch) -> tuple[LossSums, LossSums]:
+        batch = held_out.batch
+        noise, time = frame_noise_and_time(held_out, model, seed)
+        sums = batch_sums(params, batch, noise, time, model, objective, per_sample=True)
+        counts = loss_counts(batch, model, objective, per_sample=True)
+        sums, counts = jax.tree.map(lambda x: jnp.where(held_out.counted, x, 0), (sums, counts))
+        if objective.datasets:
+            return by_dataset(sums, batch, objective), by_dataset(counts, batch, objective)
+        return jax.tree.map(jnp.sum, sums), jax.tree.map(jnp.sum, counts)
 
     return eval_step
+
+
+def frame_noise_and_time(held_out: EvalBatch, model: WallXConfig, seed: int) -> tuple[jax.Array, jax.Array]:
+    """Noise [B, A, C] and times [B] of held-out frames, each from the seed, its dataset and its number alone."""
+    batch = held_out.batch
+    dataset = jnp.zeros_like(held_out.frame) if batch.dataset is None else batch.dataset
+
+    def of_frame(dataset: jax.Array, frame: jax.Array) -> tuple[jax.Array, jax.Array]:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), dataset), frame)
+        noise, time = flow.sample_noise_and_time(key, (1, *batch.actions.shape[1:]), model.action)
+        return noise[0], time[0]
+
+    return jax.vmap(of_frame)(dataset, held_out.frame)
 
 
 def _noise_and_time(key: jax.Array, batch: Batch, model: WallXConfig) -> tuple[jax.Array, jax.Array]:
