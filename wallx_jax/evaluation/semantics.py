@@ -66,13 +66,12 @@ def measure(policy: Policy, batches: Sequence[EvalBatch], recorded: Recorded, st
         losses = []
         for batch in batches:
             sums, counts = jax.device_get(evaluate(policy.params, batch))
-            losses.append((sums.flow / counts.flow, sums.cross_entropy / counts.cross_entropy))
-        flow, cross_entropy = np.array(losses, np.float64).T
-        none = np.full(len(losses), np.nan)
+            losses.append(sums.cross_entropy / counts.cross_entropy if speaks else sums.flow / counts.flow)
+        loss, none = np.array(losses, np.float64), np.full(len(losses), np.nan)
         actor = Policy(config, policy.params, policy.processor)
         chunks = openloop.predict(actor, recorded.observations, steps=steps)
         error = openloop.errors(chunks, recorded, policy.processor.predicted).mean
-        found.append(Measurement(numerics, none if speaks else flow, cross_entropy if speaks else none, error))
+        found.append(Measurement(numerics, none if speaks else loss, loss if speaks else none, error))
     return found
 
 
