@@ -201,7 +201,7 @@ def default_config() -> OrderedConfig:
     c.resume.ckpt = placeholder(str)  # to continue from; "latest": the newest of save_path, a new run if it has none
     c.resume.load_ckpt_only = False  # take its weights only: step, optimizer and data start anew
     c.eval_interval = 1000  # steps between validations; 0: never
-    c.eval_batches = 8  # batches of held-out data per validation, of each dataset
+    c.eval_batches = 8  # at most so many batches of held-out frames per validation, of each dataset, spread evenly
     c.eval_batch_size_per_gpu = placeholder(int)  # samples per device; None: batch_size_per_gpu
     c.log_interval = 10  # steps between log lines
     c.use_wandb = False  # also log to Weights & Biases

@@ -487,8 +487,15 @@ def test_a_directory_that_knows_its_robot_needs_no_more(policy, model_dir, tmp_p
     policy.processor.save(folder)
     again = wallx_jax.load_policy(folder, numerics=FLOAT32)
     np.testing.assert_array_equal(again.predict(observation()).actions, policy.predict(observation()).actions)
-    with pytest.raises(ValueError, match="knows its robot"):
-        wallx_jax.load_policy(folder, norm_stats=robot_stats())
+    for surplus in ({"norm_stats": robot_stats()}, {"horizon": 8}, {"views": VIEWS, "resolution": 56}):
+        with pytest.raises(ValueError, match=f"knows its robot: leave out {', '.join(surplus)}$"):
+            wallx_jax.load_policy(folder, **surplus)
+
+
+@pytest.mark.parametrize("horizon", [0, -1, 2.5, True])
+def test_a_chunk_has_a_number_of_actions(model_dir, horizon):
+    with pytest.raises(ValueError, match=f"^horizon = {horizon}: give the actions per chunk, 1 or more"):
+        wallx_jax.load_policy(model_dir, norm_stats=robot_stats(), horizon=horizon)
 
 
 def test_relative_actions_are_added_to_the_state(policy, model_dir, tmp_path):

@@ -28,6 +28,9 @@ from wallx_jax.training.checkpoint_dir import CheckpointError, find_model
 from wallx_jax.weights.load import load_params, read_config, read_normalizers
 from wallx_jax.weights.safetensors_io import WeightsError
 
+VIEWS = ("face_view", "left_wrist_view", "right_wrist_view")
+RESOLUTION = 256
+HORIZON = 32
 CAMERA = (480, 640)  # frame size that a program is planned for before the first picture comes
 FAST_TOKENS = 256  # room for a chunk in FAST tokens
 LISTED = 5  # parameters named in an error
@@ -98,9 +101,9 @@ def load_policy(
     numerics: Mapping[str, Any] | None = None,
     norm_stats: NormStats | str | Path | None = None,
     robot: str | None = None,
-    views: Sequence[str] = ("face_view", "left_wrist_view", "right_wrist_view"),
-    resolution: int = 256,
-    horizon: int = 32,
+    views: Sequence[str] | None = None,
+    resolution: int | None = None,
+    horizon: int | None = None,
     action_tokenizer: str | Path | None = None,
 ) -> Policy:
     """A policy that acts with a checkpoint of ours (a run directory: its newest one) or with a Wall-X directory.
@@ -111,9 +114,10 @@ def load_policy(
     Args:
         norm_stats: the robot's statistics, or the path of its norm_stats.json; or
         robot: whose statistics to take from the weights, where those hold some (they list the names if yours is wrong).
-        views: cameras in prompt order.
-        resolution: pixels of the longer side that pictures are brought to, as in the training of these weights.
-        horizon: actions per chunk.
+        views: cameras in prompt order; default: VIEWS.
+        resolution: pixels of the longer side that pictures are brought to, as in the training of these weights;
+            default: 256.
+        horizon: actions per chunk; default: 32.
         action_tokenizer: directory or repo id of the FAST tokenizer of a WALL-OSS-FAST; None acts by flow matching.
 
     Other args:
@@ -130,8 +134,10 @@ def load_policy(
         known = processors.robots(files)
         if known and robot not in known:
             raise ValueError(f"robot = {robot!r}: {folder} was trained on several; say which one it drives: {known}")
-        if norm_stats is not None or (robot is not None and not known) or action_tokenizer is not None:
-            raise ValueError(f"{folder} knows its robot: norm_stats, robot and action_tokenizer are not for it")
+        given = {"norm_stats": norm_stats, "robot": None if known else robot, "views": views, "resolution": resolution,
+                 "horizon": horizon, "action_tokenizer": action_tokenizer}  # fmt: skip
+        if surplus := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"{folder} knows its robot: leave out {', '.join(surplus)}")
         model = load_model(folder, numerics=numerics)
         processor = Processor.from_dir(model.files, robot)
         return Policy(_with_ids(model.config, processor.tokenizer), model.params, processor)
@@ -143,7 +149,9 @@ def load_policy(
         )
     fast = None if action_tokenizer is None else FastTokenizer.from_dir(hub.resolve(action_tokenizer))
     stats = _robot_stats(files, norm_stats, robot)
-    processor = _new_processor(config, tokenizer, stats, tuple(views), resolution, horizon, fast)
+    resolution = RESOLUTION if resolution is None else resolution
+    horizon = HORIZON if horizon is None else horizon
+    processor = _new_processor(config, tokenizer, stats, tuple(views or VIEWS), resolution, horizon, fast)
     params = load_model(folder, numerics=numerics).params
     return Policy(_with_ids(config, tokenizer), params, processor)
 
@@ -178,8 +186,11 @@ def _new_processor(
     """Preprocessing for a model directory that brings none; sizes and lengths follow the pictures and words given.
 
     Raises:
-        ValueError: resolution is -1, or what `Processor` and `images.target_size` refuse.
+        ValueError: resolution is -1, horizon is no number of actions, or what `Processor` and `images.target_size`
+            refuse.
     """
+    if isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 1:
+        raise ValueError(f"horizon = {horizon!r}: give the actions per chunk, 1 or more")
     if resolution == -1:
         raise ValueError(
             "resolution is -1: a model directory does not say how large its pictures were in training; give the pixels "
