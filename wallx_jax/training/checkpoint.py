@@ -80,7 +80,8 @@ class Checkpointer:
             preservation_policy=policies.LatestN(max_to_keep) if max_to_keep else policies.PreserveAll(),
         )
         self._pending: tuple[int, int, Any] | None = None
-        failed_save.silence()
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(failed_save.quiet())
 
     def save(
         self,
@@ -160,7 +161,7 @@ class Checkpointer:
             self.wait()
         finally:
             self._orbax.close()
-            failed_save.unsilence()
+            self._quiet.close()
 
     def __enter__(self) -> "Checkpointer":
         return self

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import jax
 
 from wallx_jax import extras
-from wallx_jax.files import atomic_file
+from wallx_jax.files import atomic_file, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ def _start_wandb(
     id_file = folder / "wandb_id.txt"
     known = id_file.read_text("utf-8").strip() if resumed_step is not None and id_file.exists() else None
     run = wandb.init(project=project, name=name, config=dict(config or {}), dir=str(folder), id=known, resume="allow")
-    id_file.write_text(run.id, "utf-8")
+    write_text(id_file, run.id)
     return run
 
 
