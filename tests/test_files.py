@@ -1,11 +1,14 @@
 """Small files that are damaged, each named with the remedy; text is UTF-8 whatever the locale."""
 
 import ast
+import errno
+import os
+import resource
 from pathlib import Path
 
 import pytest
 
-from wallx_jax.files import read_json_object, read_text
+from wallx_jax.files import DISK_REMEDIES, atomic_file, read_json_object, read_text, write_text
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [file for name in ("wallx_jax", "scripts", "convert", "configs") for file in (ROOT / name).rglob("*.py")]
@@ -50,6 +53,44 @@ def test_a_byte_order_mark_is_skipped(tmp_path):
     assert read_text(tmp_path / "a") == '{"é": "关"}'
     with pytest.raises(FileNotFoundError):
         read_text(tmp_path / "b")
+
+
+def refusal(code: int, *file) -> OSError:
+    return OSError(code, os.strerror(code), *file)
+
+
+@pytest.mark.parametrize("code", DISK_REMEDIES)
+def test_a_file_that_the_disk_refuses_is_named_with_the_remedy(tmp_path, code):
+    """The system names no file where it is written to. The one that was there stays."""
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(OSError, match="a cannot be written: .*; (make|raise) ") as error, atomic_file(tmp_path / "a"):
+        raise refusal(code)
+    assert str(error.value) == f"{tmp_path / 'a'} cannot be written: {os.strerror(code)}; {DISK_REMEDIES[code]}"
+    assert [file.name for file in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
+    with pytest.raises(OSError, match=r"\[Errno .*other'"), atomic_file(tmp_path / "a"):
+        raise refusal(code, "other")  # another file, which the block reads
+
+
+def test_a_full_disk_leaves_no_part_of_a_file(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))  # a write beyond fails, as on a full disk
+    try:
+        with pytest.raises(OSError, match="a cannot be written: File too large; raise the limit"):
+            write_text(tmp_path / "a", "é" * 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+    write_text(tmp_path / "a", "é" * 20)
+    assert read_text(tmp_path / "a") == "é" * 20
+
+
+def test_a_folder_that_files_cannot_be_made_in(tmp_path, monkeypatch):
+    def refuse(path, *mode):
+        raise refusal(errno.EROFS, str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(OSError, match="a cannot be written: Read-only file system; make it writable again"):
+        write_text(tmp_path / "a", "text")
 
 
 def text_calls(file: Path) -> list[ast.Call]:

@@ -45,7 +45,15 @@ ALLOWED = {
     # Serving a checkpoint needs to read it, but nothing else of training.
     "inference": SETTINGS | {"models", "weights", "data", "training.checkpoint", "training.checkpoint_dir"},
     "conversion": SETTINGS
-    | {"models", "weights", "data", "training.checkpoint", "training.checkpoint_dir", "training.checkpoint_stream"},
+    | {
+        "models",
+        "weights",
+        "data",
+        "training.checkpoint",
+        "training.checkpoint_dir",
+        "training.checkpoint_stream",
+        "training.failed_save",
+    },
     "evaluation": SETTINGS | {"models", "weights", "data", "training", "inference"},
     # Of the dataset alone, so that training can ask them.
     **{name: SETTINGS | DATASET_CHECKS | {"data"} for name in DATASET_CHECKS},

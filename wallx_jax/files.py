@@ -1,9 +1,11 @@
 """Files and directories that appear whole or not at all, and small files whose damage is named."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +15,16 @@ from typing import Any, BinaryIO
 logger = logging.getLogger(__name__)
 
 LFS_POINTER = b"version https://git-lfs"  # a clone without Git LFS holds these few lines in place of the file
+
+# What helps where a disk refuses what is written, by the operating system's number.
+DISK_REMEDIES = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room in your quota there",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or use another file system",
+    errno.EROFS: "make it writable again",
+    errno.EACCES: "make it writable again",
+    errno.EPERM: "make it writable again",
+}
 
 
 def is_lfs_pointer(path: Path) -> bool:
@@ -94,21 +106,30 @@ def unusable_folder(path: str | Path) -> str | None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """`with atomic_file(path) as file:` writes bytes that appear at `path` only when the block has succeeded."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
+    """`with atomic_file(path) as file:` writes bytes that appear at `path` only when the block has succeeded.
+
+    Raises:
+        OSError: it cannot be written, with the remedy: the system's own error names no file, or the temporary one.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes its files private
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # the read-only folder that it could not be made in
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in DISK_REMEDIES and error.filename in (None, str(temporary)):
+            raise OSError(f"{path} cannot be written: {error.strerror}; {DISK_REMEDIES[error.errno]}") from error
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small text file, UTF-8 whatever the locale, as `atomic_file` does."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
 
 
 @contextlib.contextmanager
@@ -124,17 +145,23 @@ def new_directory(path: Path) -> Iterator[Path]:
         raise FileExistsError(f"{path} exists already; choose another output, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    if partial.exists():
-        logger.warning("removing %s, left by an interrupted run", partial)
-        shutil.rmtree(partial)
+    for leftover in _beginning_with(partial):
+        logger.warning("removing %s, left by an interrupted run", leftover)
+        shutil.rmtree(leftover)
     try:
         yield partial
         sync(partial)
         partial.rename(path)
         sync(path.parent)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in _beginning_with(partial):
+            shutil.rmtree(leftover, ignore_errors=True)
         raise
+
+
+def _beginning_with(path: Path) -> list[Path]:
+    """A path and its neighbours with longer names: Orbax gives a directory its name when that is complete."""
+    return [other for other in path.parent.iterdir() if other.name.startswith(path.name)]
 
 
 def sync(path: Path) -> None:

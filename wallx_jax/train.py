@@ -46,6 +46,7 @@ from wallx_jax.data.tokenizer import Tokenizer
 from wallx_jax.data.unreadable import SkippedFrames
 from wallx_jax.data.workers import check_shared_memory
 from wallx_jax.evaluation import preflight
+from wallx_jax.files import write_text
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.run_config import RunConfig
 from wallx_jax.training import checkpoint_dir, distributed, ending, resume, run_lock, sharding, start
@@ -155,7 +156,7 @@ def _run(config: ConfigDict, dry_run: bool, stack: contextlib.ExitStack) -> Path
         stack.enter_context(run_lock.hold(save_path))
         if checkpoint_dir.latest_step(save_path) != newest:
             raise CheckpointError(f"another run has just saved a checkpoint in {save_path}: start this one again")
-        (save_path / "config.yaml").write_text(render(config), "utf-8")
+        write_text(save_path / "config.yaml", render(config))
         write_assets(parts, processors, origin.files, assets)
     logger.info("%s", origin.config.numerics)
     logger.info("one sample: %s", describe(sample))

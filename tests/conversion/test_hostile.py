@@ -153,27 +153,32 @@ LIMITED = """
 import resource, signal, sys
 sys.argv = sys.argv[1:]
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+limit = int(sys.argv.pop(0))
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 import runpy
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 def command(script: str, *arguments, prefix: tuple = ()) -> subprocess.CompletedProcess:
-    line = [sys.executable, *prefix, str(ROOT / "convert" / script), *map(str, arguments)]
+    line = [sys.executable, *map(str, prefix), str(ROOT / "convert" / script), *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
 
 
-def test_a_disk_that_fills_up(wallx, tmp_path):
-    folder = wallx.write()
-    done = command("wall_oss.py", "--model", folder, "--output", tmp_path / "out", prefix=("-c", LIMITED))
-    assert done.returncode == 1 and "error: writing" in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert left_behind(tmp_path) == []
+@pytest.mark.parametrize("limit", [40_000, 100], ids=["tensors", "small files"])
+def test_a_disk_that_fills_up(wallx, tmp_path, limit):
+    folder, limited = wallx.write(), ("-c", LIMITED, limit)
     convert_model(folder, tmp_path / "checkpoint", acts=True)
-    done = command("export.py", "--checkpoint", tmp_path / "checkpoint", "--output", tmp_path / "out",
-                   prefix=("-c", LIMITED))  # fmt: skip
-    assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert left_behind(tmp_path) == ["checkpoint"]
+    for script, option, source in (
+        ("wall_oss.py", "--model", folder),
+        ("export.py", "--checkpoint", tmp_path / "checkpoint"),
+    ):
+        done = command(script, option, source, "--output", tmp_path / "out", prefix=limited)
+        *progress, line = done.stderr.splitlines()
+        assert done.returncode == 1 and line.startswith("error: ") and str(tmp_path) in line, done.stderr
+        assert "File too large" in line, done.stderr
+        assert all(line.startswith(("warning: no tokenizer", "to out:")) for line in progress if line), done.stderr
+        assert left_behind(tmp_path) == ["checkpoint"]
 
 
 # Dies as a process does that is killed, at the Nth piece.

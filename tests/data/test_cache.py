@@ -156,11 +156,19 @@ def test_a_picture_that_is_replaced_has_another_cache(tmp_path):
     assert folder() != before
 
 
-def test_a_full_disk_is_one_error_and_leaves_nothing(source, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("taken", [0, 2], ids=["at once", "at the second camera"])
+def test_a_full_disk_is_one_error_and_leaves_nothing(source, tmp_path, monkeypatch, taken):
+    allocate, sizes = os.posix_fallocate, []
+
+    def full(*arguments):
+        sizes.append(arguments)
+        if len(sizes) > taken:
+            raise OSError(28, "No space left on device")
+        allocate(*arguments)
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match="frame_cache: no room.*No space left"):
+    with pytest.raises(
+        OSError, match="frame_cache: no room.*No space left.*put it on another disk, or lower resolution"
+    ):
         CachedSource(source, CONFIG, tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -207,12 +207,20 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(start, whole, tmp_path
         assert (run / "checkpoints" / f"{STEPS}.abandoned-1").is_dir()
 
 
-def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(start, whole, tmp_path):
+@pytest.mark.parametrize("interrupt", [False, True], ids=["at the end", "at an interruption"])
+def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(start, whole, tmp_path, interrupt):
     run = without_the_last(whole, tmp_path / "run", keep=False)
-    job = start(run, file_limit=1 << 17)  # bytes a file may have: a write beyond fails, as on a full disk
+    changes = {"num_training_steps": 100_000, "save_interval": 100_000} if interrupt else {}
+    job = start(run, file_limit=1 << 17, **changes)  # bytes a file may have: beyond fails a write, as on a full disk
+    if interrupt:
+        job.until(lambda: f"step {STEPS}/" in job.log)
+        job.signal(signal.SIGTERM)
     assert job.wait() == 1, job.log
-    (line,) = [line for line in job.log.splitlines() if line.startswith("error")]
-    assert f"saving step {STEPS}" in line and "too large" in line and f"step {STEPS - 2} is intact" in line
+    *_, line = job.log.splitlines()  # the last one, without anything behind it
+    assert line.startswith("error: saving step ") and "File too large" in line and f"step {STEPS - 2} is intact" in line
+    assert line.endswith("then go on with resume.ckpt=latest")
+    assert "Traceback" not in job.log and "orbax" not in job.log
+    assert [path.name for path in (run / "checkpoints").glob("*tmp*")] == []
     assert start(run).wait() == 0
     assert_same_run(run, whole)
 

@@ -95,6 +95,15 @@ def run_folder(path: Path) -> Path:
     return path
 
 
+def test_a_full_disk_ends_both_and_leaves_no_partial_checkpoint(start, tmp_path):
+    jobs = start(tmp_path / "run", file_limit=1 << 16)
+    assert [job.wait() for job in jobs] == [1, 1], "\n".join(job.log for job in jobs)
+    for job in jobs:
+        assert "saving step" in job.log and "File too large; there is no earlier checkpoint. Remedy" in job.log
+        assert "Traceback" not in job.log and "orbax" not in job.log
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
 def test_a_process_that_is_late_and_one_that_is_stopped_for_a_while(start, tmp_path):
     """For longer than Gloo waits for a process (30 s) and gRPC for the answer to a ping (60 s)."""
     steps = 200

@@ -1,15 +1,19 @@
 """Saving and restoring: exactness, other meshes, damage, interruption, a full disk."""
 
 import dataclasses
+import errno
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import grain
 import jax
@@ -320,7 +324,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(save, caplog, assets):
 
 
 @pytest.mark.parametrize("surfaces_at", ["save", "wait", "close"])
-def test_a_full_disk_is_reported_and_the_previous_checkpoint_is_intact(tmp_path, assets, surfaces_at):
+def test_a_full_disk_is_reported_and_the_previous_checkpoint_is_intact(tmp_path, assets, surfaces_at, caplog, capfd):
     big = {"params": {"x": jnp.asarray(np.random.default_rng(0).standard_normal(200_000))}, "step": jnp.int32(2)}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     checkpointer = Checkpointer(tmp_path, max_to_keep=1)
@@ -335,10 +339,57 @@ def test_a_full_disk_is_reported_and_the_previous_checkpoint_is_intact(tmp_path,
                 getattr(checkpointer, surfaces_at)()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert_same(restore_params(tmp_path), make_state(1).params)
-    assert latest_step(tmp_path) == 1
+    assert_nothing_but_step_1(tmp_path, caplog, capfd)
     if surfaces_at != "close":
         checkpointer.close()
+
+
+def assert_nothing_but_step_1(run, caplog, capfd):
+    """Neither a partial checkpoint nor a traceback; no thread keeps the process from ending."""
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["1"]
+    assert_same(restore_params(run), make_state(1).params)
+    assert "Traceback" not in caplog.text + capfd.readouterr().err
+    assert not [thread for thread in threading.enumerate() if type(thread).__module__.startswith("orbax.")]
+
+
+DISK_ERRORS = {
+    errno.ENOSPC: r"No space left on device \(the checkpoint takes .* MiB, .*is free\); .*make room there, then",
+    errno.EDQUOT: r"Disk quota exceeded \(the checkpoint takes [\d.]* MiB\); .*make room in your quota there, then",
+    errno.EROFS: r"Read-only file system; .*make it writable again, then",
+    errno.EACCES: r"Permission denied; .*make it writable again, then",
+    errno.EIO: r"\[Errno 5\] Input/output error: '.*'; .*find out what is wrong there, then",
+}
+
+
+@pytest.mark.parametrize("code", DISK_ERRORS)
+def test_what_the_disk_refuses_is_one_line_with_the_remedy(tmp_path, assets, monkeypatch, caplog, capfd, code):
+    def refuse(path, content):
+        raise OSError(code, os.strerror(code), str(path))
+
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, make_state(1), None, CONFIG, MODEL, assets, wait=True)
+        (tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir()  # not of this save: stays
+        with monkeypatch.context() as patch, pytest.raises(CheckpointError) as error:
+            patch.setattr(Path, "write_bytes", refuse)
+            checkpointer.save(2, make_state(2), None, CONFIG, MODEL, assets)
+            checkpointer.wait()
+    message = f"saving step 2 in {tmp_path / 'checkpoints'} failed: {DISK_ERRORS[code]} go on with resume.ckpt=latest"
+    assert re.fullmatch(message, str(error.value)), error.value
+    assert "step 1 is intact" in str(error.value)
+    (tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp").rmdir()
+    assert_nothing_but_step_1(tmp_path, caplog, capfd)
+
+
+def test_a_folder_that_cannot_be_made_is_reported_and_the_process_can_end(tmp_path, assets, caplog, capfd):
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, make_state(1), None, CONFIG, MODEL, assets, wait=True)
+        (tmp_path / "checkpoints").rename(tmp_path / "moved")
+        (tmp_path / "checkpoints").touch()
+        with pytest.raises(CheckpointError, match="saving step 2 in .* failed: .*Not a directory.*start the run"):
+            checkpointer.save(2, make_state(2), None, CONFIG, MODEL, assets, wait=True)
+        (tmp_path / "checkpoints").unlink()
+        (tmp_path / "moved").rename(tmp_path / "checkpoints")
+    assert_nothing_but_step_1(tmp_path, caplog, capfd)
 
 
 def test_missing_assets_leave_nothing_behind(tmp_path):

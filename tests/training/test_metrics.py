@@ -2,11 +2,14 @@
 
 import json
 import math
+import resource
+import struct
 import sys
 import types
 
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from wallx_jax.training.metrics import MetricWriter, Stopwatch
 
@@ -48,6 +51,64 @@ def test_a_new_run_keeps_the_old_file_aside(tmp_path):
         writer.close()
     assert [line["loss"] for line in lines(tmp_path)] == [2.0]
     assert json.loads((tmp_path / "metrics.previous.jsonl").read_text())["loss"] == 1.0
+
+
+def test_a_full_disk_costs_numbers_and_not_the_run(tmp_path, caplog):
+    writer = MetricWriter(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # a write beyond fails, as on a full disk
+    try:
+        for step in range(1, 301):  # more than any buffer or queue takes
+            writer.write(step, {"loss": 0.5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    writer.write(301, {"loss": 0.5})  # somebody has made room
+    writer.close()
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        f"{tmp_path / name} cannot be written (File too large): numbers will be missing"
+        for name in ("metrics.jsonl", "tensorboard")
+    ]
+    steps = [line["step"] for line in lines(tmp_path)]
+    assert steps[:20] == list(range(1, 21)) and steps[-1] == 301 and steps == sorted(set(steps))
+
+
+def test_closing_on_a_full_disk(tmp_path, caplog):
+    writer = MetricWriter(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        writer.write(1, {"loss": 0.5})
+        writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(caplog.records) == 2
+
+
+def events(file):
+    """The records of an event file: length, its checksum, content, its checksum."""
+    data, found = file.read_bytes(), []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        found.append(Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    return found
+
+
+@pytest.mark.parametrize("resumed_step", [None, 2])
+def test_what_tensorboard_reads(tmp_path, resumed_step):
+    writer = MetricWriter(tmp_path, resumed_step=resumed_step)
+    writer.write(3, {"loss": np.float32(0.5), "val_loss/a b": float("nan")})
+    (file,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
+    first, *more = events(file)  # before close
+    assert first.file_version == "brain.Event:2"
+    if resumed_step is not None:  # later events of earlier files are hidden
+        start, *more = more
+        assert start.step == 3 and start.session_log.status == start.session_log.START
+    values = {event.summary.value[0].tag: event.summary.value[0].simple_value for event in more}
+    assert [event.step for event in more] == [3, 3]
+    assert values["loss"] == 0.5 and math.isnan(values["val_loss/a_b"])
+    writer.close()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 
+from wallx_jax.training import failed_save
 from wallx_jax.training.checkpoint_dir import CheckpointError
 
 
@@ -16,7 +17,8 @@ def run(main: Callable[[], None]) -> None:
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what does not concern a single process
     try:
-        main()
+        with failed_save.quiet():
+            main()
     except (CheckpointError, OSError, ValueError) as error:  # WeightsError is a ValueError
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

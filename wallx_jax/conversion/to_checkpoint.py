@@ -16,8 +16,9 @@ from tqdm import tqdm
 from wallx_jax import hub
 from wallx_jax.data.tokenizer import Tokenizer
 from wallx_jax.models.config import WallXConfig
+from wallx_jax.training import failed_save
 from wallx_jax.training.checkpoint import metadata_json
-from wallx_jax.training.checkpoint_dir import CheckpointError, reason
+from wallx_jax.training.checkpoint_dir import CheckpointError
 from wallx_jax.training.checkpoint_stream import ParamWriter, new_checkpoint
 from wallx_jax.weights import names
 from wallx_jax.weights.load import Weights, open_weights
@@ -72,7 +73,8 @@ def convert_model(path_or_repo: str | Path, output: str | Path, *, acts: bool, r
     except (CheckpointError, WeightsError, FileExistsError):
         raise
     except Exception as error:  # TensorStore and Orbax report a full disk in several types
-        raise CheckpointError(f"writing {output} failed, nothing was left there: {reason(error)}") from error
+        why, remedy = failed_save.cause(error)
+        raise CheckpointError(f"writing {output} failed, nothing was left there: {why}. Remedy: {remedy}") from error
     return output
 
 

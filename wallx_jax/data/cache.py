@@ -50,8 +50,14 @@ class CachedSource:
         self._layout = tuple(zip(source.cameras, config.resolutions, config.views, config.image_sizes, strict=True))
         self.folder = Path(folder).expanduser().absolute() / self._fingerprint()
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name, shape in self._files():
-            _allocate(self.folder / name, int(np.prod(shape, dtype=np.int64)))
+        new = [name for name, _ in self._files() if not (self.folder / name).exists()]
+        try:
+            for name, shape in self._files():
+                _allocate(self.folder / name, int(np.prod(shape, dtype=np.int64)))
+        except OSError:
+            for name in new:  # those of other cameras, which hold nothing yet
+                (self.folder / name).unlink(missing_ok=True)
+            raise
         self._maps: dict[str, np.ndarray] = {}
 
     @property
@@ -201,5 +207,6 @@ def _allocate(path: Path, size: int) -> None:
         except OSError as error:
             path.unlink()
             raise OSError(
-                f"frame_cache: no room for {size / 2**30:.2f} GiB at {path.parent}: {error.strerror}"
+                f"frame_cache: no room for {size / 2**30:.2f} GiB at {path.parent}: {error.strerror}; put it on "
+                "another disk, or lower resolution"
             ) from error

@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from wallx_jax.data.tokenizer import read_backend
-from wallx_jax.files import read_json_object
+from wallx_jax.files import read_json_object, write_text
 
 # Where transformers finds the original processor class for a saved directory (`trust_remote_code=True`).
 _ORIGINAL_CODE = "physical-intelligence/fast--processing_action_tokenizer.UniversalActionProcessor"
@@ -134,7 +134,7 @@ class FastTokenizer:
         # Cleaning up spaces would change the decoded coefficients.
         tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         for name, content in (("processor_config.json", processor), ("tokenizer_config.json", tokenizer)):
-            (path / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            write_text(path / name, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
     def encode(self, chunk: np.ndarray) -> list[int]:
         """Ids of one chunk, float [A, D] in [-1, 1].

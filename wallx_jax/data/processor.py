@@ -23,7 +23,7 @@ from wallx_jax.data.fast import FastTokenizer
 from wallx_jax.data.normalize import Normalizer, NormStats, load_norm_stats, save_norm_stats
 from wallx_jax.data.template import PromptTemplate
 from wallx_jax.data.tokenizer import Tokenizer
-from wallx_jax.files import read_json_object
+from wallx_jax.files import read_json_object, write_text
 
 FILE_NAME = "processor.json"
 ROBOTS = "robots"  # folder with a folder for each robot of a run with several datasets
@@ -306,7 +306,7 @@ class Processor:
     def _save_robot(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         save_norm_stats(directory, self.stats)
-        (directory / FILE_NAME).write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n", "utf-8")
+        write_text(directory / FILE_NAME, json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
 
     @classmethod
     def from_dir(cls, directory: str | Path, robot: str | None = None) -> "Processor":

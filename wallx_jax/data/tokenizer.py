@@ -12,7 +12,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from wallx_jax.files import read_json_object, read_text
+from wallx_jax.files import read_json_object, read_text, write_text
 from wallx_jax.models.config import TokenIds
 
 # How Qwen2 cuts text before byte-pair merges; part of Qwen's tokenizer.json.
@@ -113,7 +113,7 @@ class Tokenizer:
         if self.fast_start is not None:  # upstream reads FAST ids from these two
             config |= {"action_token_start_index": self.fast_start, "action_token_vocab_size": self.fast_size}
         text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
-        (path / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+        write_text(path / "tokenizer_config.json", text + "\n")
 
     def __len__(self) -> int:
         return self._backend.get_vocab_size(with_added_tokens=True)

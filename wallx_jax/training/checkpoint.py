@@ -7,6 +7,7 @@ metadata and assets, wherever the directory has been moved.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -23,7 +24,7 @@ from orbax.checkpoint import v1 as ocp
 
 from wallx_jax.files import read_json_object
 from wallx_jax.models.config import WallXConfig
-from wallx_jax.training import checkpoint_dir
+from wallx_jax.training import checkpoint_dir, failed_save
 from wallx_jax.training.checkpoint_dir import CheckpointError
 from wallx_jax.tree import Tree, leaves_by_path, unflatten
 
@@ -68,6 +69,8 @@ class Checkpointer:
             multihost_utils.sync_global_devices("wallx_jax checkpoints cleaned")
         context = ocp.Context()
         context.asynchronous.timeout_secs = _SAVE_TIMEOUT_S
+        # Where directories cannot be made, threads that wait for them would keep the process from ending until then.
+        context.asynchronous.create_directories_asynchronously = False
         # zstd takes a fifth off bfloat16 weights; on two cores it makes saving 5 times and loading 2 times slower.
         context.array.saving.use_compression = False
         policies = ocp.training.preservation_policies
@@ -76,7 +79,9 @@ class Checkpointer:
             context=context,
             preservation_policy=policies.LatestN(max_to_keep) if max_to_keep else policies.PreserveAll(),
         )
-        self._pending: tuple[int, Any] | None = None
+        self._pending: tuple[int, int, Any] | None = None
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(failed_save.quiet())
 
     def save(
         self,
@@ -108,8 +113,8 @@ class Checkpointer:
             wait: return only when the checkpoint is complete.
 
         Raises:
-            CheckpointError: this save failed, or the one before it did in the background. Orbax may go on writing other
-                parts of it for a while, so that trying again is for another process.
+            CheckpointError: this save failed, or the one before it did in the background. What was written of it has
+                been removed.
         """
         self.wait()
         if step in checkpoint_dir.complete_steps(self._folder):
@@ -127,12 +132,13 @@ class Checkpointer:
         if data_iterator is not None:
             position = json.dumps(data_iterator.get_state()).encode()
             items["data"] = Files({checkpoint_dir.POSITION_FILE: position} if primary else {})
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         try:
             # `force`: the caller decides when to save. `overwrite`: forget a failed attempt at this step.
             response = self._orbax.save_checkpointables_async(step, items, force=True, overwrite=True)
         except Exception as error:
-            raise self._failure(step, error) from error
-        self._pending = (step, response)
+            raise self._failure(step, size, error) from error
+        self._pending = (step, size, response)
         if wait:
             self.wait()
 
@@ -140,12 +146,14 @@ class Checkpointer:
         """Blocks until the save in progress is complete; raises CheckpointError if it failed."""
         if self._pending is None:
             return
-        (step, response), self._pending = self._pending, None
+        (step, size, response), self._pending = self._pending, None
         try:
             self._orbax.wait()  # first: Orbax raises a failure once in each thread that asks, and this one saves again
             response.result()
         except Exception as error:
-            raise self._failure(step, error) from error
+            with contextlib.suppress(Exception):  # the same, in the thread that waits for the response
+                response.result()
+            raise self._failure(step, size, error) from error
 
     def close(self) -> None:
         """Waits for the save in progress and releases Orbax's threads."""
@@ -153,6 +161,7 @@ class Checkpointer:
             self.wait()
         finally:
             self._orbax.close()
+            self._quiet.close()
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -160,10 +169,9 @@ class Checkpointer:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _failure(self, step: int, error: BaseException) -> CheckpointError:
-        intact = checkpoint_dir.complete_steps(self._folder)
-        kept = f"step {intact[-1]} is intact" if intact else "there is no earlier checkpoint"
-        return CheckpointError(f"saving step {step} in {self._folder} failed: {checkpoint_dir.reason(error)}; {kept}")
+    def _failure(self, step: int, size: int, error: Exception) -> CheckpointError:
+        failed_save.clean_up(self._folder, step)
+        return failed_save.failure(self._folder, step, size, error)
 
 
 class Files:

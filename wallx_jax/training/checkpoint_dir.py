@@ -124,7 +124,7 @@ def prepare(folder: Path, resumed_step: int | None) -> None:
     """
     if not folder.is_dir():
         return
-    for leftover in [child for child in folder.iterdir() if _TEMPORARY.fullmatch(child.name)]:
+    for leftover in partial_saves(folder):
         logger.warning("removing %s, left by an interrupted save", leftover)
         shutil.rmtree(leftover)
     if resumed_step is None:
@@ -134,6 +134,11 @@ def prepare(folder: Path, resumed_step: int | None) -> None:
         aside = next(name for name in names if not name.exists())
         logger.warning("continuing from step %d: the later checkpoint %d is kept as %s", resumed_step, step, aside)
         (folder / str(step)).rename(aside)
+
+
+def partial_saves(folder: Path) -> list[Path]:
+    """What saves that were interrupted or failed have left in a checkpoints/ folder."""
+    return [child for child in folder.iterdir() if _TEMPORARY.fullmatch(child.name)]
 
 
 def read_metadata(path: str | Path, save_path: str | Path | None = None) -> dict[str, Any]:
@@ -221,7 +226,7 @@ def first_readable(
         except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
             raise  # out of memory and device errors say nothing about the files
         except Exception as error:  # Orbax and TensorStore report damage as many types
-            if any(isinstance(cause, KeyboardInterrupt | asyncio.CancelledError) for cause in _causes(error)):
+            if any(isinstance(cause, KeyboardInterrupt | asyncio.CancelledError) for cause in causes(error)):
                 raise KeyboardInterrupt from error
             loaded, success, why = None, False, reason(error)
         if agree(success):
@@ -231,12 +236,12 @@ def first_readable(
     raise CheckpointError(f"no readable checkpoint: {'; '.join(failures)}")
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
     """An exception and those that it wraps."""
     if error is not None:
         yield error
         for inner in (error.__cause__, error.__context__, *getattr(error, "exceptions", ())):
-            yield from _causes(inner)
+            yield from causes(inner)
 
 
 def reason(error: BaseException) -> str:

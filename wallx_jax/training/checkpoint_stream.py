@@ -23,7 +23,7 @@ from wallx_jax import tree
 from wallx_jax.files import new_directory, sync
 from wallx_jax.models import lora
 from wallx_jax.models.config import LoraConfig
-from wallx_jax.training import checkpoint_dir
+from wallx_jax.training import checkpoint_dir, failed_save
 from wallx_jax.training.checkpoint import Files, stored
 from wallx_jax.training.checkpoint_dir import CheckpointError
 
@@ -74,6 +74,7 @@ def new_checkpoint(
         CheckpointError: Orbax does not find what was announced.
     """
     context = ocp.Context()
+    context.asynchronous.create_directories_asynchronously = False  # as in `training.checkpoint`
     context.array.saving.use_compression = False
     context.array.saving.use_ocdbt = False  # so that chunks are files, which can be written one by one
     context.array.saving.use_zarr3 = False  # the form in which Orbax recognises them
@@ -84,8 +85,12 @@ def new_checkpoint(
         "assets": Files(assets),
     }
     with new_directory(output) as partial:
-        with context:
-            ocp.save_checkpointables(partial, items)
+        try:
+            with context:
+                ocp.save_checkpointables(partial, items)
+        except BaseException:
+            failed_save.wait_for_writers()
+            raise
         seal = (partial / checkpoint_dir.COMMITTED).read_bytes()
         (partial / checkpoint_dir.COMMITTED).unlink()
         yield ParamWriter(partial / "params", specs)

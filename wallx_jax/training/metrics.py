@@ -2,8 +2,9 @@
 
 import importlib
 import json
+import logging
 import math
-import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from typing import Any, TextIO
 import jax
 
 from wallx_jax import extras
+from wallx_jax.files import atomic_file, write_text
+
+logger = logging.getLogger(__name__)
 
 
 class MetricWriter:
@@ -21,6 +25,9 @@ class MetricWriter:
 
     metrics.jsonl has one flushed line per `write`: {"step": 10, "time": 1732382400.0, "loss": 0.5, ...}; time is in
     seconds since 1970, a value that is not finite is null.
+
+    A disk that is full costs numbers, which a warning tells once, and not the run. Lines are whole all the same;
+    TensorBoard's curves end there.
 
     A resumed run appends: what was logged beyond `resumed_step` is dropped first, since those steps come again. A new
     run in a directory that has a metrics.jsonl keeps the old one as metrics.previous.jsonl.
@@ -46,16 +53,17 @@ class MetricWriter:
         config: Mapping[str, Any] | None = None,
     ):
         self._lines: TextIO | None = None
+        self._told: set[str] = set()
         if jax.process_index() != 0:
             return
         # Packages first: a missing one must not leave files behind.
-        tensorboard = _import("tensorboardX", extras.install("train"))
+        _import("tensorboardX", extras.install("train"))
         wandb = _import("wandb", f"{extras.install('wandb')}, or set use_wandb=False") if use_wandb else None
         folder = Path(save_path).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
         self._lines = _open_lines(folder / "metrics.jsonl", resumed_step)
-        purge = None if resumed_step is None else resumed_step + 1
-        self._tensorboard = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        self._curves = _EventFile(folder / "tensorboard", resumed_step)
         self._wandb = _start_wandb(wandb, folder, resumed_step, project, name, config) if wandb else None
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -65,10 +73,12 @@ class MetricWriter:
         values = {key: float(value) for key, value in scalars.items()}
         line = {"step": step, "time": round(time.time(), 3)}
         line |= {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self._lines.write(json.dumps(line) + "\n")
-        self._lines.flush()
-        for key, value in values.items():
-            self._tensorboard.add_scalar(key, value, step)
+        with self._unless_full("metrics.jsonl"):
+            self._lines.write(json.dumps(line) + "\n")
+            self._lines.flush()  # what the disk does not take stays in the buffer for the next time
+        if "tensorboard" not in self._told:  # a record that was cut short ends what is read of the file
+            with self._unless_full("tensorboard"):
+                self._curves.write(step, values)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
@@ -76,11 +86,56 @@ class MetricWriter:
         """Flushes and closes every file; further writes do nothing."""
         if self._lines is None:
             return
-        self._lines.close()
+        with self._unless_full("metrics.jsonl"):
+            self._lines.close()
         self._lines = None
-        self._tensorboard.close()
+        with self._unless_full("tensorboard"):
+            self._curves.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    @contextmanager
+    def _unless_full(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if name not in self._told:
+                self._told.add(name)
+                logger.warning(
+                    "%s cannot be written (%s): numbers will be missing", self._folder / name, error.strerror
+                )
+
+
+class _EventFile:
+    """What TensorBoard reads.
+
+    tensorboardX's own SummaryWriter writes in a thread that ends at the first error; the queue to it fills up then, and
+    whoever logs would wait for ever.
+    """
+
+    def __init__(self, folder: Path, resumed_step: int | None):
+        from tensorboardX import RecordWriter
+
+        folder.mkdir(exist_ok=True)
+        self._records = RecordWriter(str(folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"))
+        self._write(file_version="brain.Event:2")
+        if resumed_step is not None:  # hides what was logged beyond
+            self._write(step=resumed_step + 1, session_log={"status": "START"})
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboardX.summary import scalar
+
+        for key, value in values.items():
+            self._write(step=step, summary=scalar(key, value))
+        self._records.flush()
+
+    def close(self) -> None:
+        self._records.close()
+
+    def _write(self, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._records.write(Event(wall_time=time.time(), **content).SerializeToString())
 
 
 def _import(module: str, remedy: str) -> ModuleType:
@@ -97,12 +152,8 @@ def _open_lines(file: Path, resumed_step: int | None) -> TextIO:
             file.replace(file.with_name("metrics.previous.jsonl"))
         else:
             kept = [line for line in file.read_text("utf-8").splitlines() if _logged_step(line) <= resumed_step]
-            rewritten = file.with_name("metrics.jsonl.tmp")
-            with rewritten.open("w", encoding="utf-8") as lines:
-                lines.writelines(f"{line}\n" for line in kept)
-                lines.flush()
-                os.fsync(lines.fileno())
-            rewritten.replace(file)  # in one move: a crash leaves the old curve or the new one
+            with atomic_file(file) as lines:  # a crash leaves the old curve or the new one
+                lines.write("".join(f"{line}\n" for line in kept).encode())
     return file.open("a", encoding="utf-8")
 
 
@@ -125,7 +176,7 @@ def _start_wandb(
     id_file = folder / "wandb_id.txt"
     known = id_file.read_text("utf-8").strip() if resumed_step is not None and id_file.exists() else None
     run = wandb.init(project=project, name=name, config=dict(config or {}), dir=str(folder), id=known, resume="allow")
-    id_file.write_text(run.id, "utf-8")
+    write_text(id_file, run.id)
     return run
 
 
