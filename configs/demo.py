@@ -33,6 +33,6 @@ def get_config(arg: str = ""):
     c.frame_cache = "runs/demo/cache"
     c.save_interval = 750
     c.eval_interval = 250
-    c.eval_batches = 2
+    c.eval_frames = 128
     c.log_interval = 50
     return c

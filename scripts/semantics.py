@@ -33,7 +33,9 @@ def main() -> None:
 
     tested = subject.open_subject(arguments)
     policy, source = tested.policy, tested.held_out
-    batches = list(eval_batches(source, policy.processor, arguments.batch_size, arguments.batches))
+    batches = list(
+        eval_batches(source, policy.processor, arguments.batch_size, arguments.batches * arguments.batch_size)
+    )
     recorded = openloop.read(source, stride=1, limit=arguments.frames)
     found = semantics.measure(policy, batches, recorded, arguments.steps)
     decision = semantics.decide(found)

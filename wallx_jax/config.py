@@ -201,7 +201,9 @@ def default_config() -> OrderedConfig:
     c.resume.ckpt = placeholder(str)  # to continue from; "latest": the newest of save_path, a new run if it has none
     c.resume.load_ckpt_only = False  # take its weights only: step, optimizer and data start anew
     c.eval_interval = 1000  # steps between validations; 0: never
-    c.eval_batches = 8  # at most so many batches of held-out frames per validation, of each dataset, spread evenly
+    c.eval_frames = 256  # held-out frames per validation, of each dataset, spread evenly; all where it has fewer
+    # With this limit the frames, and so the loss, depend on the batch size and the number of devices.
+    c.eval_batches = placeholder(int)  # at most so many batches of these frames; None: as many as it takes
     c.eval_batch_size_per_gpu = placeholder(int)  # samples per device; None: batch_size_per_gpu
     c.log_interval = 10  # steps between log lines
     c.use_wandb = False  # also log to Weights & Biases
@@ -340,7 +342,7 @@ POSITIVE = (
     "action_expert_intermediate_size", "action_horizon", "max_length", "max_fast_tokens", "learning_rate",
     "action_expert_learning_rate", "batch_size_per_gpu", "eval_batch_size_per_gpu", "gradient_accumulation_steps",
     "num_training_steps", "max_grad_norm", "max_nonfinite_steps", "save_interval", "max_to_keep",
-    "eval_batches", "log_interval", "profile_active_iters", "lora.alpha",
+    "eval_frames", "eval_batches", "log_interval", "profile_active_iters", "lora.alpha",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "min_lr", "num_warmup_steps", "num_workers", "weight_decay", "flow_loss_weight", "seed", "split_seed",

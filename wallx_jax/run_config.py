@@ -158,7 +158,8 @@ class LoopConfig:
     resume_ckpt: str | None
     load_ckpt_only: bool
     eval_interval: int
-    eval_batches: int
+    eval_frames: int
+    eval_batches: int | None
     log_interval: int
     use_wandb: bool
     log_project: str

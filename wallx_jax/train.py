@@ -193,9 +193,11 @@ def _run(config: ConfigDict, dry_run: bool, stack: contextlib.ExitStack) -> Path
     stack.callback(writer.close)
     eval_batch = settings.data.eval_batch_size * mesh.shape["data"] * mesh.shape["fsdp"]
 
+    eval_frames = min(loop.eval_frames, (loop.eval_batches or loop.eval_frames) * eval_batch)
+
     def held_out() -> Iterator[EvalBatch]:
         for (_, val), processor, number in zip(sources, processors, numbers, strict=True):
-            yield from eval_batches(val, processor, eval_batch, loop.eval_batches, share, shares, number)
+            yield from eval_batches(val, processor, eval_batch, eval_frames, share, shares, number)
 
     checkpointer = Checkpointer(save_path, loop.max_to_keep, resumed_step)
     stack.callback(checkpointer.close)

@@ -190,12 +190,20 @@ def test_every_held_out_frame_counts_once(source, size):
 
 
 def test_eval_limit_spreads_over_the_source(source):
-    (batch,) = eval_batches(source, PlainProcessor(), 2, limit=1)
+    (batch,) = eval_batches(source, PlainProcessor(), 2, limit=2)
     assert batch.counted.all() and batch.frame.tolist() == [source.frames[0], source.frames[-1]]
     np.testing.assert_array_equal(batch.batch.state, [source.low_dim(i).state for i in (0, len(source) - 1)])
 
 
-@pytest.mark.parametrize("limit", [2, None])
+def test_eval_limit_is_the_same_frames_in_any_batches(source):
+    def frames(size):
+        batches = eval_batches(source, PlainProcessor(), size, limit=7)
+        return [int(x) for batch in batches for x in batch.frame[batch.counted]]
+
+    assert frames(1) == frames(2) == frames(13) and len(set(frames(1))) == 7
+
+
+@pytest.mark.parametrize("limit", [12, None])
 def test_processes_share_each_eval_batch(source, limit):
     whole = list(eval_batches(source, PlainProcessor(), 8, limit))
     for index in range(2):

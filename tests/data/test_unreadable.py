@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import synthetic
 
+from wallx_jax.data.batch import Batch
 from wallx_jax.data.errors import FrameError
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.metadata import read_info
+from wallx_jax.data.pipeline import eval_batches
 from wallx_jax.data.unreadable import ATTEMPTS, SkippedFrames, SkipUnreadable
 
 HIGH = next(iter(synthetic.CAMERAS))
@@ -48,6 +50,20 @@ def test_others_keep_their_places(sound, damaged):
     assert not {found[i] for i in BAD} & {expected[i] for i in BAD}, "what took their places can be read"
     assert order(SkipUnreadable(LeRobotSource(read_info(damaged), 2, [HIGH]))) == found, "in every run the same"
     assert [sample.frame for sample in map(skipping.low_dim, BAD)] == [expected[i][1] for i in BAD]
+
+
+class Plain:
+    def encode(self, images, state, instruction, actions, action_is_pad, resized=False):
+        rows, ones = np.zeros(4, np.int32), np.ones_like
+        return Batch(tuple(images), rows, rows > 0, rows[:0], state, ones(state), actions, ones(actions), action_is_pad)
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_validation_leaves_them_out(damaged, size):
+    source = SkipUnreadable(LeRobotSource(read_info(damaged), 2, [HIGH]))
+    batches = list(eval_batches(source, Plain(), size))
+    counted = np.concatenate([batch.frame[batch.counted] for batch in batches])
+    assert counted.tolist() == [i for i in range(len(source)) if i not in BAD], "nothing counts twice in their places"
 
 
 def test_skipped_frames_are_counted_across_processes(damaged):

@@ -414,19 +414,3 @@ def test_what_the_disk_refuses_is_told(model_dir, dataset_dir, tmp_path, capsys)
             wallx_jax.train.main(config)
         assert exit.value.code == 1
         assert re.search(r"^error: .*\n.* is a file, no folder", capsys.readouterr().err, re.MULTILINE)
-
-
-def test_validation_loss_depends_on_the_frames_alone(model_dir, dataset_dir, tmp_path, monkeypatch):
-    """Before the first update, so that the weights are the same, in batches and on devices of other numbers."""
-    losses = []
-    for devices, size in ((1, 1), (1, 13), (4, 2)):
-        tiny_run.use_devices(monkeypatch, devices)
-        config = tiny_run.run_config(
-            model_dir, dataset_dir, tmp_path / f"{devices}_{size}", num_training_steps=1, learning_rate=1e-12,
-            min_lr=0.0, eval_interval=1, eval_batches=100, mesh__fsdp=1, mesh__data=devices,
-            eval_batch_size_per_gpu=size, batch_size_per_gpu=4 // devices,
-        )  # fmt: skip
-        wallx_jax.train.run(config)
-        lines = (tmp_path / f"{devices}_{size}" / "metrics.jsonl").read_text().splitlines()
-        losses += [line["val_loss"] for line in map(json.loads, lines) if "val_loss" in line]
-    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)

@@ -73,7 +73,7 @@ def made_under(numerics, policy, batches):
 @pytest.mark.slow
 @pytest.mark.parametrize("truth", COMBINATIONS, ids=lambda c: "-".join(c.values()))
 def test_finds_what_the_data_were_made_with(policy, source, truth):
-    batches = made_under(truth, policy, list(eval_batches(source, policy.processor, 4, limit=4)))
+    batches = made_under(truth, policy, list(eval_batches(source, policy.processor, 4, limit=16)))
     recorded = openloop.read(source, stride=1, limit=2)
     found = semantics.measure(policy, batches, recorded, steps=2)
     decision = semantics.decide(found)
@@ -133,7 +133,7 @@ def test_the_cache_of_the_hub_is_left_alone(wallx_dir, tmp_path):
 
 def test_losses_are_those_of_the_model_under_each_combination(policy, source):
     """Against a direct computation of one batch's flow loss."""
-    (held_out,) = eval_batches(source, policy.processor, 2, limit=1)
+    (held_out,) = eval_batches(source, policy.processor, 2, limit=2)
     batch = held_out.batch
     found = semantics.measure(policy, [held_out], openloop.read(source, stride=1, limit=1), steps=1)
     for m in found:

@@ -257,6 +257,34 @@ def test_validation_is_the_same_in_any_batches_and_on_any_mesh(state, objective)
         assert other == pytest.approx(alone, rel=1e-5)
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_validation_is_the_mean_of_what_each_frame_gives_alone(state, fast):
+    frames, objective = random_batch((5,), labels=4 if fast else 0), Objective(use_flow=not fast)
+    frames.labels[3] = -100  # nothing to be said
+    total = count = 0
+    for i in range(5):
+        one = jax.tree.map(lambda x, i=i: x[i : i + 1], frames)
+        net = bind(SMALL, state.params)
+        if fast:
+            logits = net.logits(net.forward(net.embed_batch(one)).hidden[:, -5:-1])
+            said = np.flatnonzero(one.labels[0] != -100)
+            total -= jax.nn.log_softmax(logits)[0, said, one.labels[0, said]].sum()
+            count += len(said)
+            continue
+        noise, time = frame_noise_and_time(held_out(one, i), SMALL, 3)
+        x = (1 - time[:, None, None]) * noise + time[:, None, None] * one.actions
+        hidden = net.forward(net.embed_batch(one), (x, one.action_mask, time)).hidden[:, -HORIZON:]
+        error = np.square(net.action.velocity(hidden) - (one.actions - noise)) * one.action_mask
+        total, count = total + error.sum(), count + error.size
+    mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    evaluate = jax.jit(make_eval_step(SMALL, objective, seed=3))
+    rows = [held_out(jax.tree.map(lambda x, s=s: x[s : s + 2], frames), s) for s in (0, 2)]
+    filled = held_out(jax.tree.map(lambda x: x[[4, 4]], frames), 4)
+    rows.append(dataclasses.replace(filled, counted=np.array([True, False])))
+    scalars = validate(Steps(None, evaluate, 0), state.params, rows, mesh, 1.0)
+    assert scalars["val_loss"] == pytest.approx(float(total) / count, rel=1e-5)
+
+
 def test_schedule():
     rate = schedule(1e-3, OPTIM, 12)
     assert [float(rate(n)) for n in (0, 1, 2, 7, 12, 50)] == pytest.approx([0, 5e-4, 1e-3, 5.5e-4, 1e-4, 1e-4])

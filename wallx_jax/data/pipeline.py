@@ -154,25 +154,32 @@ def eval_batches(
 ) -> Iterator[EvalBatch]:
     """Yields every frame once, in a fixed order; batches all have `batch_size` samples, so that one compilation serves.
 
-    The last batch is filled up with its first sample, which is not counted there again.
+    The last batch is filled up with its first sample, which is not counted there again. Nor is one that stands for a
+    frame that cannot be decoded.
 
     Args:
-        limit: at most so many batches, then of frames spread evenly over the source.
+        limit: at most so many frames, then spread evenly over the source.
         process_index, process_count: which share of each batch this process of a multi-host run takes.
         dataset: the number that samples carry in a mixture.
     """
     places = np.arange(len(source))
-    if limit is not None and limit * batch_size < len(source):
-        places = np.linspace(0, len(source) - 1, limit * batch_size).round().astype(int)
+    if limit is not None and limit < len(source):
+        places = np.linspace(0, len(source) - 1, limit).round().astype(int)
     encode = Encode(processor, dataset)
+
+    def read(place: int) -> tuple[Batch, bool]:
+        raw, asked = source[place], source.low_dim(place)
+        return encode(raw), (raw.episode, raw.frame) == (asked.episode, asked.frame)
+
     for start in range(0, len(places), batch_size):
         chosen = places[start : start + batch_size]
         filled = np.pad(chosen, (0, batch_size - len(chosen)), constant_values=chosen[0])[process_index::process_count]
-        samples = {int(i): encode(source[int(i)]) for i in np.unique(filled)}
+        found = {int(i): read(int(i)) for i in np.unique(filled)}
+        samples, itself = zip(*(found[int(i)] for i in filled), strict=True)
         yield EvalBatch(
-            stack_samples([samples[int(i)] for i in filled]),
+            stack_samples(samples),
             frame=np.asarray(source.frames)[filled].astype(np.uint32),
-            counted=(np.arange(batch_size) < len(chosen))[process_index::process_count],
+            counted=(np.arange(batch_size) < len(chosen))[process_index::process_count] & np.array(itself),
         )
 
 
