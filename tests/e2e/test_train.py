@@ -1,6 +1,8 @@
 """The main job, end to end on a tiny model: weights and dataset in, checkpoint out, resumed, acted with."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -391,6 +393,20 @@ def test_divergence_stops_the_run_and_keeps_the_batch(model_dir, dataset_dir, tm
     with np.load(file) as batch:
         assert batch["image_0"].shape == (2, 56, 84, 3) and np.isfinite(batch["actions"]).all()
     assert checkpoint_dir.latest_step(tmp_path / "run") is None
+
+
+def test_a_disk_that_does_not_take_the_bad_batch_hides_no_divergence(model_dir, dataset_dir, tmp_path, monkeypatch):
+    def full(file, **arrays):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(np, "savez", full)
+    changes = {"learning_rate": 1e30, "num_warmup_steps": 0, "num_training_steps": 20, "max_nonfinite_steps": 1}
+    config = tiny_run.run_config(
+        model_dir, dataset_dir, tmp_path / "run", eval_interval=0, save_interval=100, **changes
+    )
+    with pytest.raises(NonFiniteError, match="could not be kept .*No space left"):
+        train(config)
+    assert not list((tmp_path / "run").glob("*nonfinite*"))
 
 
 def test_frame_cache_and_profile(four_steps, model_dir, dataset_dir, tmp_path):

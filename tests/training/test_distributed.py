@@ -46,7 +46,7 @@ def explicit(address, count, index):
 )
 def test_settings_then_variables_then_launcher(joined, config, environ, calls):
     distributed.initialize(config, environ)
-    assert joined == calls
+    assert joined == [call | {"heartbeat_timeout_seconds": distributed.HEARTBEAT_S} for call in calls]
 
 
 def test_half_of_it_is_an_error(joined):

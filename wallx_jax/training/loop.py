@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from wallx_jax.data.batch import Batch, EvalBatch, describe
 from wallx_jax.data.unreadable import SkippedFrames
+from wallx_jax.files import atomic_file
 from wallx_jax.models.wallx import LossSums
 from wallx_jax.run_config import LoopConfig
 from wallx_jax.training import flops
@@ -107,10 +108,13 @@ def run_loop(
         skipped += 1
         progress.note(f"step {step}: loss or gradients are not finite; update skipped ({skipped} so far)")
         if skipped >= loop.max_nonfinite_steps:
-            file = save_bad_batch(batch, Path(loop.save_path), step)
+            try:
+                kept = f"the last batch is in {save_bad_batch(batch, Path(loop.save_path), step)}"
+            except OSError as error:
+                kept = f"the last batch could not be kept ({error})"
             raise NonFiniteError(
                 f"stopped at step {step}: {skipped} updates had a loss or gradients that are not finite "
-                f"(max_nonfinite_steps = {loop.max_nonfinite_steps}); the last batch is in {file}. "
+                f"(max_nonfinite_steps = {loop.max_nonfinite_steps}); {kept}. "
                 f"Lower learning_rate, or look at the data with numpy.load"
             )
 
@@ -228,6 +232,7 @@ def save_bad_batch(batch: Batch, save_path: Path, step: int) -> Path:
     """Writes a batch's arrays to save_path/nonfinite_step_N.npz."""
     arrays = {f"image_{i}": image for i, image in enumerate(batch.images)}
     arrays |= {name: getattr(batch, name) for name in describe(batch) if name != "images"}
-    file = save_path / f"nonfinite_step_{step}.npz"
-    np.savez(file, **arrays)
-    return file
+    path = save_path / f"nonfinite_step_{step}.npz"
+    with atomic_file(path) as file:
+        np.savez(file, **arrays)
+    return path
