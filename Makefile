@@ -55,7 +55,7 @@ torch-reference: $(VENV)/.uv
 
 # lerobot's loader on what we export.
 test-loaders: torch-reference $(VENV)/.test
-	$(BIN)/python -m pytest tests/conversion/test_loaders.py
+	$(BIN)/python -m pytest tests/checkpoints/test_loaders.py
 
 clean:
 	rm -rf .venv .venv-torch .venv-install .venv-lowest *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -4,7 +4,7 @@ python -m wallx_jax.train --config=configs/aloha.py --workdir=/data/aloha
 """
 
 from wallx_jax.config import default_config
-from wallx_jax.robots import ALOHA_DOF
+from wallx_jax.config.robots import ALOHA_DOF
 
 
 def get_config(arg: str = ""):

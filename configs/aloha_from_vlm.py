@@ -9,7 +9,7 @@ actions instead of flow matching add --config.use_fast_tokenizer=True.
 import math
 
 from wallx_jax.config import default_config
-from wallx_jax.robots import ALOHA_DOF
+from wallx_jax.config.robots import ALOHA_DOF
 
 GLOBAL_BATCH = 128
 

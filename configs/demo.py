@@ -9,7 +9,7 @@ images as small as they come.
 """
 
 from wallx_jax.config import default_config
-from wallx_jax.robots import ALOHA_DOF
+from wallx_jax.config.robots import ALOHA_DOF
 
 
 def get_config(arg: str = ""):

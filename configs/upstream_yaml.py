@@ -5,7 +5,7 @@ python -m wallx_jax.train --config=configs/upstream_yaml.py:workspace/lerobot_ex
 Says which of its keys have no meaning here. Every setting can be overridden as usual, e.g. --config.num_epoch=1.
 """
 
-from wallx_jax.upstream_yaml import read_upstream_yaml
+from wallx_jax.config.upstream_yaml import read_upstream_yaml
 
 
 def get_config(arg: str = ""):

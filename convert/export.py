@@ -10,8 +10,8 @@ Streams the tensors, compares what it wrote with the checkpoint, and makes OUTPU
 
 import argparse
 
-from wallx_jax.conversion import command
-from wallx_jax.conversion.to_pytorch import export_model
+from wallx_jax.checkpoints import command
+from wallx_jax.checkpoints.to_pytorch import export_model
 
 
 def main() -> None:

@@ -8,8 +8,8 @@ Prints what differs. Exit code 0 if both hold the same numbers (dtypes may diffe
 import argparse
 import sys
 
-from wallx_jax.conversion import command
-from wallx_jax.conversion.compare import compare
+from wallx_jax.checkpoints import command
+from wallx_jax.checkpoints.compare import compare
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ OUTPUT appears when it is complete; a run that is interrupted leaves nothing tha
 
 import argparse
 
-from wallx_jax.conversion import command
-from wallx_jax.conversion.to_checkpoint import convert_model
+from wallx_jax.checkpoints import command
+from wallx_jax.checkpoints.from_pytorch import convert_model
 
 
 def main() -> None:

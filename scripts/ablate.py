@@ -9,23 +9,23 @@ An input that can be replaced without harm is one that the policy ignores.
 import argparse
 import json
 
-from wallx_jax import extras
+from wallx_jax.utils import extras
 
 extras.require("train", __name__, __doc__)
 
-from wallx_jax.evaluation import ablation, openloop, plots, subject
+from wallx_jax.evaluation import ablation, openloop, plots, target
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    subject.add_arguments(parser)
+    target.add_arguments(parser)
     parser.add_argument("--frames", type=int, default=64, help="held-out frames, spread evenly")
     parser.add_argument("--steps", type=int, default=10, help="Euler steps")
     parser.add_argument("--seed", type=int, default=0, help="of the noise, of the policy's and of the pictures")
-    parser.add_argument("--out", type=subject.output_folder, default="runs/ablation")
+    parser.add_argument("--out", type=target.output_folder, default="runs/ablation")
     arguments = parser.parse_args()
 
-    tested = subject.open_subject(arguments)
+    tested = target.open_subject(arguments)
     policy, names = tested.policy, tested.info.dim_names(tested.held_out.action_key)
     predicted = policy.processor.predicted
     recorded = openloop.read(tested.held_out, stride=1, limit=arguments.frames)
@@ -50,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    subject.run(main)
+    target.run(main)

@@ -58,10 +58,10 @@ def target_devices(target: str, count: int) -> list:
 def plan(model, optim, train_step, sample, batch_size: int, scan_layers: bool, target: str, devices: int) -> dict:
     """The compiler's account of the train step on `devices` devices, parameters cut over fsdp; nothing is allocated."""
 
-    from wallx_jax.run_config import MeshConfig
+    from wallx_jax.config.schema import MeshConfig
     from wallx_jax.training import sharding
+    from wallx_jax.training.init import abstract_state
     from wallx_jax.training.loop import abstract_batch
-    from wallx_jax.training.start import abstract_state
     from wallx_jax.training.step import compile_train_step
 
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=devices, tensor=1), target_devices(target, devices))

@@ -110,22 +110,22 @@ def time_parts(model, params, batch, repeats: int) -> dict:
 
     from wallx_jax.models import flow
     from wallx_jax.models.generate import generate
+    from wallx_jax.models.params import from_params
     from wallx_jax.models.vision import visual_grid
-    from wallx_jax.models.wallx import bind
 
     noise = noise_for(batch)
     grids = tuple(visual_grid(image, model.vision) for image in batch.images)
 
     def vision(params, batch):
-        return bind(model, params).encode_images(batch.images)[0]
+        return from_params(model, params).encode_images(batch.images)[0]
 
     def prefix(params, batch, features):
-        net = bind(model, params)
+        net = from_params(model, params)
         prompt = net.embed_prefix(batch.tokens, batch.token_mask, features, grids, batch.state, batch.state_mask)
         return net.encode_prefix(prompt, room=ACTIONS)[0]
 
     def denoise(params, cache, noise, mask):  # all steps, as in a chunk: what one leaves to the next is not copied
-        net, times = bind(model, params), flow.euler_times(STEPS)
+        net, times = from_params(model, params), flow.euler_times(STEPS)
         return flow.integrate(
             lambda x, clock, kv: net.suffix_velocity(cache._replace(kv=kv), x, mask, clock[None]),
             noise,
@@ -137,7 +137,7 @@ def time_parts(model, params, batch, repeats: int) -> dict:
         )
 
     def say(count, params, batch):
-        net = bind(model, params)
+        net = from_params(model, params)
         return generate(net, net.embed_batch(batch), count)
 
     say_one, say_more = (jax.jit(functools.partial(say, count)) for count in (1, 1 + SAID))
@@ -166,10 +166,10 @@ def chunk_program(model, params, batch, noise):
     """The compiled program of a policy: images, prompt and noise to a chunk of actions."""
     import jax
 
-    from wallx_jax.models.wallx import bind
+    from wallx_jax.models.params import from_params
 
     def chunk(params, batch, noise):
-        net = bind(model, params)
+        net = from_params(model, params)
         return net.sample_actions(net.embed_batch(batch), noise, batch.action_mask, STEPS)
 
     return jax.jit(chunk).lower(params, batch, noise).compile()
@@ -235,7 +235,7 @@ def compare(model, params, batch, scan_layers: bool, python: Path, repeats: int)
     import jax
     import numpy as np
 
-    from wallx_jax.models.stack import unstack
+    from wallx_jax.models.scan import unstack
     from wallx_jax.weights.export import save_directory
 
     noise = noise_for(batch)
@@ -278,7 +278,7 @@ def train_program(model, params, batch, scan_layers: bool):
     """A function that makes one update and returns its loss; `compile_s` tells how long it took to compile."""
     import jax
 
-    from wallx_jax.models.stack import unstack
+    from wallx_jax.models.scan import unstack
     from wallx_jax.training.state import create_state, keep_gradients
     from wallx_jax.training.step import compile_train_step
 
@@ -316,8 +316,8 @@ def run(model, batch_size: int, what: Sequence[str], scan_layers: bool, repeats:
     """Figures measured on this machine's first device."""
     import jax
 
-    from wallx_jax.models.stack import unstack
-    from wallx_jax.models.wallx import init_params
+    from wallx_jax.models.params import init_params
+    from wallx_jax.models.scan import unstack
 
     batch = jax.device_put(random_batch(model, batch_size))
     params = jax.jit(lambda: init_params(model, 0))()
@@ -386,7 +386,7 @@ def main() -> None:
             model, optim, step, sample, arguments.batch, scan_layers, arguments.target, arguments.devices
         )
     elif arguments.compare_torch:
-        from wallx_jax.models.wallx import init_params
+        from wallx_jax.models.params import init_params
 
         params, batch = jax.device_get(init_params(model, 0)), random_batch(model, arguments.batch)
         figures = {

@@ -31,7 +31,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
-from wallx_jax import extras
+from wallx_jax.utils import extras
 
 extras.require("train", __name__, __doc__)
 
@@ -43,15 +43,15 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from wallx_jax.config import default_config, resolve
+from wallx_jax.config.schema import Camera
+from wallx_jax.data.build import build_processor, load_stats, split_sources
+from wallx_jax.data.datasets import Part, open_parts
 from wallx_jax.data.images import resize
-from wallx_jax.data.mixture import Part, open_parts
 from wallx_jax.data.pipeline import Batches, Encode, samples
 from wallx_jax.data.processor import Processor
-from wallx_jax.data.setup import build_processor, load_stats, split_sources
 from wallx_jax.data.source import FrameSource
 from wallx_jax.data.writer import DatasetWriter
-from wallx_jax.files import read_json_object
-from wallx_jax.run_config import Camera
+from wallx_jax.utils.files import read_json_object
 
 VIEWS = {"face_view": "cam_high", "left_wrist_view": "cam_left_wrist", "right_wrist_view": "cam_right_wrist"}
 DIMS, FPS, CHANNELS = 14, 30, 20

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from wallx_jax import extras
+from wallx_jax.utils import extras
 
 extras.require("train", __name__, __doc__)
 

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from wallx_jax import extras
+from wallx_jax.utils import extras
 
 extras.require("train", __name__, __doc__)
 

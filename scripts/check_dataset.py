@@ -23,17 +23,20 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from wallx_jax import extras
+from wallx_jax.utils import extras
 
 extras.require("train", __name__, __doc__)
 
-from wallx_jax.command_line import CommandLineError, launch
-from wallx_jax.config import ConfigError, default_config, resolve
-from wallx_jax.data.mapping import IMAGE_PREFIX
+from wallx_jax.config import default_config, resolve
+from wallx_jax.config.command_line import CommandLineError, launch
+from wallx_jax.config.robots import KEY_MAPPINGS
+from wallx_jax.data.datasets import open_parts
 from wallx_jax.data.metadata import is_depth, read_info
-from wallx_jax.data.mixture import open_parts
-from wallx_jax.evaluation import dataset_check, dataset_report, plots, preflight, subject
-from wallx_jax.robots import KEY_MAPPINGS
+from wallx_jax.data.validate import IMAGE_PREFIX
+from wallx_jax.dataset_check import check, preflight
+from wallx_jax.dataset_check.report import as_json, as_text
+from wallx_jax.evaluation import plots, target
+from wallx_jax.utils.errors import ConfigError
 
 # Two scripts may name a flag alike, and be imported into one program.
 define = functools.partial(flags.DEFINE_string, allow_override=True)
@@ -55,10 +58,10 @@ def main(config: ConfigDict | None) -> None:
     parts = open_parts(run)
     failed = False
     for part in parts:
-        report = dataset_check.check(part, decode)
+        report = check.check(part, decode)
         folder = output / part.name if len(parts) > 1 else output
         _write(report, folder)
-        print(f"{dataset_report.as_text(report)}\n\npictures and report.json in {folder}\n")
+        print(f"{as_text(report)}\n\npictures and report.json in {folder}\n")
         failed |= report.failed
     sys.exit(int(failed))
 
@@ -90,10 +93,10 @@ def _count(decode: str) -> int | None:
     return int(decode)
 
 
-def _write(report: dataset_check.Report, folder: Path) -> None:
+def _write(report: check.Report, folder: Path) -> None:
     info, look = report.info, report.look
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(dataset_report.as_json(report), indent=2) + "\n", "utf-8")
+    (folder / "report.json").write_text(json.dumps(as_json(report), indent=2) + "\n", "utf-8")
     state, action = report.tables.state, report.tables.action
     plots.dimensions(folder / "dimensions.png", [state, action])
     jumps = state.jumps + action.jumps
@@ -105,7 +108,7 @@ def _write(report: dataset_check.Report, folder: Path) -> None:
         plots.pictures(folder / "contact_sheet.png", _contact_rows(report))
 
 
-def _contact_rows(report: dataset_check.Report) -> list[list[tuple[str, np.ndarray]]]:
+def _contact_rows(report: check.Report) -> list[list[tuple[str, np.ndarray]]]:
     """A row for each episode and camera, with titles."""
     rows: dict[tuple[int, str], list[tuple[str, np.ndarray]]] = {}
     for (episode, frame, camera), image in sorted(report.look.shown.items(), key=lambda entry: entry[0]):
@@ -118,4 +121,4 @@ def _contact_rows(report: dataset_check.Report) -> list[list[tuple[str, np.ndarr
 
 
 if __name__ == "__main__":
-    subject.run(lambda: launch(main, needs_config=False))
+    target.run(lambda: launch(main, needs_config=False))

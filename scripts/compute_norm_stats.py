@@ -16,18 +16,19 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from wallx_jax import extras
+from wallx_jax.utils import extras
 
 extras.require("train", __name__, __doc__)
 
-from wallx_jax.command_line import CommandLineError, launch
-from wallx_jax.config import ConfigError, resolve
+from wallx_jax.config import resolve
+from wallx_jax.config.command_line import CommandLineError, launch
+from wallx_jax.config.robots import KEY_MAPPINGS
+from wallx_jax.data.build import dataset_stats
+from wallx_jax.data.datasets import open_parts
 from wallx_jax.data.metadata import DatasetInfo, read_info
-from wallx_jax.data.mixture import open_parts
 from wallx_jax.data.normalize import FILE_NAME, NormStats, save_norm_stats
-from wallx_jax.data.setup import dataset_stats
 from wallx_jax.data.stats import compute_stats, table
-from wallx_jax.robots import KEY_MAPPINGS
+from wallx_jax.utils.errors import ConfigError
 
 # Two scripts may name a flag alike, and be imported into one program.
 define = functools.partial(flags.DEFINE_string, allow_override=True)

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from wallx_jax import extras
+from wallx_jax.utils import extras
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUTS = 50
@@ -74,7 +74,7 @@ def evaluate(model: Path, run: Path, figure: Path) -> dict:
     from tqdm import tqdm
 
     from wallx_jax.evaluation import openloop
-    from wallx_jax.evaluation.subject import open_subject
+    from wallx_jax.evaluation.target import open_subject
     from wallx_jax.inference.policy import Policy
     from wallx_jax.weights.load import load_params
 

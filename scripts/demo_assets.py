@@ -18,17 +18,17 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from wallx_jax import extras
+from wallx_jax.utils import extras
 
 extras.require("train", __name__, __doc__)
 
-from wallx_jax import tree
+from wallx_jax.config.robots import ALOHA_DOF
 from wallx_jax.data.prompt import prompt_text
 from wallx_jax.data.tokenizer import Tokenizer
 from wallx_jax.data.writer import DatasetWriter
 from wallx_jax.models.config import ActionConfig, Numerics, TextConfig, VisionConfig, WallXConfig
-from wallx_jax.models.wallx import init_params
-from wallx_jax.robots import ALOHA_DOF
+from wallx_jax.models.params import init_params
+from wallx_jax.utils import tree
 from wallx_jax.weights.export import save_directory
 
 # Qwen2.5's added tokens in Qwen's order: control tokens, then plain ones.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from wallx_jax import extras
+from wallx_jax.utils import extras
 
 extras.require("train", __name__, __doc__)
 
@@ -16,9 +16,9 @@ import matplotlib
 import numpy as np
 import tabletop
 
+from wallx_jax.config.robots import ALOHA_DOF
 from wallx_jax.evaluation.openloop import Recorded, predict
 from wallx_jax.inference.policy import Observation, Policy
-from wallx_jax.robots import ALOHA_DOF
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen

@@ -16,20 +16,20 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from wallx_jax import extras
+from wallx_jax.utils import extras
 
 extras.require("train", __name__, __doc__)
 
-from wallx_jax import tree
+from wallx_jax.checkpoints.layout import assets_dir, find_model
 from wallx_jax.data import processor as processors
 from wallx_jax.data.normalize import NormStats, Stats
-from wallx_jax.evaluation import subject
+from wallx_jax.evaluation import target
 from wallx_jax.inference.load import load_policy, load_vlm, model_config
 from wallx_jax.inference.policy import ActionNotFiniteError, Policy
-from wallx_jax.inference.speaker import LogitsError
+from wallx_jax.inference.sampler import LogitsError
 from wallx_jax.inference.vlm import VLM
 from wallx_jax.models.config import WallXConfig
-from wallx_jax.training import checkpoint_dir
+from wallx_jax.utils import tree
 
 CAMERA = (480, 640)
 
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def smoke(arguments: argparse.Namespace) -> dict:
-    folder, is_pytorch = checkpoint_dir.find_model(arguments.model)
+    folder, is_pytorch = find_model(arguments.model)
     start = time.perf_counter()
     acts = model_config(folder, is_pytorch).action.intermediate_size is not None
     policy = _policy(folder, is_pytorch, arguments.horizon) if acts else None
@@ -90,7 +90,7 @@ def _act(policy: Policy, arguments: argparse.Namespace) -> dict:
 
 
 def _policy(folder: Path, is_pytorch: bool, horizon: int) -> Policy:
-    files = folder if is_pytorch else checkpoint_dir.assets_dir(folder)
+    files = folder if is_pytorch else assets_dir(folder)
     if (files / processors.FILE_NAME).is_file():
         return load_policy(folder)
     action = model_config(folder, is_pytorch).action
@@ -126,4 +126,4 @@ def _timed(call, repeats: int):
 
 
 if __name__ == "__main__":
-    subject.run(main)
+    target.run(main)

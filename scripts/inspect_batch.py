@@ -13,17 +13,19 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from wallx_jax import extras
+from wallx_jax.utils import extras
 
 extras.require("train", __name__, __doc__)
 
-from wallx_jax.command_line import launch
 from wallx_jax.config import resolve
-from wallx_jax.data.mixture import open_parts
+from wallx_jax.config.command_line import launch
+from wallx_jax.data.build import build_augment, split_sources
+from wallx_jax.data.datasets import open_parts
 from wallx_jax.data.pipeline import samples, shuffled
-from wallx_jax.data.setup import build_augment, split_sources
-from wallx_jax.evaluation import inspection, plots, preflight
-from wallx_jax.training import start
+from wallx_jax.dataset_check import preflight
+from wallx_jax.dataset_check.sample import describe_actions, describe_inputs
+from wallx_jax.evaluation import plots
+from wallx_jax.training import init
 
 flags.DEFINE_integer(
     "samples", 4, "training samples to show of each dataset, in the order in which training meets them", 1
@@ -35,7 +37,7 @@ def main(config: ConfigDict) -> None:
     run = resolve(config)
     preflight.check_folders(run)
     parts = open_parts(run)
-    _, processors = start.plan_parts(parts)
+    _, processors = init.plan_parts(parts)
 
     inputs, actions, rows = [], [], []
     for part, processor in zip(parts, processors, strict=True):
@@ -45,8 +47,8 @@ def main(config: ConfigDict) -> None:
         frames, fed = shuffled(source, seed), samples(source, processor, seed, build_augment(part.settings))
         for i in range(flags.FLAGS.samples):
             raw, sample = frames[i], fed[i]
-            inputs.append(inspection.describe_inputs(raw, sample, processor, state_names))
-            actions.append(inspection.describe_actions(raw, sample, processor, names))
+            inputs.append(describe_inputs(raw, sample, processor, state_names))
+            actions.append(describe_actions(raw, sample, processor, names))
             titles = [f"{n}: {view}" for n, view in enumerate(processor.config.views, 1)]
             titles[0] = f"episode {raw.episode}, frame {raw.frame}: {raw.instruction}\n{titles[0]}"
             rows.append(list(zip(titles, sample.images, strict=True)))

@@ -11,24 +11,24 @@ mean action.
 import argparse
 import json
 
-from wallx_jax import extras
+from wallx_jax.utils import extras
 
 extras.require("train", __name__, __doc__)
 
-from wallx_jax.evaluation import openloop, plots, subject
+from wallx_jax.evaluation import openloop, plots, target
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    subject.add_arguments(parser)
+    target.add_arguments(parser)
     parser.add_argument("--episodes", type=int, default=3, help="held-out episodes, from the first on")
     parser.add_argument("--stride", type=int, help="frames between predictions; default: the horizon")
     parser.add_argument("--steps", type=int, default=10, help="Euler steps")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
-    parser.add_argument("--out", type=subject.output_folder, default="runs/openloop")
+    parser.add_argument("--out", type=target.output_folder, default="runs/openloop")
     arguments = parser.parse_args()
 
-    tested = subject.open_subject(arguments)
+    tested = target.open_subject(arguments)
     policy, names = tested.policy, tested.info.dim_names(tested.held_out.action_key)
     stride = arguments.stride or policy.processor.config.horizon
     recorded = openloop.read(tested.held_out, stride, arguments.episodes)
@@ -58,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    subject.run(main)
+    target.run(main)

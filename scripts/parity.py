@@ -22,13 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from wallx_jax.config.schema import OptimConfig
 from wallx_jax.models import flow, losses
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.models.generate import generate
+from wallx_jax.models.params import from_params
 from wallx_jax.models.positions import next_position, position_ids
 from wallx_jax.models.vision_plan import Grid, token_count
-from wallx_jax.models.wallx import FlowTarget, LossSums, Prefix, bind
-from wallx_jax.run_config import OptimConfig
+from wallx_jax.models.wallx import FlowTarget, LossSums, Prefix
 from wallx_jax.training.optimizer import clip, global_norm, make_optimizer, schedule
 from wallx_jax.weights.load import load_params
 from wallx_jax.weights.names import torch_tensors
@@ -155,7 +156,7 @@ class Case:
         """function(net, group, arrays), compiled, on every group."""
         config = self.config_for(semantics)
         return [
-            jax.jit(lambda params, arrays, group=group: function(bind(config, params), group, arrays))(
+            jax.jit(lambda params, arrays, group=group: function(from_params(config, params), group, arrays))(
                 self.params, group.arrays
             )
             for group in self.groups
@@ -217,13 +218,13 @@ class Case:
 
     def loss(self, params, all_arrays: list[Arrays], semantics: str):
         """(loss, its parts), with the means taken over all rows; `all_arrays` as the groups'."""
-        net = bind(self.config_for(semantics), params)
+        net = from_params(self.config_for(semantics), params)
         sums, counts = LossSums(jnp.float32(0), jnp.float32(0)), LossSums(jnp.float32(0), jnp.float32(0))
         for group, arrays in zip(self.groups, all_arrays, strict=True):
             labels = arrays.get("labels", jnp.zeros((len(group.rows), 0), jnp.int32))[:, 1 : self.prefix_length]
             target = self.flow_target(arrays)
             part = net.loss_sums(self.prefix(net, group, arrays), labels, target)
-            flow_count = losses.flow_count(target.mask, "all") if target is not None else jnp.float32(0)
+            flow_count = flow.flow_count(target.mask, "all") if target is not None else jnp.float32(0)
             sums = jax.tree.map(jnp.add, sums, part)
             counts = jax.tree.map(jnp.add, counts, LossSums(losses.label_count(labels), flow_count))
         parts = jax.tree.map(lambda s, c: s / jnp.maximum(c, 1), sums, counts)

@@ -12,17 +12,17 @@ import argparse
 import json
 from pathlib import Path
 
-from wallx_jax import extras
+from wallx_jax.utils import extras
 
 extras.require("train", __name__, __doc__)
 
 from wallx_jax.data.pipeline import eval_batches
-from wallx_jax.evaluation import openloop, semantics, subject
+from wallx_jax.evaluation import numerics_search, openloop, target
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    subject.add_arguments(parser)
+    target.add_arguments(parser)
     parser.add_argument("--batches", type=int, default=16, help="batches of frames for the losses")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--frames", type=int, default=32, help="frames for the open-loop error")
@@ -31,16 +31,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
 
-    tested = subject.open_subject(arguments)
+    tested = target.open_subject(arguments)
     policy, source = tested.policy, tested.held_out
     batches = list(
         eval_batches(source, policy.processor, arguments.batch_size, arguments.batches * arguments.batch_size)
     )
     recorded = openloop.read(source, stride=1, limit=arguments.frames)
-    found = semantics.measure(policy, batches, recorded, arguments.steps)
-    decision = semantics.decide(found)
+    found = numerics_search.measure(policy, batches, recorded, arguments.steps)
+    decision = numerics_search.decide(found)
 
-    print(semantics.table(found))
+    print(numerics_search.table(found))
     print(decision.sentence())
     if policy.processor.config.objective == "fast":
         print("a FAST checkpoint has no action tokens that attend to each other: action_attention changes nothing")
@@ -51,8 +51,8 @@ def main() -> None:
     if arguments.write and decision.rivals:
         raise ValueError("not written: undecided. More --batches may tell")
     if arguments.write:
-        print(f"recorded in {semantics.write_numerics(tested.folder, decision.best.numerics)}")
+        print(f"recorded in {numerics_search.write_numerics(tested.folder, decision.best.numerics)}")
 
 
 if __name__ == "__main__":
-    subject.run(main)
+    target.run(main)

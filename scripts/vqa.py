@@ -12,12 +12,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from wallx_jax import extras
+from wallx_jax.utils import extras
 
 extras.require("train", __name__, __doc__)
 
 from wallx_jax.data.video import read_video
-from wallx_jax.evaluation import subject
+from wallx_jax.evaluation import target
 from wallx_jax.inference.load import load_vlm
 
 
@@ -64,4 +64,4 @@ def _read_image(file: Path) -> Image.Image:
 
 
 if __name__ == "__main__":
-    subject.run(main)
+    target.run(main)

@@ -18,7 +18,7 @@ import pytest
 from absl import app, flags
 
 from wallx_jax.config import default_config, flatten, resolve
-from wallx_jax.upstream_yaml import MAPPED, WITHOUT_MEANING
+from wallx_jax.config.upstream_yaml import MAPPED, WITHOUT_MEANING
 
 ROOT, DOCS = guides.ROOT, guides.ROOT / "docs"
 TESTS = "\n".join(file.read_text() for file in (ROOT / "tests").rglob("*.py") if "docs" not in file.stem)

@@ -15,15 +15,16 @@ import pytest
 import tiny_run
 from orbax.checkpoint import v1 as ocp
 
-from wallx_jax import devices, doctor, train, tree
+from wallx_jax import doctor, train
+from wallx_jax.checkpoints.checkpointer import Checkpointer
+from wallx_jax.checkpoints.inspection import check_up
+from wallx_jax.checkpoints.layout import read_model_config
 from wallx_jax.config import flatten, resolve
-from wallx_jax.data.mixture import open_parts
-from wallx_jax.models.wallx import abstract_params
-from wallx_jax.training import start
-from wallx_jax.training.checkpoint import Checkpointer
-from wallx_jax.training.checkpoint_dir import read_model_config
-from wallx_jax.training.checkup import check_up
+from wallx_jax.data.datasets import open_parts
+from wallx_jax.models.params import abstract_params
+from wallx_jax.training import init
 from wallx_jax.training.state import create_state
+from wallx_jax.utils import devices, tree
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,7 +46,7 @@ def written(model_dir, dataset_dir, tmp_path_factory):
     config = tiny_run.run_config(model_dir, dataset_dir, folder)
     (part,) = open_parts(resolve(config))
     settings = part.settings
-    origin, processors = start.plan_parts([part])
+    origin, processors = init.plan_parts([part])
     params = jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), abstract_params(origin.config))
     assets = folder / "assets"
     train.write_assets([part], processors, origin.files, assets)

@@ -11,57 +11,18 @@ import wallx_jax
 
 PACKAGE = Path(wallx_jax.__path__[0])
 
-# Part of the package, by prefix (the longest counts) -> the prefixes that it may import, besides itself.
-SETTINGS = {
-    "tree", "switches", "signals", "files", "extras", "robots", "vectors", "ranges", "config", "run_config",
-    "command_line", "upstream_yaml", "hub",
-}  # fmt: skip
-DATASET_CHECKS = {
-    f"evaluation.{name}" for name in ("preflight", "dataset_check", "findings", "frames", "signals", "videos")
-}
-ALLOWED = {
-    "": {"extras"},
-    "extras": set(),
-    "tree": set(),
-    "switches": set(),
-    "signals": set(),
-    "hub": set(),
-    "files": set(),
-    "robots": set(),
-    "devices": set(),
-    "compile_cache": set(),
-    "run_config": {"models.config", "data.template"},
-    "vectors": set(),
-    "ranges": set(),
-    "config": {"run_config", "robots", "vectors", "ranges", "models.config", "data.template"},
-    "command_line": {"config"},
-    "upstream_yaml": {"config", "files"},
-    "models": {"tree", "switches", "data.batch"},
-    "weights": {"tree", "hub", "files", "models"},
-    "data.batch": set(),
-    "data.template": set(),
-    "data": {"tree", "hub", "files", "extras", "config", "run_config", "robots", "vectors", "ranges", "models.config"},
-    "training": SETTINGS | {"models", "weights", "data"},
-    # Serving a checkpoint needs to read it, but nothing else of training.
-    "inference": SETTINGS | {"models", "weights", "data", "training.checkpoint", "training.checkpoint_dir"},
-    "conversion": SETTINGS
-    | {
-        "models",
-        "weights",
-        "data",
-        "training.checkpoint",
-        "training.checkpoint_dir",
-        "training.checkpoint_stream",
-        "training.failed_save",
-    },
-    "evaluation": SETTINGS | {"models", "weights", "data", "training", "inference"},
-    # Of the dataset alone, so that training can ask them.
-    **{name: SETTINGS | DATASET_CHECKS | {"data"} for name in DATASET_CHECKS},
-    "serving": SETTINGS | {"models.config", "data", "inference"},
-    "train": SETTINGS
-    | {"models", "weights", "data", "training", "inference", "devices", "compile_cache", "evaluation.preflight"},
-    "doctor": {"config", "extras", "files", "devices", "compile_cache", "training.checkup", "training.parts"},
-}
+# From the bottom up: a module may import from its own layer and from those before it. Layers in one row are siblings.
+LAYERS = (
+    ("utils",),
+    ("models.config",),
+    ("config",),
+    ("models",),
+    ("weights", "data"),
+    ("checkpoints", "dataset_check"),
+    ("training", "inference"),
+    ("evaluation",),
+    ("train", "doctor", ""),
+)
 HEAVY = ("torch", "torchvision", "lerobot")
 
 
@@ -76,7 +37,7 @@ def modules() -> dict[str, Path]:
 
 
 def covers(prefix: str, module: str) -> bool:
-    return module == prefix or module.startswith(f"{prefix}.")
+    return module == prefix or (bool(prefix) and module.startswith(f"{prefix}."))
 
 
 def imported(path: Path) -> set[str]:
@@ -91,17 +52,23 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+def layer(module: str) -> tuple[int, str]:
+    """Height and name of the layer that a module belongs to; the longest name that covers it counts."""
+    found = [(len(name), height, name) for height, row in enumerate(LAYERS) for name in row if covers(name, module)]
+    assert found, f"{module} is in no layer"
+    _, height, name = max(found)
+    return height, name
+
+
 @pytest.mark.parametrize("module", modules())
 def test_imports_go_one_way(module):
     files = modules()
-    part = max((prefix for prefix in ALLOWED if covers(prefix, module)), key=len, default=None)
-    assert part is not None, f"{module}: say in ALLOWED what it may import"
+    height, own = layer(module)
     for name in imported(files[module]):
         target = name.removeprefix("wallx_jax.")
         if name.startswith("wallx_jax.") and target in files and files[target].name != "__init__.py":
-            assert any(covers(prefix, target) for prefix in {part, *ALLOWED[part]}), (
-                f"{module} must not import {target}"
-            )
+            below, other = layer(target)
+            assert own == other or below < height, f"{module} must not import {target}"
 
 
 @pytest.mark.parametrize("module", modules())

@@ -8,7 +8,7 @@ import pytest
 import tiny_run
 
 import wallx_jax.train
-from wallx_jax.training import checkpoint_dir
+from wallx_jax.checkpoints.layout import latest_step
 from wallx_jax.training.interruption import StopRequest
 
 
@@ -63,7 +63,7 @@ def test_a_second_signal_says_what_is_lost(save_interval, lost, monkeypatch, dat
     def reached(self):
         updates.append(None)
         if len(updates) == 3:
-            while save_interval == 2 and checkpoint_dir.latest_step(tmp_path / "run") is None:
+            while save_interval == 2 and latest_step(tmp_path / "run") is None:
                 time.sleep(0.01)  # saved in the background
             self._give_up(signal.SIGTERM)
 

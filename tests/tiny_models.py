@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from wallx_jax import tree
 from wallx_jax.models.config import PRESETS
-from wallx_jax.models.wallx import abstract_params
+from wallx_jax.models.params import abstract_params
+from wallx_jax.utils import tree
 from wallx_jax.weights.names import torch_tensors
 from wallx_jax.weights.safetensors_io import write_safetensors
 

@@ -15,7 +15,7 @@ from wallx_jax.config import default_config
 from wallx_jax.data.normalize import NormStats, Stats
 from wallx_jax.data.tokenizer import Tokenizer
 from wallx_jax.models.config import TINY
-from wallx_jax.models.wallx import init_params
+from wallx_jax.models.params import init_params
 from wallx_jax.training import sharding
 from wallx_jax.weights.export import save_directory
 

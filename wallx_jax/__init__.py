@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-from wallx_jax import extras
+from wallx_jax.utils import extras
 
 __version__ = "0.1.0"
 

@@ -21,11 +21,11 @@ import jax
 from huggingface_hub import constants
 from packaging.requirements import Requirement
 
-from wallx_jax import compile_cache, devices, extras
-from wallx_jax.config import PLATFORMS
-from wallx_jax.files import unusable_folder
-from wallx_jax.training.checkup import Checkup, check_up
-from wallx_jax.training.parts import gib
+from wallx_jax.checkpoints.inspection import Checkup, check_up
+from wallx_jax.config.resolve import PLATFORMS
+from wallx_jax.models.param_summary import gib
+from wallx_jax.utils import compile_cache, devices, extras
+from wallx_jax.utils.files import unusable_folder
 
 SHOWN = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "lerobot", "transformers", "numpy", "torch"

@@ -10,7 +10,7 @@ continued with --config.resume.ckpt=latest; 65 (EX_DATAERR) a sample could not b
 """
 
 # ruff: noqa: E402
-from wallx_jax import signals
+from wallx_jax.utils import signals
 
 if __name__ == "__main__":  # importing the rest takes seconds, in which Ctrl-C shall not end in a traceback either
     signals.Watch(signals.end_at_once).__enter__()
@@ -31,27 +31,26 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from wallx_jax import compile_cache, devices, extras
+from wallx_jax.utils import compile_cache, devices, extras
 
 extras.require("train", __name__, __doc__)
 
-from wallx_jax.command_line import launch, render
+from wallx_jax.checkpoints.checkpointer import Checkpointer, restore_state
+from wallx_jax.checkpoints.layout import FOLDER, CheckpointError, find_checkpoints, latest_step, refuse_overwrite
 from wallx_jax.config import flatten, resolve
+from wallx_jax.config.command_line import launch, render
+from wallx_jax.config.schema import RunConfig
 from wallx_jax.data.batch import Batch, EvalBatch, describe
-from wallx_jax.data.mixture import Part, open_parts
+from wallx_jax.data.build import blank_sample, build_augment, split_sources
+from wallx_jax.data.datasets import Part, open_parts
 from wallx_jax.data.pipeline import Batches, eval_batches, mixed, samples
 from wallx_jax.data.processor import Processor
-from wallx_jax.data.setup import blank_sample, build_augment, split_sources
 from wallx_jax.data.tokenizer import Tokenizer
 from wallx_jax.data.unreadable import SkippedFrames
 from wallx_jax.data.workers import check_shared_memory
-from wallx_jax.evaluation import preflight
-from wallx_jax.files import write_text
+from wallx_jax.dataset_check import preflight
 from wallx_jax.models.config import WallXConfig
-from wallx_jax.run_config import RunConfig
-from wallx_jax.training import checkpoint_dir, distributed, ending, resume, run_lock, sharding, start
-from wallx_jax.training.checkpoint import Checkpointer, restore_state
-from wallx_jax.training.checkpoint_dir import CheckpointError
+from wallx_jax.training import distributed, init, resume, run_lock, sharding, shutdown
 from wallx_jax.training.flops import update_flops
 from wallx_jax.training.interruption import EXIT_CODE, Interrupted, StopRequest
 from wallx_jax.training.loop import Steps, UnreadableData, abstract_batch, run_loop
@@ -61,6 +60,7 @@ from wallx_jax.training.plan import Length, make_plan
 from wallx_jax.training.progress import Progress
 from wallx_jax.training.state import TrainState, keep_gradients
 from wallx_jax.training.step import Objective, compile_train_step, make_eval_step, make_train_step
+from wallx_jax.utils.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
 
 def _run(config: ConfigDict, dry_run: bool, stack: contextlib.ExitStack) -> Path | None:
     """`run`; `stack`: what is to be closed at its end."""
-    settings = start.resumable(resolve(config))
+    settings = init.resumable(resolve(config))
     preflight.check_folders(settings)
     distributed.initialize(settings.distributed)
     devices.require(settings.platform)
@@ -106,19 +106,19 @@ def _run(config: ConfigDict, dry_run: bool, stack: contextlib.ExitStack) -> Path
     mesh = sharding.make_mesh(settings.mesh)
     loop, save_path = settings.loop, Path(settings.loop.save_path).expanduser().absolute()
 
-    newest = checkpoint_dir.latest_step(save_path)
-    origin, processors = start.plan_parts(parts)
+    newest = latest_step(save_path)
+    origin, processors = init.plan_parts(parts)
     if origin.resumes:
         resume.tell_changes(config, origin.checkpoint)
-    continues = origin.resumes and origin.checkpoint.parent == save_path / checkpoint_dir.FOLDER
+    continues = origin.resumes and origin.checkpoint.parent == save_path / FOLDER
     if not continues:
-        checkpoint_dir.refuse_overwrite(save_path)
+        refuse_overwrite(save_path)
     noted = preflight.check(parts)
     sources = [split_sources(part.settings, part.source, p.config) for part, p in zip(parts, processors, strict=True)]
     micro_batch = settings.data.batch_size * mesh.shape["data"] * mesh.shape["fsdp"]
     global_batch = micro_batch * loop.gradient_accumulation_steps
-    order = start.data_order(parts, [len(train) for train, _ in sources], global_batch, loop.seed)
-    start.check_same_order(origin, order)
+    order = init.data_order(parts, [len(train) for train, _ in sources], global_batch, loop.seed)
+    init.check_same_order(origin, order)
     share, shares = sharding.data_share(mesh)
     epoch = sum(len(train) for train, _ in sources)
     total_steps, decay_steps = loop.total_steps(epoch, global_batch), loop.decay_steps(epoch, global_batch)
@@ -136,13 +136,13 @@ def _run(config: ConfigDict, dry_run: bool, stack: contextlib.ExitStack) -> Path
     batch_bytes = global_batch // shares * sum(x.nbytes for x in jax.tree.leaves(sample))
     check_shared_memory(settings.data.num_workers, batch_bytes)
 
-    abstract = start.abstract_state(origin.config, settings.optim, decay_steps, mesh)
+    abstract = init.abstract_state(origin.config, settings.optim, decay_steps, mesh)
     check_patterns(settings.optim, abstract.params)
     frames = [(len(train), len(held)) for train, held in sources]
     length = Length(global_batch, epoch, total_steps, decay_steps)
     plan = make_plan(parts, origin, processors[0].config, abstract, mesh, frames, length)
     if dry_run:
-        start.check_weights(origin, abstract)
+        init.check_weights(origin, abstract)
         print("\n".join(map(str, [plan, *(f"{name}: {finding}" for name, finding in noted)])))
         return None
     logger.info("%s", plan)
@@ -154,7 +154,7 @@ def _run(config: ConfigDict, dry_run: bool, stack: contextlib.ExitStack) -> Path
     if jax.process_index() == 0:
         save_path.mkdir(parents=True, exist_ok=True)
         stack.enter_context(run_lock.hold(save_path))
-        if checkpoint_dir.latest_step(save_path) != newest:
+        if latest_step(save_path) != newest:
             raise CheckpointError(f"another run has just saved a checkpoint in {save_path}: start this one again")
         write_text(save_path / "config.yaml", render(config))
         write_assets(parts, processors, origin.files, assets)
@@ -166,10 +166,10 @@ def _run(config: ConfigDict, dry_run: bool, stack: contextlib.ExitStack) -> Path
         state, _ = restore_state(loop.resume_ckpt, abstract, batches, save_path)
         resumed_step = int(state.step) if continues else None
     else:
-        state, resumed_step = start.load_state(origin, settings, decay_steps, mesh), None
+        state, resumed_step = init.load_state(origin, settings, decay_steps, mesh), None
     if not loop.scan_layers:
-        apart = start.abstract_state(origin.config, settings.optim, decay_steps, mesh, scan_layers=False)
-        state = start.arranged(state, apart)
+        apart = init.abstract_state(origin.config, settings.optim, decay_steps, mesh, scan_layers=False)
+        state = init.arranged(state, apart)
     if mesh.local_devices[0].platform == "cpu":
         state = keep_gradients(state, settings.optim, loop.gradient_accumulation_steps)
 
@@ -203,13 +203,13 @@ def _run(config: ConfigDict, dry_run: bool, stack: contextlib.ExitStack) -> Path
     stack.callback(checkpointer.close)
 
     def save(step: int, state: TrainState, loss: float | None) -> None:
-        stored = start.arranged(dataclasses.replace(state, gradients=None), abstract)
+        stored = init.arranged(dataclasses.replace(state, gradients=None), abstract)
         checkpointer.save(step, stored, batches, flatten(config), origin.config, assets, loss=loss, data_order=order)
 
     def give_up(number: Signals) -> None:
-        saved = checkpoint_dir.latest_step(save_path)
+        saved = latest_step(save_path)
         lost = "all that was trained is lost" if saved is None else f"what was trained after step {saved} is lost"
-        ending.leave(f"ended by a second signal ({number.name}): {lost}", 128 + number)
+        shutdown.leave(f"ended by a second signal ({number.name}): {lost}", 128 + number)
 
     evaluates = loop.eval_interval and any(len(val) for _, val in sources)
     sizes = (global_batch, eval_batch if evaluates else None)
@@ -222,7 +222,7 @@ def _run(config: ConfigDict, dry_run: bool, stack: contextlib.ExitStack) -> Path
         stop.reached, SkippedFrames([part.source for part in parts]),
     )  # fmt: skip
     checkpointer.wait()
-    last = checkpoint_dir.find_checkpoints(save_path)[0]
+    last = find_checkpoints(save_path)[0]
     if stop.stopped and int(state.step) < total_steps:
         raise Interrupted(
             f"interrupted after step {int(state.step)} of {total_steps}; saved {last}; go on with resume.ckpt=latest"
@@ -284,11 +284,11 @@ def main(config: ConfigDict, dry_run: bool = False) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)  # in place of absl's
     for library in ("absl", "jax"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    with signals.Watch(lambda number: ending.leave(f"interrupted by {number.name}", EXIT_CODE)):
+    with signals.Watch(lambda number: shutdown.leave(f"interrupted by {number.name}", EXIT_CODE)):
         try:
             settings = resolve(config)
             distributed.initialize(settings.distributed)
-            with ending.together():
+            with shutdown.together():
                 devices.require(settings.platform)  # before anything else asks JAX for its devices
                 if jax.process_index() == 0:
                     print(render(config))
@@ -299,9 +299,9 @@ def main(config: ConfigDict, dry_run: bool = False) -> None:
             print(interrupted, file=sys.stderr)
             sys.exit(EXIT_CODE)
         except UnreadableData as error:
-            ending.fail(f"error: {told(error)}", os.EX_DATAERR)
+            shutdown.fail(f"error: {told(error)}", os.EX_DATAERR)
         except USER_ERRORS as error:
-            ending.fail(f"error: {told(error)}", 1)
+            shutdown.fail(f"error: {told(error)}", 1)
     print("dry run: nothing was loaded or written" if dry_run else f"trained; last checkpoint: {last}")
 
 

@@ -9,12 +9,12 @@ import tiny_run
 from PIL import Image
 
 from wallx_jax.config import default_config
+from wallx_jax.config.schema import AugmentConfig
 from wallx_jax.data.augment import Augment
 from wallx_jax.data.batch import Batch
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.pipeline import Batches, Encode, eval_batches, samples, shuffled
 from wallx_jax.data.processor import Processor, ProcessorConfig
-from wallx_jax.run_config import AugmentConfig
 
 VIEWS = ("face_view", "left_wrist_view")
 NOTHING = AugmentConfig(crop=1.0, rotate_deg=0.0, brightness=0.0, contrast=0.0, saturation=0.0, wrist_geometry=False)

@@ -383,7 +383,7 @@ def test_a_repo_id_that_is_nowhere(tmp_path, monkeypatch):
         raise FileNotFoundError(f"dataset {repo} is nowhere")
 
     monkeypatch.setenv("HF_LEROBOT_HOME", str(tmp_path))
-    monkeypatch.setattr("wallx_jax.hub.resolve", resolve)
+    monkeypatch.setattr("wallx_jax.utils.hub.resolve", resolve)
     message = f"^dataset me/blocks is nowhere \\(lerobot's cache {tmp_path} has no me/blocks either\\)$"
     with pytest.raises(FileNotFoundError, match=message):
         read_info("me/blocks", revision="main")

@@ -6,6 +6,7 @@ import pytest
 import synthetic
 from PIL import Image
 
+from wallx_jax.config.prompt_template import PromptTemplate
 from wallx_jax.data import images as image_ops
 from wallx_jax.data.batch import Batch
 from wallx_jax.data.fast import FastTokenizer
@@ -14,7 +15,6 @@ from wallx_jax.data.normalize import NormStats, Stats
 from wallx_jax.data.pipeline import Batches, samples
 from wallx_jax.data.processor import Processor, ProcessorConfig, acts_relatively, required_prompt_length
 from wallx_jax.data.stats import compute_stats
-from wallx_jax.data.template import PromptTemplate
 from wallx_jax.data.tokenizer import Tokenizer
 
 HORIZON, FAST_SIZE = 6, 400

@@ -6,9 +6,9 @@ import qwen_vocab
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wallx_jax.config.prompt_template import PromptTemplate
 from wallx_jax.data import prompt
 from wallx_jax.data.images import image_token_count, target_size
-from wallx_jax.data.template import PromptTemplate
 from wallx_jax.data.tokenizer import Tokenizer
 
 VIEWS = ["face_view", "left_wrist_view", "right_wrist_view"]

@@ -12,12 +12,12 @@ import pytest
 import tiny_run
 
 import wallx_jax.train
-from wallx_jax import tree
-from wallx_jax.config import ConfigError
+from wallx_jax.checkpoints.layout import CheckpointError
 from wallx_jax.data.fast import FastTokenizer
 from wallx_jax.data.lerobot import LeRobotSource
-from wallx_jax.models.wallx import abstract_params
-from wallx_jax.training.checkpoint_dir import CheckpointError
+from wallx_jax.models.params import abstract_params
+from wallx_jax.utils import tree
+from wallx_jax.utils.errors import ConfigError
 from wallx_jax.weights.load import Weights, read_config
 from wallx_jax.weights.safetensors_io import WeightsError
 

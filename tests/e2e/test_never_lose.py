@@ -15,10 +15,11 @@ import tiny_jobs
 import tiny_run
 
 import wallx_jax.train
-from wallx_jax import tree
-from wallx_jax.training import checkpoint_dir, sharding
-from wallx_jax.training.checkpoint import restore_params
+from wallx_jax.checkpoints.checkpointer import restore_params
+from wallx_jax.checkpoints.layout import latest_step
+from wallx_jax.training import sharding
 from wallx_jax.training.interruption import EXIT_CODE
+from wallx_jax.utils import tree
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 STEPS = 20
@@ -81,7 +82,7 @@ def test_a_signal_saves_and_the_run_goes_on(start, whole, tmp_path, number):
     job.signal(number)
     assert job.wait() == EXIT_CODE == 75, job.log
     assert "Traceback" not in job.log and "finishing the update" in job.log
-    step = checkpoint_dir.latest_step(tmp_path / "run")
+    step = latest_step(tmp_path / "run")
     assert 3 <= step < STEPS and len(lines(tmp_path / "run")) == step
     assert f"interrupted after step {step} of {STEPS}" in job.log and "resume.ckpt=latest" in job.log
     again = start(tmp_path / "run", save_interval=1000, num_workers=0)  # their number may change
@@ -116,7 +117,7 @@ def test_a_signal_before_training_ends_the_run_and_harms_nothing(start, whole, t
 def test_a_second_signal_says_what_is_lost(start, tmp_path):
     run = tmp_path / "run"
     job = start(run, num_training_steps=100_000, save_interval=5)
-    job.until(lambda: checkpoint_dir.latest_step(run) is not None)
+    job.until(lambda: latest_step(run) is not None)
     for _ in range(2):  # one request, told twice
         job.signal(signal.SIGINT)
         time.sleep(0.05)
@@ -127,13 +128,13 @@ def test_a_second_signal_says_what_is_lost(start, tmp_path):
 def test_a_second_run_in_the_folder_is_refused(start, tmp_path):
     run = tmp_path / "run"
     first = start(run, num_training_steps=100_000, save_interval=5)
-    first.until(lambda: checkpoint_dir.latest_step(run) is not None)
+    first.until(lambda: latest_step(run) is not None)
     second = start(run)
     assert second.wait() == 1, second.log
     (line,) = [line for line in second.log.splitlines() if line.startswith("error")]
     assert f"another run (process {first.pid} on" in line and "Traceback" not in second.log
-    before = checkpoint_dir.latest_step(run)
-    first.until(lambda: checkpoint_dir.latest_step(run) > before)
+    before = latest_step(run)
+    first.until(lambda: latest_step(run) > before)
     assert first.running
     first.signal(signal.SIGTERM)
     assert first.wait() == EXIT_CODE, first.log

@@ -16,14 +16,15 @@ import tiny_run
 
 import wallx_jax
 import wallx_jax.train
-from wallx_jax import tree
-from wallx_jax.config import ConfigError, default_config, resolve
+from wallx_jax.checkpoints.checkpointer import restore_params
+from wallx_jax.checkpoints.layout import CheckpointError, latest_step, read_metadata, read_model_config
+from wallx_jax.config import default_config, resolve
+from wallx_jax.config.prompt_template import PromptTemplate
 from wallx_jax.data.fast import FastDecodeError, FastTokenizer
-from wallx_jax.data.template import PromptTemplate
-from wallx_jax.training import checkpoint_dir, start
-from wallx_jax.training.checkpoint import restore_params
-from wallx_jax.training.checkpoint_dir import CheckpointError
+from wallx_jax.training import init
 from wallx_jax.training.loop import NonFiniteError
+from wallx_jax.utils import tree
+from wallx_jax.utils.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
@@ -162,11 +163,11 @@ def test_updates_of_another_size_cannot_resume(four_steps, model_dir, dataset_di
 def test_other_data_at_resume_are_told(four_steps, caplog):
     config, last = four_steps
     origin = SimpleNamespace(resumes=True, checkpoint=last)
-    order = checkpoint_dir.read_metadata(last)["data_order"]
+    order = read_metadata(last)["data_order"]
     assert order == {"global_batch": 2, "seed": config.seed, "frames": [20], "episodes": [None], "weights": [1.0]}
-    start.check_same_order(origin, order)
+    init.check_same_order(origin, order)
     assert not caplog.records
-    start.check_same_order(origin, order | {"seed": 5, "frames": [30]})
+    init.check_same_order(origin, order | {"seed": 5, "frames": [30]})
     assert f"seed was {config.seed}, is 5; frames was [20], is [30]" in caplog.text
 
 
@@ -243,7 +244,7 @@ def test_from_qwen_with_fast_tokens(dataset_dir, tmp_path, monkeypatch):
     assert 0 <= line["action_accuracy"] < 1
     lines = map(json.loads, (Path(config.save_path) / "metrics.jsonl").read_text().splitlines())
     assert all(0 <= line["val_action_accuracy"] < 1 for line in lines if "val_loss" in line)
-    saved = checkpoint_dir.read_model_config(last)
+    saved = read_model_config(last)
     assert saved.action.intermediate_size == 16
     policy = wallx_jax.load_policy(last)
     tokenizer = policy.processor.tokenizer
@@ -392,7 +393,7 @@ def test_divergence_stops_the_run_and_keeps_the_batch(model_dir, dataset_dir, tm
     (file,) = (tmp_path / "run").glob("nonfinite_step_*.npz")
     with np.load(file) as batch:
         assert batch["image_0"].shape == (2, 56, 84, 3) and np.isfinite(batch["actions"]).all()
-    assert checkpoint_dir.latest_step(tmp_path / "run") is None
+    assert latest_step(tmp_path / "run") is None
 
 
 def test_a_disk_that_does_not_take_the_bad_batch_hides_no_divergence(model_dir, dataset_dir, tmp_path, monkeypatch):

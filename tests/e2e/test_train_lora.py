@@ -8,14 +8,14 @@ import tiny_run
 
 import wallx_jax
 import wallx_jax.train
-from wallx_jax import tree
-from wallx_jax.config import ConfigError
-from wallx_jax.conversion.compare import compare
-from wallx_jax.conversion.to_pytorch import export_model
+from wallx_jax.checkpoints.checkpointer import restore_params
+from wallx_jax.checkpoints.compare import compare
+from wallx_jax.checkpoints.layout import read_model_config
+from wallx_jax.checkpoints.to_pytorch import export_model
 from wallx_jax.models.config import LoraConfig
 from wallx_jax.models.lora import is_adapter
-from wallx_jax.training import checkpoint_dir
-from wallx_jax.training.checkpoint import restore_params
+from wallx_jax.utils import tree
+from wallx_jax.utils.errors import ConfigError
 from wallx_jax.weights.load import load_params
 
 pytestmark = pytest.mark.slow
@@ -79,7 +79,7 @@ def test_export_is_merged_and_acts_like_the_run(model_dir, run_dir, tmp_path):
     assert not {name for name in changed.values if "embed_tokens" in name or "visual" in name}
     config = load_params(exported)[0]
     assert config.lora == LoraConfig()
-    assert config.action == checkpoint_dir.read_model_config(run_dir).action
+    assert config.action == read_model_config(run_dir).action
     ours, theirs, base = (
         wallx_jax.load_policy(path, **options).predict(OBSERVATION).actions
         for path, options in (
@@ -115,5 +115,5 @@ def test_settings_that_cannot_work(model_dir, dataset_dir, tmp_path):
         wallx_jax.train.run(config_for(qwen, dataset_dir, tmp_path / "run"))
     targets = ("decoder/layers/attn/", "decoder/layers/mlp/vlm/")
     last = wallx_jax.train.run(config_for(qwen, dataset_dir, tmp_path / "run", lora__targets=targets))
-    config = checkpoint_dir.read_model_config(last)
+    config = read_model_config(last)
     assert config.lora == dataclasses.replace(LoraConfig(), rank=4, targets=targets)

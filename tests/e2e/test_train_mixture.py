@@ -11,10 +11,10 @@ import tiny_run
 
 import wallx_jax
 import wallx_jax.train
-from wallx_jax import tree
-from wallx_jax.config import ConfigError
-from wallx_jax.evaluation.subject import open_subject
-from wallx_jax.training.checkpoint import restore_params
+from wallx_jax.checkpoints.checkpointer import restore_params
+from wallx_jax.evaluation.target import open_subject
+from wallx_jax.utils import tree
+from wallx_jax.utils.errors import ConfigError
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 RNG = np.random.default_rng(0)

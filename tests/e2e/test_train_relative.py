@@ -12,13 +12,13 @@ import tiny_run
 
 import wallx_jax
 import wallx_jax.train
-from wallx_jax.config import ConfigError
-from wallx_jax.conversion.to_pytorch import export_model
+from wallx_jax.checkpoints.layout import find_checkpoints
+from wallx_jax.checkpoints.to_pytorch import export_model
 from wallx_jax.data.normalize import load_norm_stats, save_norm_stats
 from wallx_jax.data.processor import Processor
 from wallx_jax.evaluation import ablation, openloop
-from wallx_jax.evaluation.subject import open_subject
-from wallx_jax.training import checkpoint_dir
+from wallx_jax.evaluation.target import open_subject
+from wallx_jax.utils.errors import ConfigError
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 HORIZON = 4
@@ -49,7 +49,7 @@ def episode(number):
 
 
 def test_the_checkpoint_knows_where_its_dims_come_from(run_dir, subject):
-    stored = json.loads((checkpoint_dir.find_checkpoints(run_dir)[0] / "assets" / "processor.json").read_text())
+    stored = json.loads((find_checkpoints(run_dir)[0] / "assets" / "processor.json").read_text())
     assert stored["action_key"] == "action[6:14]" and stored["relative_to"] == list(RELATIVE_TO)
     assert stored["state_key"] == "observation.state[7:14],observation.state[0:6]"
     assert subject.info.dim_names(subject.held_out.action_key) == [f"joint_{i}" for i in range(6, 14)]

@@ -12,10 +12,11 @@ import pytest
 import tiny_jobs
 import tiny_run
 
-from wallx_jax import tree
-from wallx_jax.training import checkpoint_dir, run_lock
-from wallx_jax.training.checkpoint import restore_params
+from wallx_jax.checkpoints.checkpointer import restore_params
+from wallx_jax.checkpoints.layout import latest_step
+from wallx_jax.training import run_lock
 from wallx_jax.training.interruption import EXIT_CODE
+from wallx_jax.utils import tree
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 STEPS = 16
@@ -157,7 +158,7 @@ def test_two_processes(start, tmp_path):
     jobs[0].until(lambda: steps_logged(run) > max(before, 4))
     jobs[1].signal(signal.SIGTERM)
     assert [job.wait() for job in jobs] == [EXIT_CODE] * 2, jobs[0].log + jobs[1].log
-    assert 4 < checkpoint_dir.latest_step(run) < STEPS
+    assert 4 < latest_step(run) < STEPS
     finish(start(run))
     assert lines(run) == lines(whole)
     a, b = (tree.flatten(restore_params(path)) for path in (run, whole))

@@ -12,9 +12,9 @@ import synthetic
 import tiny_run
 
 import wallx_jax.train
+from wallx_jax.checkpoints.layout import latest_step
 from wallx_jax.data.errors import DatasetError
 from wallx_jax.data.pipeline import Batches
-from wallx_jax.training import checkpoint_dir
 from wallx_jax.training.loop import UnreadableData
 
 BAD = (4, 9, 10, 17)
@@ -58,7 +58,7 @@ def test_the_run_saves_and_ends_with_one_line_and_goes_on_when_mended(
     assert name == "damaged" and "file-000.parquet" in line
     done = int(update) - 1
     assert f"the {done} updates before it are saved as step {done}" in line
-    assert checkpoint_dir.latest_step(run) == done
+    assert latest_step(run) == done
 
     lines = train(model_dir, damaged, run, resume__ckpt="latest", unreadable_frames="skip", **settings)
     whole = train(model_dir, damaged, tmp_path / "whole", unreadable_frames="skip", **settings)
@@ -72,7 +72,7 @@ def test_a_first_batch_that_cannot_be_read_saves_nothing(model_dir, damaged, tmp
     monkeypatch.setattr(Batches, "__next__", broken)
     with pytest.raises(UnreadableData, match="update 1: episode 0, frame 3: NaN; nothing was trained"):
         train(model_dir, damaged, tmp_path / "run", num_training_steps=4)
-    assert checkpoint_dir.latest_step(tmp_path / "run") is None
+    assert latest_step(tmp_path / "run") is None
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.multiprocess])])

@@ -10,21 +10,21 @@ import tiny_run
 from PIL import Image
 
 import wallx_jax
-from wallx_jax import tree
+from wallx_jax.checkpoints.checkpointer import Checkpointer
+from wallx_jax.checkpoints.layout import CheckpointError
+from wallx_jax.config.prompt_template import PromptTemplate
 from wallx_jax.data.fast import FastDecodeError, FastTokenizer
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.normalize import NormStats, Stats, save_norm_stats
 from wallx_jax.data.pipeline import Encode
 from wallx_jax.data.processor import PROMPT_STEP, Processor
 from wallx_jax.data.stats import compute_stats
-from wallx_jax.data.template import PromptTemplate
 from wallx_jax.inference.load import load_model
 from wallx_jax.inference.policy import ActionDecodeError, ActionNotFiniteError, Policy
-from wallx_jax.inference.speaker import LogitsError
-from wallx_jax.models import stack
-from wallx_jax.models.wallx import abstract_params
-from wallx_jax.training.checkpoint import Checkpointer
-from wallx_jax.training.checkpoint_dir import CheckpointError
+from wallx_jax.inference.sampler import LogitsError
+from wallx_jax.models import scan
+from wallx_jax.models.params import abstract_params
+from wallx_jax.utils import tree
 from wallx_jax.weights.safetensors_io import WeightsError, write_safetensors
 
 DIMS, HORIZON, VIEWS = 7, 5, ("face_view", "left_wrist_view")
@@ -330,7 +330,7 @@ def test_weights_that_went_bad(policy, speaker):
 
 def test_a_checkpoint_with_weights_that_went_bad_is_refused(policy, tmp_path):
     """When it is opened, with the paths of the parameters."""
-    flat = tree.flatten(stack.arranged(policy.params, abstract_params(policy.config)))
+    flat = tree.flatten(scan.arranged(policy.params, abstract_params(policy.config)))
     flat["action/w2/kernel"] = flat["action/w2/kernel"].at[1, 2].set(np.nan)
     flat["decoder/layers/attn/q/bias"] = flat["decoder/layers/attn/q/bias"].at[1, 0].set(np.inf)
     policy.processor.save(tmp_path / "assets")

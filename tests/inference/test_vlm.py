@@ -8,11 +8,11 @@ from torch_qwen import qwen_config, random_model, token_types, torch
 from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
 import wallx_jax
-from wallx_jax import tree
 from wallx_jax.data.chat import encode_chat
 from wallx_jax.data.images import Limits
-from wallx_jax.inference.speaker import LogitsError
+from wallx_jax.inference.sampler import LogitsError
 from wallx_jax.inference.vlm import PROMPT_STEP, VLM
+from wallx_jax.utils import tree
 
 TOKENS = 24
 RNG = np.random.default_rng(0)

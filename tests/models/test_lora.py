@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from tiny_models import SMALL
 
-from wallx_jax import tree
 from wallx_jax.models import lora
 from wallx_jax.models.config import LoraConfig, WallXConfig
-from wallx_jax.models.wallx import FlowTarget, abstract_params, bind, init_params
+from wallx_jax.models.params import abstract_params, from_params, init_params
+from wallx_jax.models.wallx import FlowTarget
+from wallx_jax.utils import tree
 
 RANK4 = LoraConfig(rank=4, alpha=8.0)
 EVERYWHERE = LoraConfig(rank=2, alpha=3.0, targets=("",))
@@ -32,7 +33,7 @@ def losses(model: WallXConfig, params) -> np.ndarray:
     """Both losses of one random sample."""
     rng = np.random.default_rng(7)
     tokens = rng.integers(0, 60, (1, 12))
-    net = bind(model.replace(tokens={"image": 80, "propri": 81}), params)
+    net = from_params(model.replace(tokens={"image": 80, "propri": 81}), params)
     tokens[0, 2], tokens[0, 8] = 80, 81
     pixels = rng.integers(0, 256, (1, 28, 28, 3), np.uint8)
     features, grids = net.encode_images((pixels,))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from torch_qwen import IMAGE, PAD, VISION_END, VISION_START, qwen_config, random_model, token_types, torch
 
+from wallx_jax.models.params import from_params
 from wallx_jax.models.vision import patchify
-from wallx_jax.models.wallx import bind
 from wallx_jax.weights.load import load_params
 
 
@@ -55,7 +55,7 @@ def test_forward(tmp_path, heads, kv_heads, depth, full, layers, grids):
 
     @jax.jit
     def run(params, tokens, mask, images):
-        net = bind(config, params)
+        net = from_params(config, params)
         features, seen = net.encode_images(images)
         assert seen == grids
         out = net.forward(net.embed_prefix(tokens, mask, features, seen), keep_layers=True)

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wallx_jax import tree
-from wallx_jax.models import flow, losses, stack
+from wallx_jax.models import flow, losses, scan
 from wallx_jax.models.attention import sequence_mask
 from wallx_jax.models.config import PRESETS, TINY, WallXConfig
-from wallx_jax.models.wallx import FlowTarget, abstract_params, bind, init_params
+from wallx_jax.models.params import abstract_params, from_params, init_params
+from wallx_jax.models.wallx import FlowTarget
+from wallx_jax.utils import tree
 
 HORIZON, LENGTH = 5, 24
 
@@ -48,7 +49,7 @@ def prefix_of(net, data):
 @pytest.mark.parametrize("mrope_layout", ["qwen", "upstream_cuda"])
 def test_prefix_cache_equals_full_recomputation(params, action_attention, mrope_layout):
     config = TINY.replace(numerics={"action_attention": action_attention, "mrope_layout": mrope_layout})
-    net, data = bind(config, params), inputs()
+    net, data = from_params(config, params), inputs()
     target = data[-1]
     noisy = flow.interpolate(target.actions, target.noise, target.time)
     prefix = prefix_of(net, data)
@@ -70,7 +71,7 @@ def test_sampling_equals_full_recomputation_at_every_step(params, action_attenti
     config = TINY.replace(numerics={"action_attention": action_attention, "masked_dims": masked_dims})
     data, steps = inputs(), 4
     noise, mask = jnp.asarray(data[-1].noise), data[-1].mask
-    net = bind(config, params)
+    net = from_params(config, params)
     prefix = prefix_of(net, data)
 
     def recomputed(x, t):
@@ -78,15 +79,15 @@ def test_sampling_equals_full_recomputation_at_every_step(params, action_attenti
         return net.action.velocity(net.forward(prefix, (x, mask, time)).hidden[:, LENGTH:])
 
     expected = euler(recomputed, noise, steps, mask, masked_dims)
-    net = bind(config, params if layers == "stacked" else stack.unstack(params))
+    net = from_params(config, params if layers == "stacked" else scan.unstack(params))
     np.testing.assert_allclose(net.sample_actions(prefix_of(net, data), noise, mask, steps), expected, atol=5e-5)
 
 
 def test_layers_apart_are_those_of_the_stack(params):
-    data, apart = inputs(), stack.unstack(params)
-    assert stack.is_apart(apart) and not stack.is_apart(params)
+    data, apart = inputs(), scan.unstack(params)
+    assert scan.is_apart(apart) and not scan.is_apart(params)
     assert tree.flatten(apart)["decoder/layers/2/attn/q/kernel"].shape == (64, 64)
-    one, other = (bind(TINY, p) for p in (params, apart))
+    one, other = (from_params(TINY, p) for p in (params, apart))
     target = data[-1]
     suffix = (jnp.asarray(target.noise), target.mask, target.time)
     a, b = (net.forward(prefix_of(net, data), suffix, keep_layers=True) for net in (one, other))
@@ -96,20 +97,20 @@ def test_layers_apart_are_those_of_the_stack(params):
     np.testing.assert_allclose(tail.hidden, b.hidden[:, -(HORIZON + 3) :], atol=1e-5)
     tail = one.forward(prefix_of(one, data), suffix, last=HORIZON + 3)
     np.testing.assert_allclose(tail.hidden, a.hidden[:, -(HORIZON + 3) :], atol=1e-5)
-    again = stack.unstack(apart)
+    again = scan.unstack(apart)
     assert tree.flatten(again).keys() == tree.flatten(apart).keys()
 
 
 def test_taking_layers_apart_can_free_the_stack():
     params = init_params(TINY, seed=0)
-    apart = stack.unstack(params, free=True)
+    apart = scan.unstack(params, free=True)
     assert params["decoder"]["layers"]["attn"]["q"]["kernel"].is_deleted()
     assert np.isfinite(tree.flatten(apart)["decoder/layers/3/attn/q/kernel"]).all()
     assert not params["embed"]["embedding"].is_deleted()
 
 
 def test_prefix_never_sees_actions_and_padding_is_inert(params):
-    net, data = bind(TINY, params), inputs()
+    net, data = from_params(TINY, params), inputs()
     tokens, mask, *rest, target = data
     noisy = flow.interpolate(target.actions, target.noise, target.time)
 
@@ -128,7 +129,7 @@ def test_prefix_never_sees_actions_and_padding_is_inert(params):
 
 def test_row_does_not_depend_on_its_padding(params):
     """The same row with more left padding gives the same velocity."""
-    net, (tokens, mask, image, state, state_mask, target) = bind(TINY, params), inputs()
+    net, (tokens, mask, image, state, state_mask, target) = from_params(TINY, params), inputs()
     wide = np.pad(tokens, ((0, 0), (6, 0)), constant_values=TINY.tokens.pad)
     wide_mask = np.pad(mask, ((0, 0), (6, 0)))
     noise = jnp.asarray(target.noise)
@@ -144,7 +145,7 @@ def test_flags_change_what_they_name(params):
     labels = jnp.zeros((2, 0), jnp.int32)
 
     def flow_sum(**numerics):
-        net = bind(TINY.replace(numerics=numerics), params)
+        net = from_params(TINY.replace(numerics=numerics), params)
         return float(net.loss_sums(prefix_of(net, data), labels, data[-1]).flow)
 
     base = flow_sum()
@@ -157,9 +158,9 @@ def test_flags_change_what_they_name(params):
 
 def test_flow_loss_reductions():
     mask = jnp.asarray(np.broadcast_to(np.arange(20) < 7, (2, 3, 20)), jnp.float32)
-    assert float(losses.flow_count(mask, "all")) == 120
-    assert float(losses.flow_count(mask, "valid")) == 42
-    error = losses.flow_error_sum(jnp.full((2, 3, 20), 2.0), jnp.zeros((2, 3, 20)), mask)
+    assert float(flow.flow_count(mask, "all")) == 120
+    assert float(flow.flow_count(mask, "valid")) == 42
+    error = flow.flow_error_sum(jnp.full((2, 3, 20), 2.0), jnp.zeros((2, 3, 20)), mask)
     assert float(error) == 4 * 42
 
 
@@ -169,11 +170,11 @@ def test_actions_past_the_end_can_be_left_out_of_the_loss():
     velocity, target = jnp.asarray(rng.normal(size=(2, 2, 3, 20)), jnp.float32)
     mask = jnp.asarray(np.broadcast_to(np.arange(20) < 7, (2, 3, 20)), jnp.float32)
     is_pad = jnp.asarray([[False, True, True], [False, False, False]])
-    assert float(losses.flow_count(mask, "all", is_pad)) == 4 * 20
-    assert float(losses.flow_count(mask, "valid", is_pad)) == 4 * 7
-    error = losses.flow_error_sum(velocity, target, mask, is_pad)
+    assert float(flow.flow_count(mask, "all", is_pad)) == 4 * 20
+    assert float(flow.flow_count(mask, "valid", is_pad)) == 4 * 7
+    error = flow.flow_error_sum(velocity, target, mask, is_pad)
     elsewhere = velocity.at[0, 1:].set(1e3)
-    assert float(losses.flow_error_sum(elsewhere, target, mask, is_pad)) == float(error)
+    assert float(flow.flow_error_sum(elsewhere, target, mask, is_pad)) == float(error)
     kept = np.square(np.asarray(velocity - target))[~np.asarray(is_pad)][:, :7]
     assert float(error) == pytest.approx(kept.sum(), rel=1e-5)
 
@@ -255,7 +256,7 @@ def test_one_compilation_serves_every_prompt(params):
     def run(params, tokens, mask, image):
         nonlocal traces
         traces += 1
-        net = bind(TINY, params)
+        net = from_params(TINY, params)
         features, grids = net.encode_images([image])
         return net.forward(net.embed_prefix(tokens, mask, features, grids)).hidden
 

@@ -13,13 +13,14 @@ import synthetic
 import tiny_run
 from absl.testing import flagsaver
 
-from wallx_jax.command_line import CommandLineError
-from wallx_jax.config import ConfigError, resolve
+from wallx_jax.config import resolve
+from wallx_jax.config.command_line import CommandLineError
+from wallx_jax.data.build import load_stats
+from wallx_jax.data.datasets import open_parts
 from wallx_jax.data.lerobot import LeRobotSource, read_info
-from wallx_jax.data.mixture import open_parts
 from wallx_jax.data.normalize import load_norm_stats
-from wallx_jax.data.setup import load_stats
 from wallx_jax.data.stats import compute_stats
+from wallx_jax.utils.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 FRAMES, DIMS = 1000, 3

@@ -18,8 +18,8 @@ from wallx_jax.config import resolve
 from wallx_jax.data.images import target_size
 from wallx_jax.data.lerobot import LeRobotSource, read_info
 from wallx_jax.data.prompt import build_prefix
-from wallx_jax.models.wallx import abstract_params
-from wallx_jax.tree import flatten
+from wallx_jax.models.params import abstract_params
+from wallx_jax.utils.tree import flatten
 from wallx_jax.weights.load import load_params
 
 ROOT = Path(__file__).resolve().parents[2]

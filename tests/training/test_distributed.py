@@ -3,9 +3,9 @@
 import jax
 import pytest
 
-from wallx_jax.config import ConfigError
-from wallx_jax.run_config import DistributedConfig
+from wallx_jax.config.schema import DistributedConfig
 from wallx_jax.training import distributed
+from wallx_jax.utils.errors import ConfigError
 
 NONE = DistributedConfig(None, None, None)
 VARIABLES = {"JAX_COORDINATOR_ADDRESS": "b:2", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}

@@ -11,15 +11,15 @@ from benchmark import random_batch
 from jax.extend.core import jaxprs_in_params
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from wallx_jax import tree
 from wallx_jax.config import default_config, resolve
-from wallx_jax.models import stack
+from wallx_jax.config.schema import MeshConfig
+from wallx_jax.models import scan
 from wallx_jax.models.config import PRESETS, TINY, WallXConfig
-from wallx_jax.models.wallx import abstract_params
-from wallx_jax.run_config import MeshConfig
+from wallx_jax.models.params import abstract_params
 from wallx_jax.training import flops, sharding
 from wallx_jax.training.optimizer import is_trainable
 from wallx_jax.training.step import Objective, batch_sums
+from wallx_jax.utils import tree
 
 MODEL = TINY.replace(
     vision={"depth": 3, "hidden_size": 128, "intermediate_size": 192, "fullatt_block_indexes": (1,)},
@@ -100,7 +100,7 @@ def test_xla_counts_the_same():
     """Layers apart, since XLA counts the body of a loop once; labels throughout, since the last layer leaves out what
     nobody asks for. XLA adds what is no product: norms, softmax, rotation."""
     batch = a_batch(MODEL, random_batch(MODEL, 1).tokens.shape[1] - 1)
-    params = jax.eval_shape(stack.unstack, abstract_params(MODEL))
+    params = jax.eval_shape(scan.unstack, abstract_params(MODEL))
     compiled = jax.jit(lambda params, batch: loss(params, {}, batch, MODEL, True)).lower(params, batch).compile()
     ours = 2 * flops.forward_flops(MODEL, jax.tree.map(lambda x: x[0], batch))
     assert ours < compiled.cost_analysis()["flops"] < 1.12 * ours

@@ -7,11 +7,11 @@ import time
 import jax
 import pytest
 
-from wallx_jax.run_config import MeshConfig
-from wallx_jax.signals import SIGNALS
+from wallx_jax.config.schema import MeshConfig
 from wallx_jax.training import interruption
 from wallx_jax.training.interruption import StopRequest
 from wallx_jax.training.sharding import make_mesh
+from wallx_jax.utils.signals import SIGNALS
 
 
 @pytest.fixture

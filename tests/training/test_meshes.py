@@ -13,13 +13,13 @@ import pytest
 import xla_flags
 from test_step import OPTIM, SMALL, random_batch
 
-from wallx_jax import tree
-from wallx_jax.models.wallx import init_params
-from wallx_jax.run_config import MeshConfig
+from wallx_jax.config.schema import MeshConfig
+from wallx_jax.models.params import init_params
 from wallx_jax.training import sharding
 from wallx_jax.training.loop import put_batch
 from wallx_jax.training.state import create_state
 from wallx_jax.training.step import Objective, make_train_step
+from wallx_jax.utils import tree
 
 MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(sizes) == 8]
 STEPS, BATCH = 5, 8

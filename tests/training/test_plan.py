@@ -7,14 +7,16 @@ import jax.numpy as jnp
 import pytest
 import tiny_run
 
-from wallx_jax import tree
-from wallx_jax.config import ConfigError, resolve
+from wallx_jax.config import resolve
+from wallx_jax.config.schema import MeshConfig
+from wallx_jax.models import param_summary
 from wallx_jax.models.config import PRESETS
-from wallx_jax.models.wallx import abstract_params
-from wallx_jax.run_config import MeshConfig
-from wallx_jax.training import parts, plan, sharding, start
+from wallx_jax.models.params import abstract_params
+from wallx_jax.training import init, plan, sharding
 from wallx_jax.training.optimizer import check_patterns, is_trainable
 from wallx_jax.training.state import create_state
+from wallx_jax.utils import tree
+from wallx_jax.utils.errors import ConfigError
 
 TINY = PRESETS["tiny"]
 
@@ -31,11 +33,11 @@ def mesh_of(**axes):
 def test_every_parameter_belongs_to_a_part_and_counts_once():
     model = dataclasses.replace(TINY, lora=optim_of(lora__rank=2).lora).replace(text={"tie_word_embeddings": False})
     specs = tree.flatten(abstract_params(model))
-    rows = parts.rows(specs, lambda path: "x")
-    assert [row.part for row in rows] == [part for part, _ in parts.PARTS]
+    rows = param_summary.rows(specs, lambda path: "x")
+    assert [row.part for row in rows] == [part for part, _ in param_summary.PARTS]
     assert sum(row.count for row in rows) == sum(x.size for x in specs.values())
     assert sum(row.size for row in rows) == sum(x.size * x.dtype.itemsize for x in specs.values())
-    table = parts.table(rows)
+    table = param_summary.table(rows)
     assert len(table) == len(rows) + 1 and f"{sum(row.count for row in rows):,}" in table[-1]
 
 
@@ -44,7 +46,7 @@ def test_every_parameter_belongs_to_a_part_and_counts_once():
 def test_memory_is_what_a_placed_state_takes(axes, changes):
     optim, mesh = optim_of(**changes), mesh_of(**axes)
     model = dataclasses.replace(TINY, lora=optim.lora)
-    memory = plan.memory_of(start.abstract_state(model, optim, 10, mesh), optim, 1)
+    memory = plan.memory_of(init.abstract_state(model, optim, 10, mesh), optim, 1)
 
     zeros = jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), abstract_params(model))
     state = create_state(zeros, optim, 10)
@@ -56,7 +58,7 @@ def test_memory_is_what_a_placed_state_takes(axes, changes):
 
     trained = tree.split(state.params, is_trainable(optim))[0]
     assert memory == plan.Memory(*map(on_first_device, (state.params, trained, state.opt_state)))
-    summed = plan.memory_of(start.abstract_state(model, optim, 10, mesh), optim, 4)
+    summed = plan.memory_of(init.abstract_state(model, optim, 10, mesh), optim, 4)
     assert summed.gradients == 2 * memory.gradients, "float32 gradients and their float32 sum"
 
 

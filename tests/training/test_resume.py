@@ -12,17 +12,18 @@ import tiny_run
 import yaml
 
 import wallx_jax.train
-from wallx_jax import tree
-from wallx_jax.config import ConfigError, resolve
+from wallx_jax.checkpoints.checkpointer import restore_params
+from wallx_jax.checkpoints.stream import StoredModel
+from wallx_jax.config import resolve
+from wallx_jax.config.schema import OptimConfig
+from wallx_jax.data.datasets import open_parts
 from wallx_jax.data.fast import FastTokenizer
-from wallx_jax.data.mixture import open_parts
 from wallx_jax.data.normalize import load_norm_stats, save_norm_stats
 from wallx_jax.models.config import Numerics
 from wallx_jax.models.lora import is_adapter, merge_params
-from wallx_jax.run_config import OptimConfig
-from wallx_jax.training import sharding, start
-from wallx_jax.training.checkpoint import restore_params
-from wallx_jax.training.checkpoint_stream import StoredModel
+from wallx_jax.training import init, sharding
+from wallx_jax.utils import tree
+from wallx_jax.utils.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 NAMES = {f"joint_{i}": 1 for i in range(14)}
@@ -260,7 +261,7 @@ def test_settings_that_act_from_here_on_are_told(adapted, caplog):
     assert unused.startswith("pretrained_wallx_path = 'gone' is not used: ")
     config = config.copy_and_resolve_references()
     config.resume.ckpt, config.numerics.remat, config.numerics.masked_dims = str(checkpoint), "none", "held"
-    origin, _ = start.plan_parts(open_parts(resolve(config)))
+    origin, _ = init.plan_parts(open_parts(resolve(config)))
     assert (origin.config.numerics.remat, origin.config.numerics.masked_dims) == ("none", "held")
 
 
@@ -359,8 +360,8 @@ def test_a_new_run_starts_with_the_policy_of_the_adapters(adapted, tmp_path, nam
     for key, value in ADAPTERS[name].items():
         config.lora[key.removeprefix("lora__")] = value
     settings = resolve(config)
-    origin, _ = start.plan_parts(open_parts(settings))
-    state = start.load_state(origin, settings, 10, sharding.make_mesh(settings.mesh))
+    origin, _ = init.plan_parts(open_parts(settings))
+    state = init.load_state(origin, settings, 10, sharding.make_mesh(settings.mesh))
     before = StoredModel(checkpoint)
     after = tree.flatten(merge_params(state.params, origin.config.lora))
     base = tree.flatten(restore_params(checkpoint))
@@ -381,8 +382,8 @@ def test_adapters_are_merged_as_precisely_as_the_new_run_keeps_them(model_dir, d
     config.resume.ckpt, config.resume.load_ckpt_only = str(checkpoint), True
     config.lora.rank, config.numerics.param_dtype, config.save_path = 0, "float32", str(tmp_path / "other")
     settings = resolve(config)
-    origin, _ = start.plan_parts(open_parts(settings))
-    params = tree.flatten(start.load_state(origin, settings, 10, sharding.make_mesh(settings.mesh)).params)
+    origin, _ = init.plan_parts(open_parts(settings))
+    params = tree.flatten(init.load_state(origin, settings, 10, sharding.make_mesh(settings.mesh)).params)
     flat = {path: np.asarray(x, np.float32) for path, x in tree.flatten(restore_params(checkpoint)).items()}
     module = "decoder/layers/attn/q"
     wanted = flat[f"{module}/kernel"] + 16 * flat[f"{module}/lora_a"] @ flat[f"{module}/lora_b"]

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
+from wallx_jax.checkpoints.layout import CheckpointError
 from wallx_jax.training import run_lock
-from wallx_jax.training.checkpoint_dir import CheckpointError
 
 HOLD = """
 import sys, time

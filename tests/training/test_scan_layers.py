@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from test_step import OPTIM, SMALL, random_batch
 
-from wallx_jax import tree
-from wallx_jax.models import stack
+from wallx_jax.config.schema import MeshConfig
+from wallx_jax.models import scan
 from wallx_jax.models.config import LoraConfig
-from wallx_jax.models.wallx import init_params
-from wallx_jax.run_config import MeshConfig
+from wallx_jax.models.params import init_params
 from wallx_jax.training import sharding
+from wallx_jax.training.init import abstract_state, arranged
 from wallx_jax.training.loop import put_batch
-from wallx_jax.training.start import abstract_state, arranged
 from wallx_jax.training.state import create_state, keep_gradients
 from wallx_jax.training.step import Objective, compile_train_step, make_train_step
+from wallx_jax.utils import tree
 
 MODEL = SMALL.replace(
     vision={"depth": 2, "fullatt_block_indexes": (1,)}, text={"num_hidden_layers": 3}, numerics={"remat": "none"}
@@ -40,7 +40,7 @@ def three_updates(model, optim, scan_layers: bool, keep: bool = False):
     stored = abstract_state(model, optim, 10, mesh)
     state = fresh_state(model, optim)
     state = arranged(state, abstract_state(model, optim, 10, mesh, scan_layers))
-    assert stack.is_apart(state.params) != scan_layers
+    assert scan.is_apart(state.params) != scan_layers
     if keep:
         state = keep_gradients(state, optim)
     batches = [put_batch(random_batch((4,), seed=i, labels=4), mesh, 1) for i in range(3)]

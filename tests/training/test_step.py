@@ -7,17 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wallx_jax import tree
+from wallx_jax.config.schema import MeshConfig, OptimConfig
 from wallx_jax.data.batch import Batch, EvalBatch
 from wallx_jax.models.config import PRESETS, TINY, LoraConfig
-from wallx_jax.models.wallx import abstract_params, bind, init_params
-from wallx_jax.run_config import MeshConfig, OptimConfig
+from wallx_jax.models.params import abstract_params, from_params, init_params
 from wallx_jax.training import sharding
 from wallx_jax.training.loop import Steps, averages, validate
 from wallx_jax.training.optimizer import group_of, make_optimizer, peak_rate, schedule
-from wallx_jax.training.rounding import stochastic
 from wallx_jax.training.state import create_state
 from wallx_jax.training.step import Objective, frame_noise_and_time, make_eval_step, make_train_step
+from wallx_jax.training.stochastic_rounding import stochastic
+from wallx_jax.utils import tree
 
 OPTIM = OptimConfig(
     learning_rate=1e-3,
@@ -134,7 +134,7 @@ def test_action_accuracy_is_that_of_greedy_prediction():
 
     @jax.jit
     def say(params, rows):
-        net = bind(SMALL, params)
+        net = from_params(SMALL, params)
         return net.logits(net.forward(net.embed_batch(rows)).hidden[:, -6:-1])
 
     rows = jax.tree.map(lambda x: x[0], batch)
@@ -264,7 +264,7 @@ def test_validation_is_the_mean_of_what_each_frame_gives_alone(state, fast):
     total = count = 0
     for i in range(5):
         one = jax.tree.map(lambda x, i=i: x[i : i + 1], frames)
-        net = bind(SMALL, state.params)
+        net = from_params(SMALL, state.params)
         if fast:
             logits = net.logits(net.forward(net.embed_batch(one)).hidden[:, -5:-1])
             said = np.flatnonzero(one.labels[0] != -100)

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from tiny_models import SMALL, SMALL_QWEN, Directory, random_params
 
-from wallx_jax import tree
 from wallx_jax.models.config import ActionConfig
-from wallx_jax.models.dtypes import ISLANDS
-from wallx_jax.models.wallx import abstract_params
+from wallx_jax.models.params import ISLANDS, abstract_params
+from wallx_jax.utils import tree
 from wallx_jax.weights.export import save_directory
 from wallx_jax.weights.load import load_params, open_weights, read_config, read_normalizers
 from wallx_jax.weights.safetensors_io import WeightsError, write_safetensors

@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wallx_jax import tree
 from wallx_jax.models.config import PRESETS
-from wallx_jax.models.wallx import abstract_params
+from wallx_jax.models.params import abstract_params
+from wallx_jax.utils import tree
 from wallx_jax.weights import names
 
 MANIFESTS = Path(__file__).parent.parent / "fixtures" / "manifests"

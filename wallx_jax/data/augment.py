@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageEnhance
 
+from wallx_jax.config.schema import AugmentConfig
 from wallx_jax.data.batch import Batch
-from wallx_jax.run_config import AugmentConfig
 
 COLOURS = (
     ("brightness", ImageEnhance.Brightness),

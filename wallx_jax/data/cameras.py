@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from wallx_jax.data.errors import unreadable
+from wallx_jax.data.image_columns import ImageColumns, check_column
 from wallx_jax.data.metadata import DatasetInfo
-from wallx_jax.data.pictures import ImageColumns, check_column
 from wallx_jax.data.spans import read_spans
 from wallx_jax.data.tables import FrameTable
 from wallx_jax.data.video import VideoReader, check_size, decode_in_order, place_in_video, video_runs

@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from wallx_jax.data.tokenizer import read_backend
-from wallx_jax.files import read_json_object, write_text
+from wallx_jax.utils.files import read_json_object, write_text
 
 # Where transformers finds the original processor class for a saved directory (`trust_remote_code=True`).
 _ORIGINAL_CODE = "physical-intelligence/fast--processing_action_tokenizer.UniversalActionProcessor"

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from wallx_jax import hub
 from wallx_jax.data.episodes import read_episode_columns
 from wallx_jax.data.metadata import DatasetInfo
 from wallx_jax.data.spans import read_spans
+from wallx_jax.utils import hub
 
 
 def fetch(info: DatasetInfo, cameras: Sequence[str] = (), first_only: bool = False) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 from packaging.version import Version
 
-from wallx_jax import extras
 from wallx_jax.data.errors import DatasetError
-from wallx_jax.files import read_json_object
+from wallx_jax.utils import extras
+from wallx_jax.utils.files import read_json_object
 
 MOST_FPS = 10_000
 FIELDS = {"codebase_version": str, "fps": (int, float), "features": dict, "total_episodes": int, "total_frames": int,

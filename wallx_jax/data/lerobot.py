@@ -27,7 +27,7 @@ class RawSample:
         instruction: the task's text.
         episode: `episode_index`.
         frame: place in the episode, `frame_index`.
-        resized: whether the images have the model's size already (data.cache).
+        resized: whether the images have the model's size already (data.frame_cache).
     """
 
     images: tuple[np.ndarray, ...]
@@ -49,7 +49,7 @@ class LeRobotSource:
         info: the dataset.
         horizon: A, actions per sample, one per frame.
         cameras: camera keys, in the order in which the prompt names them.
-        state_key, action_key: vectors, see wallx_jax.vectors.
+        state_key, action_key: vectors, see wallx_jax.config.feature_slices.
         frames: the split's frames, int [n]; None for all.
 
     Attributes:

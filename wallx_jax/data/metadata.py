@@ -12,12 +12,13 @@ import numpy as np
 from huggingface_hub import constants
 from packaging.version import Version
 
-from wallx_jax import hub, ranges, vectors
+from wallx_jax.config import feature_slices, ranges
+from wallx_jax.config.feature_slices import Slice
 from wallx_jax.data.episodes import read_episodes, read_listed_tasks
 from wallx_jax.data.errors import DatasetError
 from wallx_jax.data.info_json import read_info_json
 from wallx_jax.data.tasks import read_tasks
-from wallx_jax.vectors import Slice
+from wallx_jax.utils import hub
 
 NEWEST = Version("3.0")  # format of datasets that is read
 
@@ -121,15 +122,15 @@ class DatasetInfo:
         return tuple(shape[1:]) if channels_first else tuple(shape[:2])
 
     def parts(self, vector: str) -> tuple[Slice, ...]:
-        """Returns where the dims of a state or action are found; `vector` as in wallx_jax.vectors.
+        """Returns where the dims of a state or action are found; `vector` as in wallx_jax.config.feature_slices.
 
         Raises:
             ValueError: if the dataset has no such dims; lists the vectors that it has.
         """
         try:
-            return vectors.locate(vector, self.features)
+            return feature_slices.locate(vector, self.features)
         except ValueError as error:
-            raise ValueError(f"{self.repo_id}: {error}; it has {list(vectors.widths(self.features))}") from None
+            raise ValueError(f"{self.repo_id}: {error}; it has {list(feature_slices.widths(self.features))}") from None
 
     def dims(self, vector: str) -> int:
         """Returns the width of a state or action."""
@@ -138,7 +139,7 @@ class DatasetInfo:
     def dim_names(self, vector: str) -> list[str]:
         """Returns what the dataset calls the dims of a state or action, their numbers where it has no names."""
         self.parts(vector)
-        return vectors.dim_names(vector, self.features)
+        return feature_slices.dim_names(vector, self.features)
 
     def data_file(self, chunk: int, file: int) -> str:
         """Returns the path of a table file below the dataset's folder."""

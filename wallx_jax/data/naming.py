@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from wallx_jax import vectors
+from wallx_jax.config import feature_slices
 from wallx_jax.data.metadata import DatasetInfo
 
 SEPARATORS = "._-/ "  # between the words of a dim's name
@@ -17,9 +17,9 @@ def misplaced(groups: Sequence[tuple[str, int]], vector: str, info: DatasetInfo)
 
     Args:
         groups: (name, dims) in the order of the vector, all of its dims.
-        vector: a state or action, see wallx_jax.vectors.
+        vector: a state or action, see wallx_jax.config.feature_slices.
     """
-    called = vectors.own_names(vector, info.features)
+    called = feature_slices.own_names(vector, info.features)
     owned, first = {name: _dims_of(name, dims, called) for name, dims in groups}, 0
     for name, dims in groups:
         own, mine = range(first, first + dims), owned[name]
@@ -29,7 +29,7 @@ def misplaced(groups: Sequence[tuple[str, int]], vector: str, info: DatasetInfo)
             dim = of_others[0] if of_others else own.start
             elsewhere = [place for place in mine if place not in own]
             found = f"; its {called[elsewhere[0]]!r} is dim {elsewhere[0]}" if elsewhere else ""
-            example = vectors.place(vector, elsewhere[0] if elsewhere else own.start, info.features)
+            example = feature_slices.place(vector, elsewhere[0] if elsewhere else own.start, info.features)
             return (
                 f"{name!r} stands at dim {dim}, which the dataset calls {called[dim]!r}{found}; write the names in the "
                 f"dataset's order, or say where all of them are: {{{name!r}: {example!r}, ...}}"
@@ -44,13 +44,13 @@ def mistaken(relative_to: Sequence[int], action: str, state: str, info: DatasetI
         relative_to: per action dim the state dim, or -1.
         action, state: vectors.
     """
-    actions, states = vectors.own_names(action, info.features), vectors.own_names(state, info.features)
+    actions, states = feature_slices.own_names(action, info.features), feature_slices.own_names(state, info.features)
     for name, dim in zip(actions, relative_to, strict=False):  # empty where no action is relative
         if dim >= 0 and name is not None and name != states[dim] and name in states:
             own = states.index(name)
             return (
                 f"{name!r} would be relative to the state {states[dim]!r}, its own is dim {own}; give agent_pos_config "
-                f"the order of dof_config, with places: {vectors.place(state, own, info.features)!r}"
+                f"the order of dof_config, with places: {feature_slices.place(state, own, info.features)!r}"
             )
     return None
 

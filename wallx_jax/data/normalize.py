@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from wallx_jax.files import atomic_file, read_json_object
+from wallx_jax.utils.files import atomic_file, read_json_object
 
 logger = logging.getLogger(__name__)
 

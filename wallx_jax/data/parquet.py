@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from wallx_jax.data.errors import DatasetError
-from wallx_jax.files import is_lfs_pointer
+from wallx_jax.utils.files import is_lfs_pointer
 
 MOST_ROWS = 3  # rows that a message names
 

@@ -16,14 +16,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from wallx_jax.config.prompt_template import PromptTemplate
 from wallx_jax.data import images as image_ops
 from wallx_jax.data import prompt
 from wallx_jax.data.batch import Batch
 from wallx_jax.data.fast import FastTokenizer
 from wallx_jax.data.normalize import Normalizer, NormStats, load_norm_stats, save_norm_stats
-from wallx_jax.data.template import PromptTemplate
 from wallx_jax.data.tokenizer import Tokenizer
-from wallx_jax.files import read_json_object, write_text
+from wallx_jax.utils.files import read_json_object, write_text
 
 FILE_NAME = "processor.json"
 ROBOTS = "robots"  # folder with a folder for each robot of a run with several datasets

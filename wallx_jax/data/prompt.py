@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from wallx_jax.data.template import PromptTemplate
+from wallx_jax.config.prompt_template import PromptTemplate
 from wallx_jax.data.tokenizer import Tokenizer, check_unicode, fast_token
 
 IGNORE = -100

@@ -33,7 +33,7 @@ def compute_stats(
     Args:
         dataset: a local folder, a repo id, what `read_info` returned, or a source of the whole dataset, whose own keys
             are then used.
-        state_key, action_key: vectors, see wallx_jax.vectors.
+        state_key, action_key: vectors, see wallx_jax.config.feature_slices.
         episodes: numbers (`episode_index`) of the episodes to use; None for all.
         relative_to: per action dim the state dim that it is relative to, or -1; empty: none.
         horizon: steps of a chunk of actions; of no effect where none is relative.

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from wallx_jax.config.feature_slices import Slice
 from wallx_jax.data import parquet
 from wallx_jax.data.errors import DatasetError
 from wallx_jax.data.metadata import DatasetInfo
-from wallx_jax.data.scratch import ScratchFolder
-from wallx_jax.vectors import Slice
+from wallx_jax.utils.temporary import ScratchFolder
 
 KEYS = ("episode_index", "frame_index", "index", "task_index")
 REPAIR = "repair the dataset or write it again"

@@ -12,8 +12,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from wallx_jax.files import read_json_object, read_text, write_text
 from wallx_jax.models.config import TokenIds
+from wallx_jax.utils.files import read_json_object, read_text, write_text
 
 # How Qwen2 cuts text before byte-pair merges; part of Qwen's tokenizer.json.
 _QWEN_SPLIT = (

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from wallx_jax.data.errors import unreadable
+from wallx_jax.data.image_columns import decode
 from wallx_jax.data.metadata import DatasetInfo
-from wallx_jax.data.pictures import decode
 from wallx_jax.data.spans import VideoSpans, read_spans
-from wallx_jax.files import is_lfs_pointer
+from wallx_jax.utils.files import is_lfs_pointer
 
 OPEN_VIDEOS = 16  # decoders that a process keeps open, of all its readers together
 COLORSPACES = (Colorspace.ITU709, Colorspace.FCC, Colorspace.SMPTE240M)  # tags that ask for other coefficients

@@ -19,7 +19,7 @@ from wallx_jax.data import episode_stats, writer_schema
 from wallx_jax.data.episode_stats import PixelStats, Stats
 from wallx_jax.data.video_writer import ENCODERS, PIX_FMT, VideoWriter
 from wallx_jax.data.writer_schema import CAMERA, NUMERIC
-from wallx_jax.files import new_directory
+from wallx_jax.utils.files import new_directory
 
 FILE = "chunk-{chunk_index:03d}/file-{file_index:03d}"
 DATA_PATH = f"data/{FILE}.parquet"

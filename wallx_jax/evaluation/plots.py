@@ -9,8 +9,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
+from wallx_jax.dataset_check.findings import Vector
 from wallx_jax.evaluation.ablation import Effect
-from wallx_jax.evaluation.findings import Vector
 from wallx_jax.evaluation.openloop import Recorded
 
 matplotlib.use("Agg")

@@ -9,22 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wallx_jax import hub, switches, tree
+from wallx_jax.checkpoints.checkpointer import restore_params
+from wallx_jax.checkpoints.layout import CheckpointError, assets_dir, find_model, read_model_config
 from wallx_jax.data import images
 from wallx_jax.data import processor as processors
 from wallx_jax.data.fast import FastTokenizer
 from wallx_jax.data.normalize import NormStats, Stats, load_norm_stats
 from wallx_jax.data.processor import Processor, ProcessorConfig
 from wallx_jax.data.tokenizer import Tokenizer
-from wallx_jax.files import read_json_object
 from wallx_jax.inference.policy import Policy
 from wallx_jax.inference.vlm import VLM
 from wallx_jax.models.config import LoraConfig, WallXConfig
 from wallx_jax.models.lora import merge_params
-from wallx_jax.models.stack import unstack
-from wallx_jax.training import checkpoint_dir
-from wallx_jax.training.checkpoint import restore_params
-from wallx_jax.training.checkpoint_dir import CheckpointError, find_model
+from wallx_jax.models.scan import unstack
+from wallx_jax.utils import hub, jax_flags, tree
+from wallx_jax.utils.files import read_json_object
 from wallx_jax.weights.load import load_params, read_config, read_normalizers
 from wallx_jax.weights.safetensors_io import WeightsError
 
@@ -37,7 +36,7 @@ LISTED = 5  # parameters named in an error
 
 
 class Model(NamedTuple):
-    """A model, its layers apart (models.stack) and adapters merged, and the directory of its tokenizer and the like."""
+    """A model, its layers apart (models.scan) and adapters merged, and the directory of its tokenizer and the like."""
 
     config: WallXConfig
     params: tree.Tree
@@ -48,10 +47,10 @@ def model_config(folder: Path, is_pytorch: bool, numerics: Mapping[str, Any] | N
     """Shapes and numerics of what `find_model` found; `numerics` override."""
     if is_pytorch:
         return read_config(folder, numerics)
-    return checkpoint_dir.read_model_config(folder).replace(numerics=numerics or {})
+    return read_model_config(folder).replace(numerics=numerics or {})
 
 
-@switches.ours()
+@jax_flags.ours()
 def load_model(
     path_or_repo: str | Path, *, revision: str | None = None, numerics: Mapping[str, Any] | None = None
 ) -> Model:
@@ -69,7 +68,7 @@ def load_model(
     _check_finite(folder, params)
     if config.lora.rank:
         config, params = dataclasses.replace(config, lora=LoraConfig()), merge_params(params, config.lora)
-    return Model(config, unstack(params, free=True), checkpoint_dir.assets_dir(folder))
+    return Model(config, unstack(params, free=True), assets_dir(folder))
 
 
 def _check_finite(folder: Path, params: tree.Tree) -> None:
@@ -129,7 +128,7 @@ def load_policy(
         ValueError: what is missing, or does not fit.
     """
     folder, is_pytorch = find_model(path_or_repo, revision)
-    files = folder if is_pytorch else checkpoint_dir.assets_dir(folder)
+    files = folder if is_pytorch else assets_dir(folder)
     if (files / processors.FILE_NAME).is_file():
         known = processors.robots(files)
         if known and robot not in known:

@@ -12,17 +12,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from wallx_jax import tree
 from wallx_jax.data.batch import Batch, stack
 from wallx_jax.data.fast import FastDecodeError
 from wallx_jax.data.processor import Processor, as_numbers
 from wallx_jax.data.prompt import Task
 from wallx_jax.inference import settings
-from wallx_jax.inference.compiled import Compiled
-from wallx_jax.inference.speaker import Speaker
+from wallx_jax.inference.jit_cache import Compiled
+from wallx_jax.inference.sampler import Speaker
 from wallx_jax.models.config import WallXConfig
-from wallx_jax.models.stack import unstack
-from wallx_jax.models.wallx import bind
+from wallx_jax.models.params import from_params
+from wallx_jax.models.scan import unstack
+from wallx_jax.utils import tree
 
 Observation = Mapping[str, Any]
 SUBTASK_TOKENS = 128  # room for a subtask in words
@@ -257,7 +257,7 @@ class Policy:
         return f"the actions are not finite at dims {dims}: the weights are damaged, or training has diverged"
 
     def _sample_chunk(self, steps: int, params: tree.Tree, batch: Batch, noise: jax.Array) -> jax.Array:
-        net = bind(self.config, params)
+        net = from_params(self.config, params)
         return net.sample_actions(net.embed_batch(batch), noise, batch.action_mask, steps)
 
 

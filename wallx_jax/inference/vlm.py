@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from wallx_jax import tree
 from wallx_jax.data.batch import Batch, stack
 from wallx_jax.data.chat import ChatPrompt, encode_chat
 from wallx_jax.data.images import IMAGE_LIMITS, Limits
 from wallx_jax.data.tokenizer import Tokenizer
 from wallx_jax.inference import settings
-from wallx_jax.inference.speaker import Speaker
+from wallx_jax.inference.sampler import Speaker
 from wallx_jax.models.config import WallXConfig
-from wallx_jax.models.stack import unstack
+from wallx_jax.models.scan import unstack
+from wallx_jax.utils import tree
 
 PROMPT_STEP = 64  # prompts are padded to a multiple of so many tokens, so that few lengths are compiled
 Conversation = Sequence[Mapping[str, Any]]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from wallx_jax.models.json_fields import field_errors, mismatch, section
+from wallx_jax.utils.json_fields import field_errors, mismatch, section
 
 
 @dataclass(frozen=True)

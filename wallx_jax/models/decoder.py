@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from wallx_jax.models import stack
+from wallx_jax.models import scan
 from wallx_jax.models.attention import attend
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.models.layers import Linear, RMSNorm, SwiGLU
@@ -96,12 +96,12 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """`stacked`: see models.stack."""
+    """`stacked`: see models.scan."""
 
     def __init__(self, config: WallXConfig, stacked: bool = True, *, rngs: nnx.Rngs):
         self.config = config
         layers = config.text.num_hidden_layers
-        self.layers = stack.build(lambda keys: DecoderLayer(config, rngs=keys), layers, stacked, rngs)
+        self.layers = scan.build(lambda keys: DecoderLayer(config, rngs=keys), layers, stacked, rngs)
         self.norm = RMSNorm(config.text.hidden_size, config.text.rms_norm_eps)
 
     def __call__(
@@ -136,12 +136,12 @@ class Decoder(nnx.Module):
             x, kv = layer(x, cos, sin, mask, num_actions, kv, start, last or length)
             return x, (kv if keep_kv else None, x if keep_layers else None)
 
-        if stack.is_stacked(self.layers):
-            x, outputs = stack.run(body, x, self.layers, remat, (cache, None))
+        if scan.is_stacked(self.layers):
+            x, outputs = scan.run(body, x, self.layers, remat, (cache, None))
             return DecoderOutput(self.norm(x[:, -last:]), *outputs)
         count = len(self.layers)
         rest = zip(cache or [None] * count, [length] * (count - 1) + [last], strict=True)
-        x, outputs = stack.run(body, x, self.layers, remat, list(rest))
+        x, outputs = scan.run(body, x, self.layers, remat, list(rest))
         kv = [kv for kv, _ in outputs] if keep_kv else None
         layers = jnp.stack([x for _, x in outputs]) if keep_layers else None
         return DecoderOutput(self.norm(x), kv, layers)

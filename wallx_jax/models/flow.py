@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from wallx_jax.models.config import ActionConfig
+from wallx_jax.models.losses import reduce_sum
 
 
 def sample_noise_and_time(
@@ -58,3 +59,25 @@ def integrate(
         return (x + duration * v, state), None
 
     return jax.lax.scan(step, (noise, state), (jnp.diff(times), per_step))[0][0]
+
+
+def flow_error_sum(
+    velocity: jax.Array,
+    target: jax.Array,
+    mask: jax.Array,
+    is_pad: jax.Array | None = None,
+    per_sample: bool = False,
+) -> jax.Array:
+    """Summed squared velocity error over the channels in mask, all [B, A, C] float32, without the actions that
+    is_pad, bool [B, A], marks."""
+    return reduce_sum(jnp.square(velocity - target) * _without(mask, is_pad), per_sample)
+
+
+def flow_count(mask: jax.Array, reduction: str, is_pad: jax.Array | None = None, per_sample: bool = False) -> jax.Array:
+    """What the sum is divided by: "all" channels of mask [B, A, C], as upstream, or the "valid" ones; without the
+    actions that is_pad, bool [B, A], marks. Not per sample, any leading axes do."""
+    return reduce_sum(_without(mask if reduction == "valid" else jnp.ones_like(mask), is_pad), per_sample)
+
+
+def _without(mask: jax.Array, is_pad: jax.Array | None) -> jax.Array:
+    return mask if is_pad is None else mask * ~is_pad[..., None]

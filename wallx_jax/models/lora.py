@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from wallx_jax import tree
 from wallx_jax.models.config import LoraConfig
 from wallx_jax.models.layers import Linear
+from wallx_jax.utils import tree
 
 LEAVES = ("lora_a", "lora_b")
 

@@ -14,12 +14,12 @@ def cross_entropy_sum(logits: jax.Array, labels: jax.Array, per_sample: bool = F
     """Summed negative log-likelihood of labels [B, W] (IGNORE: none) under logits [B, W, V]; computed in float32."""
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
-    return _sum(jnp.where(labels == IGNORE, 0.0, jax.nn.logsumexp(logits, axis=-1) - chosen), per_sample)
+    return reduce_sum(jnp.where(labels == IGNORE, 0.0, jax.nn.logsumexp(logits, axis=-1) - chosen), per_sample)
 
 
 def label_count(labels: jax.Array, per_sample: bool = False) -> jax.Array:
     """How many positions of labels [B, W] have a target; float32."""
-    return _sum(labels != IGNORE, per_sample).astype(jnp.float32)
+    return reduce_sum(labels != IGNORE, per_sample).astype(jnp.float32)
 
 
 def labels_among(labels: jax.Array, ids: tuple[int, int]) -> jax.Array:
@@ -29,37 +29,15 @@ def labels_among(labels: jax.Array, ids: tuple[int, int]) -> jax.Array:
 
 def count_among(labels: jax.Array, ids: tuple[int, int], per_sample: bool = False) -> jax.Array:
     """How many labels [B, W] are tokens of a range; float32."""
-    return _sum(labels_among(labels, ids), per_sample).astype(jnp.float32)
+    return reduce_sum(labels_among(labels, ids), per_sample).astype(jnp.float32)
 
 
 def hit_count(logits: jax.Array, labels: jax.Array, ids: tuple[int, int], per_sample: bool = False) -> jax.Array:
     """How many labels [B, W] of a range of tokens the largest logit [B, W, V] names; float32."""
     hits = labels_among(labels, ids) & (jnp.argmax(logits, axis=-1) == labels)
-    return _sum(hits, per_sample).astype(jnp.float32)
+    return reduce_sum(hits, per_sample).astype(jnp.float32)
 
 
-def flow_error_sum(
-    velocity: jax.Array,
-    target: jax.Array,
-    mask: jax.Array,
-    is_pad: jax.Array | None = None,
-    per_sample: bool = False,
-) -> jax.Array:
-    """Summed squared velocity error over the channels in mask, all [B, A, C] float32, without the actions that
-    is_pad, bool [B, A], marks."""
-    return _sum(jnp.square(velocity - target) * _without(mask, is_pad), per_sample)
-
-
-def flow_count(mask: jax.Array, reduction: str, is_pad: jax.Array | None = None, per_sample: bool = False) -> jax.Array:
-    """What the sum is divided by: "all" channels of mask [B, A, C], as upstream, or the "valid" ones; without the
-    actions that is_pad, bool [B, A], marks. Not per sample, any leading axes do."""
-    return _sum(_without(mask if reduction == "valid" else jnp.ones_like(mask), is_pad), per_sample)
-
-
-def _sum(x: jax.Array, per_sample: bool) -> jax.Array:
+def reduce_sum(x: jax.Array, per_sample: bool) -> jax.Array:
     """A scalar, or [B]."""
     return jnp.sum(x, axis=tuple(range(1, x.ndim)) if per_sample else None)
-
-
-def _without(mask: jax.Array, is_pad: jax.Array | None) -> jax.Array:
-    return mask if is_pad is None else mask * ~is_pad[..., None]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from wallx_jax.models import stack
+from wallx_jax.models import scan
 from wallx_jax.models.attention import attend
 from wallx_jax.models.config import VisionConfig
 from wallx_jax.models.layers import Linear, RMSNorm, SwiGLU
@@ -130,12 +130,12 @@ class Merger(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """`stacked`: see models.stack."""
+    """`stacked`: see models.scan."""
 
     def __init__(self, config: VisionConfig, remat: str, stacked: bool = True, *, rngs: nnx.Rngs):
         self.config, self.remat = config, remat
         self.patch_embed = Linear(config.patch_dim, config.hidden_size, bias=False, rngs=rngs)
-        self.blocks = stack.build(lambda keys: VisionBlock(config, rngs=keys), config.depth, stacked, rngs)
+        self.blocks = scan.build(lambda keys: VisionBlock(config, rngs=keys), config.depth, stacked, rngs)
         self.merger = Merger(config, rngs=rngs)
 
     def __call__(self, patches: jax.Array, grids: tuple[Grid, ...]) -> jax.Array:
@@ -153,7 +153,7 @@ class VisionTower(nnx.Module):
             block, full = block_and_kind
             return block(x, runs, full), None
 
-        x, _ = stack.run(body, x, self.blocks, self.remat, np.array(full) if stack.is_stacked(self.blocks) else full)
+        x, _ = scan.run(body, x, self.blocks, self.remat, np.array(full) if scan.is_stacked(self.blocks) else full)
         return _reorder(self.merger(x), runs, [plan.restore for plan in plans], cell)
 
 

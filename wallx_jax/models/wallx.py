@@ -7,7 +7,6 @@ action tokens, so it can be encoded once (`encode_prefix`) and the suffix run ma
 Legend: B batch, T prefix tokens, M visual tokens, A horizon, C model channels, D width, W labels, V vocabulary.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,13 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from wallx_jax import switches, tree
-from wallx_jax.models import flow, lora, losses, stack
+from wallx_jax.models import flow, lora, losses
 from wallx_jax.models.action import ActionHeads
 from wallx_jax.models.attention import prefix_mask, sequence_mask, suffix_mask
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.models.decoder import Cache, Decoder, DecoderOutput, make_room
-from wallx_jax.models.dtypes import param_dtype
 from wallx_jax.models.layers import INIT, Linear
 from wallx_jax.models.positions import continue_positions, next_position, position_ids, visual_rank
 from wallx_jax.models.vision import VisionTower, patchify, visual_grid
@@ -71,7 +68,7 @@ class LossSums(NamedTuple):
 
 
 class WallX(nnx.Module):
-    """`stacked`: whether layers are stacked and scanned, or apart and unrolled, see models.stack."""
+    """`stacked`: whether layers are stacked and scanned, or apart and unrolled, see models.scan."""
 
     def __init__(self, config: WallXConfig, stacked: bool = True, *, rngs: nnx.Rngs):
         self.config = config
@@ -227,7 +224,7 @@ class WallX(nnx.Module):
                 hits = losses.hit_count(logits, labels, action_ids, per_sample)
         if flow_target is not None:
             velocity = self.action.velocity(hidden[:, predicting:])
-            flow_error = losses.flow_error_sum(velocity, actions - noise, mask, is_pad, per_sample)
+            flow_error = flow.flow_error_sum(velocity, actions - noise, mask, is_pad, per_sample)
         return LossSums(cross_entropy, flow_error, hits)
 
     def sample_actions(self, prefix: Prefix, noise: jax.Array, action_mask: jax.Array, steps: int = 10) -> jax.Array:
@@ -240,34 +237,3 @@ class WallX(nnx.Module):
 
         clocks = self.action.embed_time(times[:-1])
         return flow.integrate(velocity, noise, times, clocks, cache.kv, action_mask, self.config.numerics.masked_dims)
-
-
-# Parameters live outside the module as nested dicts; `bind` puts them in.
-
-
-@functools.cache
-@switches.ours()
-def _abstract(config: WallXConfig, stacked: bool = True) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: WallX(config, stacked, rngs=nnx.Rngs(0))), nnx.Param)
-
-
-def bind(config: WallXConfig, params: tree.Tree) -> WallX:
-    """The model with these parameters (concrete or traced), its layers stacked or apart as the parameters are."""
-    apart = stack.is_apart(params)
-    graphdef, state = _abstract(config, not apart)
-    state = jax.tree.map(lambda x: x, state)  # a copy: the cached one stays abstract
-    nnx.replace_by_pure_dict(state, nnx.restore_int_paths(params) if apart else params)
-    return nnx.merge(graphdef, state)
-
-
-def abstract_params(config: WallXConfig) -> tree.Tree:
-    """Nested dict of jax.ShapeDtypeStruct: every parameter's shape and the dtype that config.numerics gives it."""
-    shapes = nnx.to_pure_dict(_abstract(config)[1])
-    return tree.map_with_path(lambda path, x: jax.ShapeDtypeStruct(x.shape, param_dtype(path, config.numerics)), shapes)
-
-
-@switches.ours()
-def init_params(config: WallXConfig, seed: int) -> tree.Tree:
-    """Random parameters: normal(0, 0.02), biases 0, norm scales 1, as Qwen2.5-VL and upstream initialise."""
-    params = nnx.to_pure_dict(nnx.state(WallX(config, rngs=nnx.Rngs(seed)), nnx.Param))
-    return tree.map_with_path(lambda path, x: x.astype(param_dtype(path, config.numerics)), params)

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import jax
 from jax._src.distributed import global_state  # barriers outside of the devices have no public name
 
-from wallx_jax.config import ConfigError
-from wallx_jax.run_config import DistributedConfig
+from wallx_jax.config.schema import DistributedConfig
+from wallx_jax.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

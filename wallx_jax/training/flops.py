@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from wallx_jax import tree
 from wallx_jax.data.batch import Batch
 from wallx_jax.models.config import WallXConfig
+from wallx_jax.models.params import abstract_params
 from wallx_jax.models.vision_plan import plan_frame
-from wallx_jax.models.wallx import abstract_params
+from wallx_jax.utils import tree
 
 # Dense bfloat16 products with float32 sums, TFLOP/s of one device, by jax's `device_kind`; the first match counts.
 PEAK_TFLOPS: tuple[tuple[str, float], ...] = (

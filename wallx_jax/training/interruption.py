@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from wallx_jax.signals import EXIT_CODE, SIGNALS, Watch, say
 from wallx_jax.training.sharding import replicated
+from wallx_jax.utils.signals import EXIT_CODE, SIGNALS, Watch, say
 
 __all__ = ["EXIT_CODE", "SIGNALS", "Interrupted", "StopRequest"]
 

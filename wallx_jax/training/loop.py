@@ -10,17 +10,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from wallx_jax.config.schema import LoopConfig
 from wallx_jax.data.batch import Batch, EvalBatch, describe
 from wallx_jax.data.unreadable import SkippedFrames
-from wallx_jax.files import atomic_file
 from wallx_jax.models.wallx import LossSums
-from wallx_jax.run_config import LoopConfig
 from wallx_jax.training import flops
 from wallx_jax.training.metrics import MetricWriter, Stopwatch
 from wallx_jax.training.profile import ProfileWindow
 from wallx_jax.training.progress import Progress
 from wallx_jax.training.sharding import batch_sharding
 from wallx_jax.training.state import TrainState
+from wallx_jax.utils.files import atomic_file
 
 T = TypeVar("T", Batch, EvalBatch)
 

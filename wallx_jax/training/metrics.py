@@ -14,8 +14,8 @@ from typing import Any, TextIO
 
 import jax
 
-from wallx_jax import extras
-from wallx_jax.files import atomic_file, write_text
+from wallx_jax.utils import extras
+from wallx_jax.utils.files import atomic_file, write_text
 
 logger = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from wallx_jax import tree
-from wallx_jax.config import ConfigError, nearest
+from wallx_jax.config.schema import OptimConfig
 from wallx_jax.models.lora import is_adapter
-from wallx_jax.models.stack import stacked_path
-from wallx_jax.run_config import OptimConfig
+from wallx_jax.models.scan import stacked_path
+from wallx_jax.utils import tree
+from wallx_jax.utils.errors import ConfigError, nearest
 
 ACTION_EXPERT = "decoder/layers/mlp/action/"
 ACTION_HEADS = "action/"

@@ -9,18 +9,19 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from wallx_jax import tree
-from wallx_jax.data.mixture import Part
+from wallx_jax.config.schema import OptimConfig
+from wallx_jax.data.build import blank_sample
+from wallx_jax.data.datasets import Part
 from wallx_jax.data.processor import ProcessorConfig
-from wallx_jax.data.setup import blank_sample
+from wallx_jax.models import param_summary
+from wallx_jax.models.param_summary import gib
 from wallx_jax.models.vision import visual_grid
 from wallx_jax.models.vision_plan import token_count
-from wallx_jax.run_config import OptimConfig
-from wallx_jax.training import flops, parts
+from wallx_jax.training import flops
+from wallx_jax.training.init import Origin
 from wallx_jax.training.optimizer import group_of, is_trainable, peak_rate, schedule
-from wallx_jax.training.parts import gib
-from wallx_jax.training.start import Origin
 from wallx_jax.training.state import TrainState
+from wallx_jax.utils import tree
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Plan:
     dataset: str
     cameras: str
     sample: Mapping[str, Any]
-    rows: tuple[parts.Row, ...]
+    rows: tuple[param_summary.Row, ...]
     memory: Memory
     device_limit: int | None
     curve: tuple[tuple[int, float], ...]
@@ -92,7 +93,7 @@ class Plan:
                 f"{length.total_steps * length.global_batch / length.epoch:.3g} epochs",
                 f"rate         {groups}; the curve of learning_rate: {curve}",
                 "parameters",
-                *(f"  {line}" for line in parts.table(self.rows)),
+                *(f"  {line}" for line in param_summary.table(self.rows)),
                 f"memory       per device: parameters {gib(memory.parameters)}, gradients {gib(memory.gradients)}, "
                 f"optimizer {gib(memory.optimizer)}; together {gib(memory.total)}, activations on top{self._room()}",
                 f"compute      {self.flops * length.global_batch / 1e12:.4g} TFLOPs per update{self._duration()}",
@@ -123,7 +124,7 @@ def make_plan(
     length: Length,
 ) -> Plan:
     """Args:
-    state: shapes, dtypes and shardings (training.start.abstract_state).
+    state: shapes, dtypes and shardings (training.init.abstract_state).
     frames: of each dataset, how many train and how many are held out.
     """
     settings, info = datasets[0].settings, datasets[0].info
@@ -135,7 +136,7 @@ def make_plan(
         group = group_of(path, optim)
         return group if group == "frozen" else f"{group}, peak {peak_rate(path, optim):g}"
 
-    rows = tuple(parts.rows(specs, label))
+    rows = tuple(param_summary.rows(specs, label))
     points = {0, optim.warmup_steps, *(length.total_steps * quarter // 4 for quarter in range(1, 5))}
     curve = schedule(optim.learning_rate, optim, length.decay_steps)
     device = mesh.local_devices[0]  # another process's tells no memory

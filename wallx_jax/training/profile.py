@@ -4,7 +4,7 @@ import logging
 
 import jax
 
-from wallx_jax.run_config import LoopConfig
+from wallx_jax.config.schema import LoopConfig
 
 logger = logging.getLogger(__name__)
 

@@ -12,17 +12,18 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from wallx_jax.config import ConfigError, flatten, recorded
+from wallx_jax.checkpoints.layout import metadata_of
+from wallx_jax.config import flatten, recorded
+from wallx_jax.config.schema import RunConfig
 from wallx_jax.data import processor as processors
+from wallx_jax.data.build import dataset_stats, load_stats
+from wallx_jax.data.datasets import Part
 from wallx_jax.data.fast import FastTokenizer
-from wallx_jax.data.mapping import check_horizon
-from wallx_jax.data.mixture import Part
 from wallx_jax.data.normalize import FILE_NAME as NORM_STATS
 from wallx_jax.data.processor import Processor
-from wallx_jax.data.setup import dataset_stats, load_stats
+from wallx_jax.data.validate import check_horizon
 from wallx_jax.models.config import WallXConfig
-from wallx_jax.run_config import RunConfig
-from wallx_jax.training import checkpoint_dir
+from wallx_jax.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def check(
         ConfigError: naming every setting that differs, with both values and the remedy.
         FileNotFoundError, ValueError: norm_stats_path names no statistics, or those of another robot.
     """
-    settings, before = parts[0].settings, recorded(checkpoint_dir.metadata_of(checkpoint)["config"])
+    settings, before = parts[0].settings, recorded(metadata_of(checkpoint)["config"])
     pairs = _of_model(settings, model) | _of_training(settings, before) | _of_samples(settings, stored)
     errors = _differing(pairs)
     if fast is not None and stored[0].fast is not None and not fast.codes_like(stored[0].fast):
@@ -75,7 +76,7 @@ def check(
 def tell_changes(config: ConfigDict, checkpoint: Path) -> None:
     """Warns of all settings that are others than those with which the checkpoint was trained. Numerics that are not set
     any more are no change: the checkpoint's stay."""
-    before = recorded(checkpoint_dir.metadata_of(checkpoint)["config"])
+    before = recorded(metadata_of(checkpoint)["config"])
     now = recorded(json.loads(json.dumps(flatten(config), default=str)))
     if changed := [
         f"{name} was {before[name]!r}, is {value!r}"

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from wallx_jax.training.checkpoint_dir import CheckpointError
+from wallx_jax.checkpoints.layout import CheckpointError
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from wallx_jax import tree
-from wallx_jax.run_config import MeshConfig
+from wallx_jax.config.schema import MeshConfig
+from wallx_jax.utils import tree
 
 AXES = ("data", "fsdp", "tensor")
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from wallx_jax import tree
-from wallx_jax.run_config import OptimConfig
+from wallx_jax.config.schema import OptimConfig
 from wallx_jax.training.optimizer import is_trainable, make_optimizer
+from wallx_jax.utils import tree
 
 
 @jax.tree_util.register_dataclass

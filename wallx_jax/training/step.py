@@ -12,15 +12,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from wallx_jax import switches, tree
+from wallx_jax.config.schema import OptimConfig
 from wallx_jax.data.batch import Batch, EvalBatch
 from wallx_jax.models import flow, losses
 from wallx_jax.models.config import WallXConfig
-from wallx_jax.models.wallx import FlowTarget, LossSums, bind
-from wallx_jax.run_config import OptimConfig
+from wallx_jax.models.params import from_params
+from wallx_jax.models.wallx import FlowTarget, LossSums
 from wallx_jax.training.optimizer import clip, global_norm, is_trainable, make_optimizer, schedule
-from wallx_jax.training.rounding import narrow, widen
 from wallx_jax.training.state import TrainState
+from wallx_jax.training.stochastic_rounding import narrow, widen
+from wallx_jax.utils import jax_flags, tree
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def loss_counts(batch: Batch, model: WallXConfig, objective: Objective, per_samp
     flow_count = tokens = None
     if objective.use_flow:
         left_out = objective.left_out(batch)
-        flow_count = losses.flow_count(batch.action_mask, model.numerics.flow_loss, left_out, per_sample)
+        flow_count = flow.flow_count(batch.action_mask, model.numerics.flow_loss, left_out, per_sample)
     if objective.action_ids is not None:
         tokens = losses.count_among(batch.labels, objective.action_ids, per_sample)
     labels = losses.label_count(batch.labels, per_sample)
@@ -90,7 +91,7 @@ def batch_sums(
     per_sample: bool = False,
 ) -> LossSums:
     """Loss numerators of one batch: scalars, or [B] when `per_sample`."""
-    net, target = bind(model, params), None
+    net, target = from_params(model, params), None
     if objective.use_flow:
         target = FlowTarget(batch.actions, batch.action_mask, noise, time, objective.left_out(batch))
     return net.loss_sums(net.embed_batch(batch), batch.labels, target, objective.action_ids, per_sample)
@@ -114,7 +115,7 @@ def make_train_step(
     def rounding_key(step: jax.Array) -> jax.Array | None:
         return jax.random.fold_in(jax.random.key(seed + 1), step) if optim.stochastic_rounding else None
 
-    @switches.ours()
+    @jax_flags.ours()
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         params, frozen = tree.split(state.params, trainable)
         counts_apart = counts_by_dataset(batch, model, objective)
@@ -200,7 +201,7 @@ def make_eval_step(
         What a frame adds depends on the frame alone, not on the batch that it comes in.
     """
 
-    @switches.ours()
+    @jax_flags.ours()
     def eval_step(params: tree.Tree, held_out: EvalBatch) -> tuple[LossSums, LossSums]:
         batch = held_out.batch
         noise, time = frame_noise_and_time(held_out, model, seed)

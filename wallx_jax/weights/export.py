@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from wallx_jax import tree
-from wallx_jax.files import atomic_file
 from wallx_jax.models.config import WallXConfig
+from wallx_jax.utils import tree
+from wallx_jax.utils.files import atomic_file
 from wallx_jax.weights import names, ops
 from wallx_jax.weights.safetensors_io import INDEX, SINGLE, WeightsError, is_finite, safetensors_file
 

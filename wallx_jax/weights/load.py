@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from wallx_jax import hub, tree
-from wallx_jax.files import read_json_object
 from wallx_jax.models.config import ActionConfig, LoraConfig, WallXConfig
-from wallx_jax.models.dtypes import ISLANDS
-from wallx_jax.models.wallx import abstract_params
-from wallx_jax.weights import names, ops, resize
+from wallx_jax.models.params import ISLANDS, abstract_params
+from wallx_jax.utils import hub, tree
+from wallx_jax.utils.files import read_json_object
+from wallx_jax.weights import init, names, ops
 from wallx_jax.weights.names import Slot
 from wallx_jax.weights.safetensors_io import (
     DTYPE_NAMES,
@@ -69,7 +68,7 @@ def load_params(
 
     Returns:
         The config with the shapes that were found, and the parameters: a nested dict of contiguous arrays in the dtypes
-        of `models.dtypes.param_dtype`.
+        of `models.params.param_dtype`.
 
     Raises:
         WeightsError: if anything is missing, unexpected, wrongly shaped or malformed.
@@ -179,7 +178,7 @@ def assemble(
         elif path in own:
             array = read(path)
         else:
-            array = resize.fresh(path, spec.shape, spec.dtype, config, seed)
+            array = init.fresh(path, spec.shape, spec.dtype, config, seed)
         params[path] = put(path, array)
         del array
     return config, tree.unflatten(params)
@@ -196,14 +195,14 @@ def _resized(
 ) -> tuple[dict[str, np.ndarray], WallXConfig]:
     """The parameters whose shape is asked to change (flat), and the config after all changes."""
     specs = tree.flatten(abstract_params(config))
-    changing = resize.VOCABULARY if vocab_size is not None else ()
+    changing = init.VOCABULARY if vocab_size is not None else ()
     widen = not names.is_qwen(config) and (action_dim > config.action.action_dim or state_dim > config.action.state_dim)
-    changing += resize.CHANNELS if widen else ()
+    changing += init.CHANNELS if widen else ()
     params = tree.unflatten({path: read(path) for path in changing if path in specs})
     if vocab_size is not None:
-        config, params = resize.resize_vocabulary(config, params, vocab_size, seed)
+        config, params = init.resize_vocabulary(config, params, vocab_size, seed)
     if widen:
-        config, params = resize.widen_channels(config, params, action_dim, state_dim, seed)
+        config, params = init.widen_channels(config, params, action_dim, state_dim, seed)
     if names.is_qwen(config) and action is not None:
         widths = {"action_dim": max(action.action_dim, action_dim), "state_dim": max(action.state_dim, state_dim)}
         config = dataclasses.replace(config, action=dataclasses.replace(action, **widths))

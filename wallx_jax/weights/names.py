@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from wallx_jax import tree
 from wallx_jax.models.config import WallXConfig
-from wallx_jax.models.wallx import abstract_params
+from wallx_jax.models.params import abstract_params
+from wallx_jax.utils import tree
 from wallx_jax.weights.ops import Conv3d, Identity, Linear, Op, Shape
 
 LAYER = "{l}"

@@ -21,7 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from wallx_jax.files import atomic_file, read_json_object, unique_keys
+from wallx_jax.utils.files import atomic_file, read_json_object, unique_keys
 
 DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,

@@ -1,0 +1,168 @@
+"""PyTorch model directory -> checkpoint, a few layers in memory at a time, bit for bit."""
+
+import dataclasses
+import itertools
+import shutil
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+from tqdm import tqdm
+
+from wallx_jax.checkpoints import failed_save
+from wallx_jax.checkpoints.checkpointer import metadata_json
+from wallx_jax.checkpoints.layout import CheckpointError
+from wallx_jax.checkpoints.stream import ParamWriter, new_checkpoint
+from wallx_jax.data.tokenizer import Tokenizer
+from wallx_jax.models.config import WallXConfig
+from wallx_jax.utils import hub
+from wallx_jax.weights import names
+from wallx_jax.weights.load import Weights, open_weights
+from wallx_jax.weights.safetensors_io import DTYPE_NAMES, INDEX, NORMALIZERS, WeightsError
+
+THREADS = 4
+SMALL_FILE = 64 << 20  # bytes; a tokenizer, configuration or template is smaller
+
+
+def convert_model(path_or_repo: str | Path, output: str | Path, *, acts: bool, revision: str | None = None) -> Path:
+    """Writes the weights of a model directory, and the small files beside them, as a checkpoint.
+
+    Nothing is rounded: one tensor wider than bfloat16 has all parameters kept in float32, as the islands always are.
+    Every piece is read back and compared. Statistics that upstream keeps among the weights go into the assets.
+
+    Args:
+        path_or_repo: a folder with config.json and safetensors, or a hub repo id.
+        output: step directory to make; it appears when it is complete.
+        acts: whether a Wall-X is expected (True) or a Qwen2.5-VL (False).
+        revision: git revision on the hub.
+
+    Returns:
+        `output`.
+
+    Raises:
+        WeightsError: the model directory does not fit, is damaged, holds NaN, or links outside itself.
+        FileNotFoundError: it is not to be found.
+        FileExistsError: `output` exists.
+        CheckpointError: `output` cannot be written; the disk is too small.
+    """
+    output = Path(output).expanduser().absolute()
+    folder = hub.resolve(path_or_repo, kind="model", revision=revision)
+    files = _small_files(folder)
+    weights = _open_exact(folder)
+    config = _with_tokens(_expected(weights, acts), folder)
+    if normalizers := weights.normalizers():
+        files[NORMALIZERS] = save(normalizers, metadata={"format": "pt"})
+    source = {
+        "model": str(path_or_repo),
+        "revision": revision,
+        "tensors": {name: DTYPE_NAMES[info.dtype] for name, info in weights.stored.items()},
+    }
+    metadata = metadata_json(0, {}, config, source=source)
+    size = sum(int(np.prod(spec.shape)) * spec.dtype.itemsize for spec in weights.specs.values())
+    _check_space(output, size + sum(map(len, files.values())))
+    try:
+        with (
+            new_checkpoint(output, weights.specs, metadata, files) as writer,
+            tqdm(total=size, unit="B", unit_scale=True, unit_divisor=1024, desc=f"to {output.name}") as progress,
+        ):
+            _copy(weights, writer, progress.update)
+    except (CheckpointError, WeightsError, FileExistsError):
+        raise
+    except Exception as error:  # TensorStore and Orbax report a full disk in several types
+        why, remedy = failed_save.cause(error)
+        raise CheckpointError(f"writing {output} failed, nothing was left there: {why}. Remedy: {remedy}") from error
+    return output
+
+
+def _copy(weights: Weights, writer: ParamWriter, done: Callable[[int], Any]) -> None:
+    """Several pieces at a time: disk and processor wait for each other less."""
+    pieces = ((path, rows) for path in weights.specs for rows in writer.pieces(path))
+
+    def copy(path: str, rows: slice) -> int:
+        piece = weights.read(path, rows)
+        writer.write(path, rows, piece)
+        return piece.nbytes
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        running = [pool.submit(copy, *piece) for piece in itertools.islice(pieces, THREADS)]
+        try:
+            while running:
+                done(running.pop(0).result())
+                running += [pool.submit(copy, *piece) for piece in itertools.islice(pieces, 1)]
+        except BaseException:
+            for future in running:
+                future.cancel()
+            raise
+
+
+def _open_exact(folder: Path) -> Weights:
+    """In a parameter dtype that holds every tensor, whatever config.json says."""
+    for numerics in (None, {"param_dtype": "float32"}):
+        weights = open_weights(folder, numerics)
+        rounded = [name for name, (stored, kept) in weights.dtypes().items() if np.promote_types(stored, kept) != kept]
+        if not rounded:
+            return weights
+    raise WeightsError(f"{folder}: no parameter can hold float64 as it is; save these as float32: {rounded[:5]}")
+
+
+def _expected(weights: Weights, acts: bool) -> WallXConfig:
+    if acts == (not names.is_qwen(weights.config)):
+        return weights.config
+    if acts:
+        raise WeightsError(
+            f"{weights.directory} is a Qwen2.5-VL without an action side: use convert/qwen2_5_vl.py for it"
+        )
+    raise WeightsError(f"{weights.directory} has an action side, it is a Wall-X: use convert/wall_oss.py for it")
+
+
+def _with_tokens(config: WallXConfig, folder: Path) -> WallXConfig:
+    """The config with the ids that the tokenizer gives."""
+    try:
+        return config.replace(tokens=dataclasses.asdict(Tokenizer.from_dir(folder).token_ids()))
+    except FileNotFoundError as error:
+        warnings.warn(
+            f"{error}; the checkpoint can be exported, but neither trained nor acted with. Copy the tokenizer files "
+            "from where the weights came from, and convert again",
+            stacklevel=3,
+        )
+        return config
+
+
+def _small_files(folder: Path) -> dict[str, bytes]:
+    """Tokenizer, processor and configuration files of a model directory.
+
+    Raises:
+        WeightsError: one of its files, weights included, is a link to somewhere else.
+    """
+    found: dict[str, Any] = {}
+    for file in sorted({file for pattern in hub.MODEL_PATTERNS for file in folder.glob(pattern)}):
+        _refuse_outside(folder, file)
+        if file.suffix != ".safetensors" and file.name != INDEX and file.stat().st_size <= SMALL_FILE:
+            found[file.name] = file.read_bytes()
+    for part in ("fast", "robots"):  # of a directory that we exported
+        for file in sorted((folder / part).rglob("*.json")):
+            _refuse_outside(folder, file)
+            found[str(file.relative_to(folder))] = file.read_bytes()
+    return found
+
+
+def _refuse_outside(folder: Path, file: Path) -> None:
+    """The hub's cache links from snapshots/REVISION to blobs beside it, which belongs to the repository."""
+    target, home = file.resolve(), folder.resolve()
+    allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(target.is_relative_to(root) for root in allowed):
+        raise WeightsError(f"{file} is a link out of its folder, to {target}; put the file itself there")
+
+
+def _check_space(output: Path, needed: int) -> None:
+    existing = next(parent for parent in output.parents if parent.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise CheckpointError(
+            f"{output} needs {needed / 2**30:.1f} GiB, but {existing} has {free / 2**30:.1f} GiB free; make room, or "
+            "choose another output"
+        )

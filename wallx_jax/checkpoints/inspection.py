@@ -1,0 +1,162 @@
+"""Is a checkpoint whole, and what is it good for? Answered from its index and small files; arrays are not loaded."""
+
+import importlib.metadata
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from wallx_jax.checkpoints.checkpointer import compare_params, stored
+from wallx_jax.checkpoints.layout import (
+    POSITION_FILE,
+    CheckpointError,
+    find_checkpoints,
+    metadata_of,
+    model_config_of,
+    reason,
+)
+from wallx_jax.data import processor as processors
+from wallx_jax.data.processor import Processor
+from wallx_jax.data.tokenizer import Tokenizer
+from wallx_jax.models import param_summary
+from wallx_jax.models.config import WallXConfig
+from wallx_jax.models.params import abstract_params
+from wallx_jax.utils.files import read_json_object
+from wallx_jax.weights.load import open_weights
+
+T = TypeVar("T")
+
+
+@dataclass
+class Checkup:
+    """What was found, a line each, and what is wrong; nothing wrong means that it loads."""
+
+    findings: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def say(self, title: str, text: str) -> None:
+        self.findings.append(f"{title:<13}{text}")
+
+    def attempt(self, what: str, function: Callable[..., T], *arguments: Any) -> T | None:
+        """The function's result; an exception is a problem, and gives None."""
+        try:
+            return function(*arguments)
+        except CheckpointError as error:
+            self.problems.append(str(error))
+        except Exception as error:  # damage shows as many types, which differ between Orbax's versions
+            self.problems.append(f"{what}: {reason(error)}")
+        return None
+
+
+def check_up(path: str | Path) -> Checkup:
+    """Looks at a checkpoint, a run (its newest complete checkpoint), or a PyTorch model directory; all local."""
+    checkup, folder = Checkup(), Path(path).expanduser().absolute()
+    if not folder.is_dir():
+        checkup.problems.append(f"there is no directory {folder}")
+    elif (folder / "config.json").is_file():
+        _check_pytorch(checkup, folder)
+    elif steps := checkup.attempt("it cannot be searched", find_checkpoints, folder):
+        if steps[0] != folder:
+            names = ", ".join(step.name for step in reversed(steps))
+            incomplete = sorted(
+                {child.name for child in steps[0].parent.iterdir() if child.is_dir()} - {*names.split(", ")}
+            )
+            aside = f"; incomplete or set aside: {', '.join(incomplete)}" if incomplete else ""
+            checkup.say("run", f"complete steps: {names}{aside}")
+        _check_step(checkup, steps[0])
+    return checkup
+
+
+def _check_pytorch(checkup: Checkup, folder: Path) -> None:
+    checkup.say("model", f"{folder}, a PyTorch directory")
+    weights = checkup.attempt("its weights cannot be read", open_weights, folder)
+    if weights is not None:
+        _describe_model(checkup, weights.config)
+        checkup.findings += param_summary.table(param_summary.rows(weights.specs))
+    _check_files(checkup, folder)
+
+
+def _check_step(checkup: Checkup, step: Path) -> None:
+    checkup.say("checkpoint", f"{step}, complete")
+    metadata = checkup.attempt("its metadata cannot be read", metadata_of, step)
+    specs = checkup.attempt("its parameters cannot be read", stored, step)
+    if metadata is not None:
+        loss = "" if metadata.get("loss") is None else f", loss {metadata['loss']:.4g}"
+        checkup.say("written", f"at step {metadata['step']}{loss}, {metadata['time']}, {_versions(metadata)}")
+        model = checkup.attempt("its metadata describe no model", model_config_of, step)
+        if model is not None:
+            _describe_model(checkup, model)
+            if specs is not None:
+                checkup.attempt("its parameters do not fit its metadata", compare_params, step, abstract_params(model))
+    if specs is not None:
+        checkup.findings += param_summary.table(rows := param_summary.rows(specs))
+        # Arrays are stored without compression, so that what a broken copy left out shows in the size.
+        wanted, found = sum(row.size for row in rows), _bytes_of(step / "params")
+        if found < wanted:
+            checkup.problems.append(
+                f"params/ has {param_summary.gib(found)} on disk, its arrays take {param_summary.gib(wanted)}: copy it "
+                "again"
+            )
+    _check_files(checkup, step / "assets")
+    _check_resumable(checkup, step)
+
+
+def _describe_model(checkup: Checkup, model: WallXConfig) -> None:
+    acts = model.action.intermediate_size is not None
+    side = f"{model.action.action_dim} action channels" if acts else "no action side (Qwen2.5-VL)"
+    adapters = f", adapters of rank {model.lora.rank}" if model.lora.rank else ""
+    checkup.say(
+        "shapes",
+        f"{model.text.num_hidden_layers} decoder layers of width {model.text.hidden_size}, {model.vision.depth} vision "
+        f"layers of {model.vision.hidden_size}, vocabulary {model.text.vocab_size:,}, {side}{adapters}",
+    )
+    checkup.say("numerics", ", ".join(f"{name} {value}" for name, value in vars(model.numerics).items()))
+
+
+def _versions(metadata: dict[str, Any]) -> str:
+    """The packages it was written with, where those here are others."""
+
+    def here(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    others = [f"{name} {then} (here {here(name)})" for name, then in metadata["versions"].items() if then != here(name)]
+    return f"with {', '.join(others)}" if others else "with the versions that are installed here"
+
+
+def _check_files(checkup: Checkup, folder: Path) -> None:
+    """Tokenizer, statistics and image sizes; a model without a robot has the first alone."""
+    if (folder / processors.FILE_NAME).is_file():
+        processor = checkup.attempt("its preprocessing cannot be read", Processor.from_dir, folder)
+        if processor is not None:
+            views = ", ".join(processor.config.views)
+            checkup.say("assets", f"tokenizer, statistics and processor; {processor.config.objective}, {views}")
+        return
+    tokenizer = checkup.attempt("its tokenizer cannot be read", Tokenizer.from_dir, folder)
+    if tokenizer is not None:
+        has_stats = (folder / "norm_stats.json").is_file()
+        checkup.say("assets", f"tokenizer of {len(tokenizer):,}; {'' if has_stats else 'no '}norm_stats.json")
+
+
+def _check_resumable(checkup: Checkup, step: Path) -> None:
+    present = [item for item in ("state", "data") if (step / item).is_dir()]
+    if len(present) < 2:
+        has = f"has {present[0]}/ alone" if present else "holds weights alone"
+        checkup.say("resume", f"no, it {has}; runs can start from it (pretrained_wallx_path, resume.load_ckpt_only)")
+        return
+    state = checkup.attempt("its optimizer state cannot be read", stored, step, "state")
+    position = checkup.attempt("its position in the data cannot be read", _read_position, step)
+    if state is not None and position is not None:
+        size = sum(row.size for row in param_summary.rows(state))
+        checkup.say("resume", f"yes: optimizer state {param_summary.gib(size)}, {position:,} batches drawn")
+
+
+def _read_position(step: Path) -> int:
+    return operator.index(read_json_object(step / "data" / POSITION_FILE)["batches_drawn"])
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

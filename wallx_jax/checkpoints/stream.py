@@ -1,0 +1,188 @@
+"""Checkpoints written and read one parameter at a time, for models that need not fit into memory.
+
+`new_checkpoint` lays out a step directory as `checkpoints.checkpointer` does, without state and data: it can be
+loaded for inference, exported, and trained from, but not resumed. Orbax writes the layout around placeholders of one element; then each
+placeholder gives way to an array of the final shape in the same format (zarr, a file per chunk), which is filled in
+pieces through TensorStore. Orbax reads it like any other checkpoint.
+"""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorstore as ts
+from orbax.checkpoint import v1 as ocp
+
+from wallx_jax.checkpoints import failed_save
+from wallx_jax.checkpoints.checkpointer import Files, stored
+from wallx_jax.checkpoints.layout import COMMITTED, METADATA_FILE, CheckpointError, read_model_config
+from wallx_jax.models import lora
+from wallx_jax.models.config import LoraConfig
+from wallx_jax.utils import tree
+from wallx_jax.utils.files import new_directory, sync
+
+CHUNK_BYTES = 64 << 20  # of a parameter: whole layers or rows, as many as fit
+
+
+class ParamWriter:
+    """The parameters of a checkpoint that is being written; several threads may write different pieces."""
+
+    def __init__(self, folder: Path, specs: Mapping[str, Any]):
+        self._specs = specs
+        self._stores = {path: _open(folder / path.replace("/", "."), spec) for path, spec in specs.items()}
+
+    def pieces(self, path: str) -> Iterator[slice]:
+        """Ranges of the first axis, in order, that are written best in one go."""
+        rows = self._specs[path].shape[0]
+        step = _chunk_rows(self._specs[path])
+        return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+    def write(self, path: str, rows: slice, array: np.ndarray) -> None:
+        """Writes a piece, reads it back and compares.
+
+        Raises:
+            CheckpointError: what came back is something else.
+        """
+        piece = self._stores[path][rows]
+        piece.write(array).result()
+        if not _same_bytes(piece.read().result(), array):
+            raise CheckpointError(f"{path} reads back otherwise than it was written; check the disk")
+
+
+@contextlib.contextmanager
+def new_checkpoint(
+    output: Path, specs: Mapping[str, Any], metadata: bytes, assets: Mapping[str, bytes]
+) -> Iterator[ParamWriter]:
+    """`with new_checkpoint(...) as writer: writer.write(...)` for every piece of every parameter.
+
+    The step directory `output` appears when the block has succeeded (`files.new_directory`); what an interruption
+    leaves behind passes for no checkpoint.
+
+    Args:
+        specs: {path: shape and dtype}.
+        metadata: content of metadata.json.
+        assets: {file name: content}.
+
+    Raises:
+        FileExistsError: there is something at `output`.
+        CheckpointError: Orbax does not find what was announced.
+    """
+    context = ocp.Context()
+    context.asynchronous.create_directories_asynchronously = False  # as in `checkpoints.checkpointer`
+    context.array.saving.use_compression = False
+    context.array.saving.use_ocdbt = False  # so that chunks are files, which can be written one by one
+    context.array.saving.use_zarr3 = False  # the form in which Orbax recognises them
+    placeholders = {path: np.zeros((1,) * len(spec.shape), spec.dtype) for path, spec in specs.items()}
+    items = {
+        "params": tree.unflatten(placeholders),
+        "metadata": Files({METADATA_FILE: metadata}),
+        "assets": Files(assets),
+    }
+    with new_directory(output) as partial:
+        try:
+            with context:
+                ocp.save_checkpointables(partial, items)
+        except BaseException:
+            failed_save.wait_for_writers()
+            raise
+        seal = (partial / COMMITTED).read_bytes()
+        (partial / COMMITTED).unlink()
+        yield ParamWriter(partial / "params", specs)
+        _check_layout(partial, specs)
+        for file in (partial / "params").rglob("*"):
+            sync(file)
+        (partial / COMMITTED).write_bytes(seal)
+
+
+def _open(folder: Path, spec: Any) -> ts.TensorStore:
+    """A new array in place of the placeholder's."""
+    if not folder.is_dir():
+        raise CheckpointError(f"this version of Orbax keeps parameters elsewhere than in {folder}; install 0.12")
+    shutil.rmtree(folder)
+    settings = {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": f"{folder}{os.sep}"},
+        "context": {"file_io_sync": False},  # all files are synced at the end
+        "metadata": {"compressor": None, "chunks": [_chunk_rows(spec), *spec.shape[1:]]},
+    }
+    return ts.open(settings, dtype=np.dtype(spec.dtype), shape=spec.shape, create=True).result()
+
+
+def _chunk_rows(spec: Any) -> int:
+    row = np.dtype(spec.dtype).itemsize * int(np.prod(spec.shape[1:]))
+    return max(1, min(spec.shape[0], CHUNK_BYTES // row))
+
+
+def _same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
+    word = next(dtype for dtype in (np.uint64, np.uint16, np.uint8) if a.nbytes % np.dtype(dtype).itemsize == 0)
+    return np.array_equal(a.reshape(-1).view(word), b.reshape(-1).view(word))
+
+
+def _check_layout(step: Path, specs: Mapping[str, Any]) -> None:
+    found = {path: (leaf.shape, leaf.dtype) for path, leaf in stored(step).items()}
+    wanted = {path: (tuple(spec.shape), np.dtype(spec.dtype)) for path, spec in specs.items()}
+    if found != wanted:
+        differing = sorted(path for path in found.keys() | wanted.keys() if found.get(path) != wanted.get(path))
+        raise CheckpointError(f"Orbax reads other shapes or types than were written: {', '.join(differing[:5])}")
+
+
+class StoredModel:
+    """The model of a complete step directory, adapters merged into their layers.
+
+    Attributes:
+        config: without adapters.
+        specs: {path: shape and dtype}.
+    """
+
+    def __init__(self, step: Path):
+        stored_config = read_model_config(step)
+        self.config = dataclasses.replace(stored_config, lora=LoraConfig())
+        self._lora, self._params = stored_config.lora, StoredParams(step)
+        self.specs = {path: spec for path, spec in self._params.specs.items() if not lora.is_adapter(path)}
+
+    def read(self, path: str, dtype: Any = None) -> np.ndarray:
+        """One parameter, in host memory, as it is stored or in a dtype, which adapters are then merged in."""
+        dtype = dtype or self.specs[path].dtype
+        pair = lora.beside(path)
+        if pair is None or pair[0] not in self._params.specs:
+            return self._params.read(path).astype(dtype, copy=False)
+        kernel, a, b = np.array(self._params.read(path), dtype), *map(self._params.read, pair)
+        for layer in range(len(kernel)) if kernel.ndim == 3 else [slice(None)]:
+            kernel[layer] = lora.merge(kernel[layer], a[layer], b[layer], self._lora.scale)
+        return kernel
+
+
+class StoredParams:
+    """The parameters of any complete step directory, read one by one.
+
+    Attributes:
+        specs: {path: shape and dtype}.
+    """
+
+    def __init__(self, step: Path):
+        self._step = step
+        self.specs = stored(step)
+
+    def read(self, path: str) -> np.ndarray:
+        """One parameter, in host memory."""
+        sharding = jax.sharding.SingleDeviceSharding(_host())
+        spec = jax.ShapeDtypeStruct(self.specs[path].shape, self.specs[path].dtype, sharding=sharding)
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            params = ocp.load_checkpointables(self._step, {"params": tree.unflatten({path: spec})})["params"]
+        return np.asarray(tree.flatten(params)[path])
+
+
+def _host() -> jax.Device:
+    """The CPU; a device where JAX_PLATFORMS leaves the CPU out."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]

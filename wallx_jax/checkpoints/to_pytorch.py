@@ -1,0 +1,148 @@
+"""Checkpoint -> PyTorch model directory, one parameter in memory at a time."""
+
+import dataclasses
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from wallx_jax.checkpoints.compare import compare
+from wallx_jax.checkpoints.layout import CheckpointError
+from wallx_jax.checkpoints.stream import StoredModel
+from wallx_jax.config.prompt_template import PromptTemplate
+from wallx_jax.data import processor as processors
+from wallx_jax.models.config import WallXConfig
+from wallx_jax.models.params import abstract_params
+from wallx_jax.utils import tree
+from wallx_jax.utils.files import new_directory, read_json_object
+from wallx_jax.weights import names
+from wallx_jax.weights.export import tensor_specs, write_json, write_weights
+from wallx_jax.weights.safetensors_io import DTYPES, NORMALIZERS, Tensors, WeightsError, read_header
+
+Layout = Literal["wall_x", "qwen2_5_vl"]
+ROBOT = ("processor.json", "norm_stats.json", "fast", "robots")  # what a VLM has no use for
+# Of Qwen2.5-VL; PyTorch loaders ask for this file, and a checkpoint trained from a bare directory may lack it.
+PREPROCESSOR = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "processor_class": "Qwen2_5_VLProcessor",
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+RELATIVE_ACTIONS = (
+    "{}: some actions of this model are differences from the state at the chunk's start (relative_to in "
+    "processor.json). wallx_jax.load_policy adds the state; upstream's loader and lerobot's do not: add it yourself"
+)
+
+
+def export_model(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    layout: Layout = "wall_x",
+    dtype: Literal["keep", "bfloat16", "float16", "float32"] = "keep",
+    shard_bytes: int | None = None,
+) -> Path:
+    """Writes a model directory that PyTorch loaders read, and compares it with the checkpoint.
+
+    Warns where actions are relative to the state, which PyTorch loaders do not know; config.json then says so, too.
+
+    Args:
+        checkpoint: a checkpoint or run of ours (its newest). Adapters are merged.
+        output: folder to make; it appears when it is complete.
+        layout: "wall_x" as upstream and lerobot read it; "qwen2_5_vl": the VLM part, as transformers reads it.
+        dtype: of all tensors. "keep": as in the checkpoint; a converted one gets the dtypes back that it came with.
+        shard_bytes: size above which the next file begins. None: one file, which Wall-X's loaders ask for.
+
+    Returns:
+        `output`.
+
+    Raises:
+        CheckpointError: no complete checkpoint; or what was written is not what is in it.
+        WeightsError: a parameter holds NaN, or does not fit the dtype; a Wall-X is asked of a model that cannot act.
+        FileExistsError: `output` exists.
+        OSError: `output` cannot be written.
+    """
+    output = Path(output).expanduser().absolute()
+    step = layout.find_checkpoints(checkpoint)[0]
+    model = StoredModel(step)
+    config = model.config
+    assets = layout.assets_dir(step)
+    source = layout.read_metadata(step).get("source")
+    whole = (layout == "qwen2_5_vl") == names.is_qwen(config)
+    if layout == "wall_x" and names.is_qwen(config):
+        raise WeightsError(f"{step} is a Qwen2.5-VL without an action side: export it with layout qwen2_5_vl")
+    config = config if whole else config.replace(action={"intermediate_size": None})
+
+    wanted = tree.flatten(abstract_params(config))
+    specs = tensor_specs(config, {path: model.specs[path] for path in wanted})
+    extra = {}
+    if source and whole and dtype == "keep":
+        specs = _as_in_source(config, specs, source["tensors"])
+    elif dtype != "keep":
+        specs = {name: jax.ShapeDtypeStruct(spec.shape, np.dtype(dtype)) for name, spec in specs.items()}
+    if whole and (assets / NORMALIZERS).is_file():
+        normalizers = Tensors(read_header(assets / NORMALIZERS))
+        extra = {name: np.array(normalizers[name]) for name in normalizers}
+
+    size = sum(int(np.prod(spec.shape)) * spec.dtype.itemsize for spec in specs.values())
+    with new_directory(output) as folder:
+        left_out = (NORMALIZERS, "config.json", layout.COMMITTED, *(() if whole else ROBOT))
+        shutil.copytree(assets, folder, ignore=shutil.ignore_patterns(*left_out))
+        with tqdm(total=size, unit="B", unit_scale=True, unit_divisor=1024, desc=f"to {output.name}") as progress:
+            write_weights(folder, config, model.read, specs, extra, shard_bytes, progress.update)
+        config_json = _config_json(config, assets, specs)
+        if whole and processors.acts_relatively(assets):
+            config_json.setdefault("wallx_jax", {})["relative_actions"] = True
+            warnings.warn(RELATIVE_ACTIONS.format(output), stacklevel=2)
+        write_json(folder / "config.json", config_json)
+        if not (folder / "preprocessor_config.json").is_file():
+            write_json(folder / "preprocessor_config.json", PREPROCESSOR)
+        found = compare(step, folder, specs.keys() - extra.keys() - _tied_head(config), round_a=dtype != "keep")
+        if not found.same_values:
+            raise CheckpointError(f"{output} would differ from {step}, so it was removed; check the disk:\n{found}")
+    return output
+
+
+def _as_in_source(config: WallXConfig, specs: Mapping[str, Any], stored: Mapping[str, str]) -> dict[str, Any]:
+    """Each tensor in the dtype that it came in, and a tied head if it was stored."""
+    shapes = {name: spec.shape for name, spec in specs.items()}
+    if names.HEAD in stored and config.text.tie_word_embeddings:
+        shapes[names.HEAD] = shapes[names.EMBEDDING]
+    return {name: jax.ShapeDtypeStruct(shape, np.dtype(DTYPES[stored[name]])) for name, shape in shapes.items()}
+
+
+def _tied_head(config: WallXConfig) -> set[str]:
+    return {names.HEAD} if config.text.tie_word_embeddings else set()
+
+
+def _config_json(config: WallXConfig, assets: Path, specs: Mapping[str, Any]) -> dict[str, Any]:
+    """Upstream's config.json for these tensors; fields that we do not know are kept from the one that came with a
+    converted model, if that describes the same model."""
+    widest = "bfloat16" if specs[names.EMBEDDING].dtype == DTYPES["BF16"] else "float32"
+    ours = config.replace(numerics={"param_dtype": widest}).to_hf()
+    ours["torch_dtype"] = specs[names.EMBEDDING].dtype.name
+    if not names.is_qwen(config) and (assets / processors.FILE_NAME).is_file():
+        prompt = processors.read_config(assets).prompt
+        if prompt != PromptTemplate():
+            ours["wallx_jax"]["prompt"] = dataclasses.asdict(prompt)
+            warnings.warn(
+                "trained with a prompt of its own, which PyTorch's loaders do not build: config.json has it under "
+                "wallx_jax.prompt",
+                stacklevel=3,
+            )
+    if not (assets / "config.json").is_file():
+        return ours
+    theirs = read_json_object(assets / "config.json")
+    update = {name: ours[name] for name in ("vocab_size", "torch_dtype", "wallx_jax") if name in ours}
+    same = WallXConfig.from_hf({**theirs, **update}) == WallXConfig.from_hf(ours)
+    return {**theirs, **update} if same else ours

@@ -1,0 +1,97 @@
+"""Several datasets in one run: each with its own cameras, keys and statistics, and all in one layout.
+
+The first is the one that the settings describe by themselves; `datasets` names the others.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from wallx_jax.config.schema import RunConfig
+from wallx_jax.data.fetch import fetch
+from wallx_jax.data.lerobot import LeRobotSource
+from wallx_jax.data.metadata import DatasetInfo, read_info
+from wallx_jax.data.processor import Processor
+from wallx_jax.data.validate import check_dataset
+from wallx_jax.utils.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Part:
+    """One dataset of a run.
+
+    Attributes:
+        name: what it is called in the run.
+        weight: its samples for one of the first dataset's.
+        settings: as if it were the only one, completed by check_dataset.
+        source: all of its frames.
+    """
+
+    name: str
+    weight: float
+    settings: RunConfig
+    source: LeRobotSource
+
+    @property
+    def info(self) -> DatasetInfo:
+        return self.source.info
+
+
+def open_parts(run: RunConfig, videos: Literal["all", "first", "none"] = "all") -> tuple[Part, ...]:
+    """Opens the datasets of a run: reads their metadata, checks each against its settings, fetches the files that are
+    used from the hub where they are missing, and checks the tables.
+
+    Args:
+        videos: which videos to fetch: all, of each camera the one with the first episode, or none. With
+            download_videos=False none.
+
+    Raises:
+        ConfigError: everything that does not fit, for the datasets after the first with their names.
+        FileNotFoundError, DatasetError: what is missing, or contradicts itself.
+    """
+    found, errors, offers = [], [], []
+    for number, (name, weight, settings) in enumerate(run.datasets()):
+        data, with_name = settings.data, f"datasets.{name}: " if number else ""
+        info = read_info(data.location, data.revision, data.episodes)
+        try:
+            found.append((name, weight, check_dataset(settings, info), info))
+        except ConfigError as error:
+            errors += [with_name + text for text in error.errors]
+            offers.append(error.offer)
+    if errors:
+        raise ConfigError(*errors, offer="\n".join(dict.fromkeys(offers)))
+    return tuple(Part(name, weight, settings, _open(settings, info, videos)) for name, weight, settings, info in found)
+
+
+def _open(settings: RunConfig, info: DatasetInfo, videos: str) -> LeRobotSource:
+    data = settings.data
+    cameras = [camera.key for camera in data.cameras]
+    fetched = cameras if videos != "none" and data.download_videos else []
+    fetch(info, fetched, first_only=videos == "first")
+    return LeRobotSource(info, data.action_horizon, cameras, data.state_key, data.action_key)
+
+
+def in_one_layout(parts: Sequence[Part], processors: Sequence[Processor]) -> tuple[Processor, ...]:
+    """The processors with one prompt length, the longest of them: one compiled step serves all datasets.
+
+    Raises:
+        ConfigError: pictures of another number or size, with the datasets that differ.
+    """
+    sizes = [processor.config.image_sizes for processor in processors]
+    errors = [
+        f"datasets.{part.name}: its pictures come to {_text(size)} (height x width), those of {parts[0].name} to "
+        f"{_text(sizes[0])}; set camera_views and resolution so that both have as many and of the same sizes"
+        for part, size in zip(parts, sizes, strict=True)
+        if size != sizes[0]
+    ]
+    if errors:
+        raise ConfigError(*errors)
+    length = max(processor.config.prompt_length for processor in processors)
+    return tuple(
+        Processor(dataclasses.replace(p.config, prompt_length=length), p.tokenizer, p.stats, p.fast) for p in processors
+    )
+
+
+def _text(sizes: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"{height}x{width}" for height, width in sizes)

@@ -1,0 +1,175 @@
+"""Does the configuration fit the dataset and the prompt? Asked before any weight is loaded."""
+
+import dataclasses
+
+from wallx_jax.config import feature_slices
+from wallx_jax.config.schema import Camera, RunConfig
+from wallx_jax.data import naming
+from wallx_jax.data.metadata import DatasetInfo, is_depth
+from wallx_jax.utils.errors import ConfigError, nearest
+
+IMAGE_PREFIX = "observation.images."
+Groups = tuple[tuple[str, int], ...]
+
+
+def check_dataset(run: RunConfig, info: DatasetInfo) -> RunConfig:
+    """Checks cameras, state and action of a dataset against the configuration.
+
+    A camera may be written without its "observation.images." prefix. An empty dof_config becomes one group of all the
+    action's dimensions; an empty agent_pos_config becomes dof_config where that fits the state and its names, else one
+    group. Where a table says places in the dataset, its dims are counted, and its key becomes the vector of those
+    places. Names that stand where the dataset has others of them are refused: see `data.naming`.
+
+    Returns:
+        `run` with camera keys, state, action and dimension groups completed.
+
+    Raises:
+        ConfigError: listing everything that does not match, with what the dataset offers.
+    """
+    errors: list[str] = []
+    cameras = tuple(_camera(camera, info, errors) for camera in run.data.cameras)
+    if not cameras:
+        errors.append(
+            f"camera_views: empty, and no mapping is known for {run.data.repo_id}; map views to the dataset's cameras, "
+            f"e.g. camera_views = {{'face_view': {next(iter(info.camera_keys), '...')!r}}}"
+        )
+    robot, data = run.robot, run.data
+    dof, action_key = _vector("dof_config", robot.dof, "action_key", data.action_key, info, errors)
+    agent_pos, state_key = _vector("agent_pos_config", robot.agent_pos, "state_key", data.state_key, info, errors)
+    if not robot.agent_pos and not _says_places(robot.dof) and _total(agent_pos) in (0, _total(robot.dof)):
+        agent_pos = agent_pos if _total(agent_pos) and naming.misplaced(dof, state_key, info) else dof
+    actions, states = dict(dof), dict(agent_pos)
+    for setting, keys, table, groups in (
+        ("predict_action_keys", robot.predict_keys, "dof_config", actions),
+        ("obs_action_keys", robot.obs_keys, "agent_pos_config", states),
+        ("relative_action_keys", robot.relative_keys, "agent_pos_config", states),
+    ):
+        if missing := [key for key in keys if key not in groups]:
+            errors.append(f"{setting}: {missing} are not among the names of {table}, {list(groups)}")
+    for key in robot.relative_keys:
+        if actions.get(key) and states.get(key) and actions[key] != states[key]:
+            errors.append(
+                f"relative_action_keys: {key!r} has {actions[key]} dims in dof_config and {states[key]} in "
+                "agent_pos_config; an action is relative to a state of as many dims"
+            )
+    if not errors and robot.relative_keys:
+        relative_to = dataclasses.replace(robot, dof=dof, agent_pos=agent_pos).relative_to()
+        if wrong := naming.mistaken(relative_to, action_key, state_key, info):
+            errors.append(f"relative_action_keys: {wrong}")
+    if not any(task.strip() for task in info.tasks.values()):
+        errors.append(f"{info.repo_id} has no instructions: every sample needs a task text")
+    if errors:
+        raise ConfigError(*errors, offer=offer(info))
+    return dataclasses.replace(
+        run,
+        data=dataclasses.replace(data, cameras=cameras, state_key=state_key, action_key=action_key),
+        robot=dataclasses.replace(robot, dof=dof, agent_pos=agent_pos),
+    )
+
+
+def offer(info: DatasetInfo) -> str:
+    """What a dataset has to choose from: cameras with their sizes, vectors with the names of their dims."""
+    lines = [f"{info.repo_id} offers"]
+    for camera in info.camera_keys:
+        if not is_depth(info.features[camera]):
+            height, width = info.frame_size(camera)
+            lines.append(f"  camera {camera}: {height} x {width} (height x width)")
+    for feature, dims in feature_slices.widths(info.features).items():
+        names = info.dim_names(feature) if info.features[feature].get("names") else []
+        lines.append(f"  vector {feature}: {dims} dims{': ' if names else ''}{', '.join(names)}")
+    return "\n".join(lines)
+
+
+def check_horizon(run: RunConfig, prompt_length: int) -> None:
+    """Do prompt and actions fit max_length?
+
+    Args:
+        run: the configuration.
+        prompt_length: tokens of the longest prompt of the dataset, without actions.
+
+    Raises:
+        ConfigError: with the numbers that do not add up.
+    """
+    if run.model.use_fast_tokenizer:
+        name, actions = "max_fast_tokens", run.data.max_fast_tokens
+    else:
+        name, actions = "action_horizon", run.data.action_horizon
+    if prompt_length + actions > run.data.max_length:
+        raise ConfigError(
+            f"max_length = {run.data.max_length}: the longest prompt has {prompt_length} tokens and {name} adds "
+            f"{actions}; raise max_length to at least {prompt_length + actions}, or lower {name} or the resolution"
+        )
+
+
+def _camera(camera: Camera, info: DatasetInfo, errors: list[str]) -> Camera:
+    for key in (camera.key, IMAGE_PREFIX + camera.key):
+        if key in info.camera_keys:
+            if is_depth(info.features[key]):
+                errors.append(f"camera_views.{camera.view} = {key!r}: it holds depth maps; choose a color camera")
+            return dataclasses.replace(camera, key=key)
+    offered = list(info.camera_keys)
+    hint = nearest(camera.key, offered) or nearest(IMAGE_PREFIX + camera.key, offered)
+    errors.append(f"camera_views.{camera.view} = {camera.key!r}: no such camera{hint}")
+    return camera
+
+
+def _vector(
+    setting: str, table: tuple[tuple[str, int | str], ...], key_setting: str, key: str, info: DatasetInfo,
+    errors: list[str],
+) -> tuple[Groups, str]:  # fmt: skip
+    """The groups of a state or action, all under one name if the table is empty, and its vector. What is wrong is added
+    to `errors`; groups of unknown places then have 0 dims."""
+    if _says_places(table):
+        return _placed(setting, table, info, errors)
+    try:
+        dims = info.dims(key)
+    except ValueError:
+        hint = nearest(key, list(feature_slices.widths(info.features)))
+        errors.append(f"{key_setting} = {key!r}: no such vector{hint}")
+        return table, key
+    groups = table or ((key_setting.removesuffix("_key"), dims),)
+    if _total(groups) != dims:
+        errors.append(
+            f"{setting} sums to {_total(groups)} dims {dict(groups)}, but {key!r} of {info.repo_id} has {dims}; "
+            f"correct {setting}, or leave it empty to use all {dims}"
+        )
+    elif table and (wrong := naming.misplaced(table, key, info)):
+        errors.append(f"{setting}: {wrong}")
+    return groups, key
+
+
+def _placed(
+    setting: str, table: tuple[tuple[str, str], ...], info: DatasetInfo, errors: list[str]
+) -> tuple[Groups, str]:
+    """`_vector` for a table of places in the dataset. A dim has one place: two names for it are refused, since actions
+    could contradict each other."""
+    groups, parts = [], []
+    owners: dict[tuple[str, int], str] = {}
+    for name, text in table:
+        part = feature_slices.parse_slice(text)
+        try:
+            part = feature_slices.bounded(part, info.features)
+        except ValueError as error:
+            known = list(feature_slices.widths(info.features))
+            hint = "" if part.feature in known else nearest(part.feature, known)
+            errors.append(f"{setting}.{name} = {text!r}: {error}{hint}")
+            groups.append((name, 0))
+            continue
+        dims = [(part.feature, dim) for dim in range(part.start, part.stop)]
+        if twice := [dim for dim in dims if dim in owners]:
+            errors.append(
+                f"{setting}: {owners[twice[0]]!r} and {name!r} both have {len(twice)} dims of {part.feature!r}, from "
+                f"dim {twice[0][1]} on; a dim belongs to one name"
+            )
+        owners |= dict.fromkeys(dims, name)
+        groups.append((name, len(dims)))
+        parts.append(part)
+    return tuple(groups), feature_slices.join(parts, info.features)
+
+
+def _says_places(table: tuple[tuple[str, int | str], ...]) -> bool:
+    return any(isinstance(value, str) for _, value in table)
+
+
+def _total(groups: Groups) -> int:
+    return sum(dims for _, dims in groups)

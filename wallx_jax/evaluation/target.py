@@ -1,0 +1,138 @@
+"""What is evaluated: a policy, and the episodes that its training did not see."""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from wallx_jax.checkpoints.layout import CheckpointError, assets_dir, find_model, read_metadata
+from wallx_jax.config import default_config, recorded, resolve
+from wallx_jax.data import processor as processors
+from wallx_jax.data.fetch import fetch
+from wallx_jax.data.lerobot import LeRobotSource
+from wallx_jax.data.metadata import DatasetInfo, read_info
+from wallx_jax.data.pipeline import split_frames
+from wallx_jax.data.validate import check_dataset
+from wallx_jax.inference.load import load_policy
+from wallx_jax.inference.policy import Policy
+from wallx_jax.training import init
+from wallx_jax.utils.errors import ConfigError
+from wallx_jax.utils.files import unusable_folder
+from wallx_jax.weights.safetensors_io import WeightsError
+
+USER_ERRORS = (ConfigError, CheckpointError, WeightsError, OSError, ValueError, ImportError)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """folder: the checkpoint's step directory or the model directory. held_out: the frames that training did not see;
+    all frames where none were held out."""
+
+    policy: Policy
+    info: DatasetInfo
+    held_out: LeRobotSource
+    folder: Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--checkpoint, --dataset, --robot and --config of a script that evaluates something."""
+    parser.add_argument(
+        "--checkpoint", required=True, help="run or checkpoint directory, Wall-X model directory or hub repo id"
+    )
+    parser.add_argument("--dataset", help="LeRobot dataset: directory or repo id; default: the one it was trained on")
+    parser.add_argument("--robot", help="of a checkpoint trained on several datasets: which of them")
+    parser.add_argument(
+        "--config", help="configuration file as for training, e.g. configs/aloha.py; tells a model directory its robot"
+    )
+
+
+def output_folder(text: str) -> Path:
+    """The type of an argument that names a folder to write, found to be unusable before anything is computed."""
+    if why := unusable_folder(text):
+        raise argparse.ArgumentTypeError(f"{why}; choose another folder")
+    return Path(text).expanduser()
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a script's main; what the user can mend ends it with one line."""
+    try:
+        main()
+    except USER_ERRORS as error:
+        sys.exit(f"error: {error}")
+
+
+def open_subject(arguments: argparse.Namespace, numerics: Mapping[str, Any] | None = None) -> Subject:
+    """What the arguments of `add_arguments` name; `numerics`: fields of models.config.Numerics to override.
+
+    A trained checkpoint knows its robot and how its dataset was split. A PyTorch directory, also a converted one, takes
+    both from --config, or from the known mapping of --dataset.
+
+    Raises:
+        ValueError, FileNotFoundError, CheckpointError, WeightsError: what is missing or does not fit.
+    """
+    folder, is_pytorch = find_model(arguments.checkpoint)
+    files = folder if is_pytorch else assets_dir(folder)
+    if not (files / processors.FILE_NAME).is_file():
+        return _open_model_directory(folder, arguments, numerics)
+    stored = recorded({} if is_pytorch else read_metadata(folder)["config"])
+    if len(known := processors.robots(files)) > 1:
+        if arguments.robot not in known:
+            raise ValueError(f"--robot {arguments.robot}: {folder} was trained on several, choose one of {known}")
+        first_only = {"dataset_root": None, "dataset_revision": None, "episodes": None}
+        stored |= first_only | stored["datasets"][arguments.robot] if arguments.robot in stored["datasets"] else {}
+    location = arguments.dataset or stored["dataset_root"] or stored["repo_id"]
+    if location is None:
+        raise ValueError(f"{folder} does not say what it was trained on; give --dataset")
+    if arguments.dataset:
+        stored |= {"dataset_revision": None, "episodes": None}
+    info = read_info(location, stored["dataset_revision"], stored["episodes"])
+    policy = load_policy(folder, numerics=numerics, robot=arguments.robot)
+    split = [stored[key] for key in ("train_test_split", "split_mode", "split_seed")]
+    layout = policy.processor.config
+    fetch(info, layout.camera_keys)
+    source = LeRobotSource(info, layout.horizon, layout.camera_keys, layout.state_key, layout.action_key)
+    return Subject(policy, info, _held_out(source, *split), folder)
+
+
+def _open_model_directory(folder: Path, arguments: argparse.Namespace, numerics: Mapping[str, Any] | None) -> Subject:
+    config = _read_config(arguments.config) if arguments.config else default_config()
+    config.pretrained_wallx_path, config.save_path = str(folder), config.save_path or "runs/evaluation"
+    if arguments.dataset:
+        config.repo_id, config.dataset_root = arguments.dataset, None
+    if config.repo_id is None:
+        raise ValueError(f"which robot? {folder} is a model directory: give --config=configs/NAME.py or --dataset")
+    for name, value in (numerics or {}).items():
+        config.numerics[name] = value
+    settings = resolve(config)
+    info = read_info(settings.data.location, settings.data.revision, settings.data.episodes)
+    settings = check_dataset(settings, info)
+    data = settings.data
+    cameras = [camera.key for camera in data.cameras]
+    fetch(info, cameras)
+    source = LeRobotSource(info, data.action_horizon, cameras, data.state_key, data.action_key)
+    origin, processor = init.plan(settings, source)
+    policy = Policy(origin.config, init.load_origin(origin, settings.loop.seed), processor)
+    held_out = _held_out(source, data.train_test_split, data.split_mode, data.split_seed)
+    return Subject(policy, info, held_out, folder)
+
+
+def _held_out(source: LeRobotSource, ratio: float, mode: str, seed: int) -> LeRobotSource:
+    """The frames that training did not see; all where none were held out."""
+    frames = split_frames(source.info, ratio, mode, seed)[1]
+    return source.select(frames) if len(frames) else source
+
+
+def _read_config(argument: str) -> ConfigDict:
+    """get_config() of a configuration file, "FILE" or "FILE:ARGUMENT"."""
+    file, _, option = argument.partition(":")
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no such configuration file: {file}")
+    spec = importlib.util.spec_from_file_location("configuration", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*([option] if option else []))

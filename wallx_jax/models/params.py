@@ -1,0 +1,56 @@
+"""The parameters of a model: shapes, dtypes, initialization, and the module around them.
+
+Parameters live outside the modules, as nested dicts; `from_params` builds a module around them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from wallx_jax.models import scan
+from wallx_jax.models.config import Numerics, WallXConfig
+from wallx_jax.models.lora import is_adapter
+from wallx_jax.models.wallx import WallX
+from wallx_jax.utils import jax_flags, tree
+
+ISLANDS = ("decoder/norm/", "decoder/layers/input_norm/", "decoder/layers/post_norm/", "action/")
+
+
+def param_dtype(path: str, numerics: Numerics) -> jnp.dtype:
+    """float32 for decoder norms and action heads when `float32_islands` (lerobot's list), else `param_dtype`. Adapters
+    are always float32: small, and all that is trained."""
+    if is_adapter(path):
+        return jnp.dtype("float32")
+    if numerics.float32_islands and path.startswith(ISLANDS):
+        return jnp.dtype("float32")
+    return jnp.dtype(numerics.param_dtype)
+
+
+@functools.cache
+@jax_flags.ours()
+def _abstract(config: WallXConfig, stacked: bool = True) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: WallX(config, stacked, rngs=nnx.Rngs(0))), nnx.Param)
+
+
+def from_params(config: WallXConfig, params: tree.Tree) -> WallX:
+    """The model with these parameters (concrete or traced), its layers stacked or apart as the parameters are."""
+    apart = scan.is_apart(params)
+    graphdef, state = _abstract(config, not apart)
+    state = jax.tree.map(lambda x: x, state)  # a copy: the cached one stays abstract
+    nnx.replace_by_pure_dict(state, nnx.restore_int_paths(params) if apart else params)
+    return nnx.merge(graphdef, state)
+
+
+def abstract_params(config: WallXConfig) -> tree.Tree:
+    """Nested dict of jax.ShapeDtypeStruct: every parameter's shape and the dtype that config.numerics gives it."""
+    shapes = nnx.to_pure_dict(_abstract(config)[1])
+    return tree.map_with_path(lambda path, x: jax.ShapeDtypeStruct(x.shape, param_dtype(path, config.numerics)), shapes)
+
+
+@jax_flags.ours()
+def init_params(config: WallXConfig, seed: int) -> tree.Tree:
+    """Random parameters: normal(0, 0.02), biases 0, norm scales 1, as Qwen2.5-VL and upstream initialise."""
+    params = nnx.to_pure_dict(nnx.state(WallX(config, rngs=nnx.Rngs(seed)), nnx.Param))
+    return tree.map_with_path(lambda path, x: x.astype(param_dtype(path, config.numerics)), params)

@@ -1,0 +1,111 @@
+"""Layers one after another: stacked and scanned, or apart and unrolled.
+
+A scan compiles one layer whatever the depth. But each of its iterations first copies the layer's weights out of the
+stack, and in training the gradients back into one. Acting touches every weight for a few tokens only, so the copy costs
+as much as the arithmetic; with `unstack`ed parameters the layers are written out in the program and read their weights
+where they are. What nobody asks for, as the last layer's output when only keys and values are wanted, is then left out.
+Training scans unless told otherwise (`scan_layers`); what is stored is always stacked.
+
+Legend: L layers.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from wallx_jax.utils import jax_flags, tree
+
+STACKS = ("decoder/layers", "vision/blocks")  # parameters whose leading axis is the layer
+
+
+def build(make: Callable[[nnx.Rngs], nnx.Module], count: int, stacked: bool, rngs: nnx.Rngs) -> nnx.Module:
+    """`count` layers: one module with stacked parameters, or a list of modules."""
+    if stacked:
+        return nnx.vmap(make)(rngs.split(count))
+    return nnx.List([make(rngs) for _ in range(count)])
+
+
+def is_stacked(layers: nnx.Module) -> bool:
+    return not isinstance(layers, nnx.List)
+
+
+def run(body: Callable[[Any, tuple[Any, Any]], tuple[Any, Any]], x: Any, layers: nnx.Module, remat: str, extra: Any):
+    """body(x, (layer, its part of `extra`)) -> (x, output), over all layers; `remat`: see Numerics.
+
+    Stacked: `extra` and the outputs have a leading axis L. Apart: both are lists of length L.
+    """
+    if is_stacked(layers):
+        return jax.lax.scan(checkpointed(body, remat, in_scan=True), x, (layers, extra))
+    outputs = []
+    for layer, part in zip(layers, extra, strict=True):
+        one = checkpointed(lambda x, layer, part=part: body(x, (layer, part)), remat, in_scan=False)
+        x, output = one(x, layer)
+        outputs.append(output)
+    return x, outputs
+
+
+@jax_flags.ours()
+def unstack(params: tree.Tree, free: bool = False) -> tree.Tree:
+    """Parameters with the layers apart, on the default device: "decoder/layers/q/kernel" [L, ...] becomes
+    "decoder/layers/0/q/kernel" and so on. Those that are apart already only move.
+
+    Args:
+        free: gives the memory of each device array back as soon as it is taken apart; `params` cannot be used again.
+    """
+    apart = {}
+    for path, leaf in tree.flatten(params).items():
+        stack = next((name for name in STACKS if path.startswith(f"{name}/")), None)
+        inside = path.removeprefix(f"{stack}/")
+        if stack is None or inside.split("/")[0].isdigit():
+            apart[path] = jax.device_put(leaf)
+            continue
+        for layer in range(len(leaf)):
+            apart[f"{stack}/{layer}/{inside}"] = jax.device_put(leaf[layer])
+        if free and isinstance(leaf, jax.Array):
+            jax.block_until_ready(apart[f"{stack}/{len(leaf) - 1}/{inside}"])
+            leaf.delete()
+    return tree.unflatten(apart)
+
+
+def is_apart(params: tree.Tree) -> bool:
+    """Whether parameters are those that `unstack` gives."""
+    return "0" in params["decoder"]["layers"]
+
+
+def stacked_path(path: str) -> str:
+    """A parameter's path where layers are stacked: "decoder/layers/3/q/kernel" -> "decoder/layers/q/kernel"."""
+    return _LAYER.sub(r"\1", path)
+
+
+_LAYER = re.compile(rf"\b({'|'.join(STACKS)})/(\d+)(?=/)")
+
+
+def arranged(state: Any, like: Any) -> Any:
+    """A pytree around parameters, such as a training state, with its layers stacked or apart as they are in `like`."""
+    have = tree.leaves_by_path(state)
+    layers: dict[str, dict[int, Any]] = {}
+    for path, leaf in have.items():
+        if match := _LAYER.search(path):
+            layers.setdefault(stacked_path(path), {})[int(match[2])] = leaf
+
+    def leaf(path: str) -> Any:
+        if path in have:
+            return have[path]
+        if path in layers:
+            return jnp.stack([layers[path][layer] for layer in range(len(layers[path]))])
+        return have[stacked_path(path)][int(_LAYER.search(path)[2])]
+
+    return jax.tree.unflatten(jax.tree.structure(like), map(leaf, tree.leaves_by_path(like)))
+
+
+def checkpointed(body: Callable, remat: str, in_scan: bool) -> Callable:
+    """`body` under the rematerialisation policy "full", "dots" or "none" (see Numerics)."""
+    if remat == "none":
+        return body
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    # The body of a scan is compiled once and cannot be merged with its recomputation, so it needs no barrier.
+    return jax.checkpoint(body, policy=policy, prevent_cse=not in_scan)

@@ -1,0 +1,331 @@
+"""Where a run's model comes from: a PyTorch directory, a checkpoint to take weights from, or one to resume.
+
+`find` reads headers and small files only, so that everything else about a run can be checked before weights move.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from wallx_jax.checkpoints.checkpointer import compare_params, compare_state, restore_params
+from wallx_jax.checkpoints.layout import (
+    CheckpointError,
+    assets_dir,
+    find_model,
+    first_readable,
+    latest_step,
+    metadata_of,
+    model_config_of,
+    read_model_config,
+)
+from wallx_jax.checkpoints.stream import StoredModel, StoredParams
+from wallx_jax.config.schema import OptimConfig, RunConfig
+from wallx_jax.data import processor as processors
+from wallx_jax.data.build import build_processor, load_fast_tokenizer, load_stats
+from wallx_jax.data.datasets import Part, in_one_layout
+from wallx_jax.data.fast import FastTokenizer
+from wallx_jax.data.lerobot import LeRobotSource
+from wallx_jax.data.processor import Processor
+from wallx_jax.data.tokenizer import Tokenizer
+from wallx_jax.models import lora, scan
+from wallx_jax.models.config import ActionConfig, LoraConfig, WallXConfig
+from wallx_jax.models.params import abstract_params
+from wallx_jax.training import resume
+from wallx_jax.training.optimizer import ACTION_EXPERT
+from wallx_jax.training.sharding import param_spec, shardings
+from wallx_jax.training.state import TrainState, create_state
+from wallx_jax.utils import tree
+from wallx_jax.utils.errors import ConfigError
+from wallx_jax.weights.load import Put, assemble, load_params, open_weights, read_config
+
+logger = logging.getLogger(__name__)
+
+UPSTREAM_CHANNELS = 20  # action and state width of a fresh action side, as upstream's; a wider robot widens it
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The model before its weights are read.
+
+    config: shapes after the run's changes (vocabulary, channels, numerics).
+    files: the model directory, or the assets of a checkpoint: tokenizer and image-processor files.
+    checkpoint: the checkpoint's step directory; None for a PyTorch model.
+    processor: that of a checkpoint that is resumed whole; None: build one for this dataset.
+    """
+
+    config: WallXConfig
+    tokenizer: Tokenizer
+    files: Path
+    checkpoint: Path | None = None
+    processor: Processor | None = None
+
+    @property
+    def resumes(self) -> bool:
+        return self.processor is not None
+
+
+def resumable(run: RunConfig) -> RunConfig:
+    """resume.ckpt=latest before anything was saved means a new run: a job that restarts itself always says latest."""
+    loop = run.loop
+    if loop.resume_ckpt != "latest" or loop.load_ckpt_only or latest_step(loop.save_path) is not None:
+        return run
+    logger.warning("resume.ckpt=latest: no checkpoint in %s yet; a new run starts", loop.save_path)
+    return dataclasses.replace(run, loop=dataclasses.replace(loop, resume_ckpt=None))
+
+
+def find(run: RunConfig, robot_state_dim: int, robot_action_dim: int, fast: FastTokenizer | None) -> Origin:
+    """Looks the model up and works out its final shapes, reading no weights.
+
+    Raises:
+        FileNotFoundError, WeightsError, CheckpointError: naming what was looked for.
+    """
+    if run.loop.resume_ckpt is None:
+        folder, is_pytorch = find_model(run.model.path, run.model.revision)
+        if is_pytorch:
+            config, tokenizer = read_config(folder, dict(run.model.numerics)), Tokenizer.from_dir(folder)
+            config = _final_config(run, config, tokenizer, robot_state_dim, robot_action_dim, fast)
+            return Origin(config, tokenizer, folder)
+        checkpoint = folder
+    else:
+        checkpoint = first_readable(run.loop.resume_ckpt, run.loop.save_path, _with_small_files)
+
+    config = read_model_config(checkpoint)
+    assets = assets_dir(checkpoint)
+    if run.loop.resume_ckpt is None or run.loop.load_ckpt_only:
+        config = dataclasses.replace(config, numerics=run.model.apply_numerics(config.numerics))
+        tokenizer = Tokenizer.from_dir(assets)
+        config = _final_config(run, config, tokenizer, robot_state_dim, robot_action_dim, fast)
+        return Origin(config, tokenizer, assets, checkpoint)
+    if not (assets / processors.FILE_NAME).is_file():
+        raise CheckpointError(
+            f"{checkpoint} is a converted model, no run that could be resumed: start from it with "
+            f"pretrained_wallx_path={checkpoint}"
+        )
+    processor = Processor.from_dir(assets)
+    free = {name: value for name, value in run.model.numerics if name in resume.FREE_NUMERICS}
+    config = config.replace(numerics=free)
+    return Origin(config, processor.tokenizer, assets, checkpoint, processor)
+
+
+def _with_small_files(checkpoint: Path) -> Path:
+    """The checkpoint; raises whatever comes up when metadata or assets are damaged."""
+    model_config_of(checkpoint)
+    assets = checkpoint / "assets"
+    Tokenizer.from_dir(assets)
+    if (assets / processors.FILE_NAME).is_file():
+        Processor.from_dir(assets)
+    return checkpoint
+
+
+def _final_config(
+    run: RunConfig,
+    config: WallXConfig,
+    tokenizer: Tokenizer,
+    state_dim: int,
+    action_dim: int,
+    fast: FastTokenizer | None,
+) -> WallXConfig:
+    """Adds Wall-X's tokens to the tokenizer, and to the config what follows from tokenizer and robot.
+
+    Upstream cuts or grows a Qwen vocabulary to the tokenizer's length; a Wall-X file keeps rows beyond it.
+    """
+    rows = config.text.vocab_size
+    tokenizer.add_wallx_tokens(fast.vocab_size if fast is not None else None)
+    fresh = config.action.intermediate_size is None
+    rows = len(tokenizer) if fresh else max(rows, len(tokenizer))
+    config = dataclasses.replace(config, lora=run.optim.lora)
+    if fresh:
+        config = dataclasses.replace(
+            config,
+            action=ActionConfig(
+                intermediate_size=run.model.action_expert_intermediate_size,
+                state_dim=UPSTREAM_CHANNELS,
+                action_dim=UPSTREAM_CHANNELS,
+            ),
+        )
+    _check_adapters(config, fresh)
+    return config.replace(
+        text={"vocab_size": rows},
+        action={
+            "state_dim": max(config.action.state_dim, state_dim),
+            "action_dim": max(config.action.action_dim, action_dim),
+        },
+        tokens=dataclasses.asdict(tokenizer.token_ids()),
+    )
+
+
+def _check_adapters(config: WallXConfig, fresh: bool) -> None:
+    adapters, flat = config.lora, tree.flatten(abstract_params(dataclasses.replace(config, lora=LoraConfig())))
+    layers = [path.removesuffix("/kernel") for path in flat if path.endswith("/kernel")]
+    if adapters.rank and not any(map(adapters.adapts, layers)):
+        raise ConfigError(f"lora.targets = {adapters.targets} match no linear layer; there are {', '.join(layers)}")
+    if fresh and adapters.adapts(f"{ACTION_EXPERT}gate"):
+        raise ConfigError(
+            f"lora.targets = {adapters.targets} adapt the action expert, which is new in a model that starts from "
+            "Qwen2.5-VL and has to be trained itself: use ('decoder/layers/attn/', 'decoder/layers/mlp/vlm/')"
+        )
+
+
+def plan(settings: RunConfig, source: LeRobotSource) -> tuple[Origin, Processor]:
+    """`plan_parts` for one dataset."""
+    origin, (processor,) = plan_parts([Part("", 1.0, settings, source)])
+    return origin, processor
+
+
+def plan_parts(parts: Sequence[Part]) -> tuple[Origin, tuple[Processor, ...]]:
+    """The model's final shapes and the preprocessing of each dataset; a resumed run takes both from its checkpoint."""
+    settings = parts[0].settings
+    fast = load_fast_tokenizer(settings)
+    state_dim = max(part.info.dims(part.settings.data.state_key) for part in parts)
+    action_dim = max(part.info.dims(part.settings.data.action_key) for part in parts)
+    origin = find(settings, state_dim, action_dim, fast)
+    if origin.resumes:
+        names, stored = [part.name for part in parts], processors.robots(origin.files)
+        if sorted(names if len(parts) > 1 else []) != stored:
+            raise ConfigError(
+                f"the datasets are {names}, but the run of resume.ckpt has {stored or 'a single one'}: use those, or "
+                "start anew from its weights with resume.load_ckpt_only=True"
+            )
+        kept = tuple(Processor.from_dir(origin.files, name if stored else None) for name in names)
+        resume.check(parts, kept, origin.config, origin.checkpoint, fast)
+        return origin, kept
+    action, fresh = origin.config.action, []
+    for part in parts:
+        stats = load_stats(part.settings, part.source)
+        channels = (action.state_dim, action.action_dim)
+        fresh.append(build_processor(part.settings, part.source, origin.tokenizer, fast, stats, *channels))
+    return origin, in_one_layout(parts, fresh)
+
+
+def check_weights(origin: Origin, state: TrainState) -> None:
+    """Checks from headers alone that the origin's files hold what loading them will ask for.
+
+    state: shapes and dtypes of the state of this run.
+
+    Raises:
+        CheckpointError, WeightsError: something is missing, too much or of another shape.
+    """
+    if origin.checkpoint is None:
+        open_weights(origin.files)
+    elif origin.resumes:
+        compare_state(origin.checkpoint, state)
+    else:
+        compare_params(origin.checkpoint, abstract_params(read_model_config(origin.checkpoint)))
+
+
+def data_order(parts: Sequence[Part], frames: Sequence[int], global_batch: int, seed: int) -> dict[str, Any]:
+    """What decides which sample comes when, as a checkpoint records it. `frames`: training frames of each dataset."""
+    return {
+        "global_batch": global_batch,
+        "seed": seed,
+        "frames": list(frames),
+        "episodes": [part.settings.data.episodes for part in parts],
+        "weights": [part.weight for part in parts],
+    }
+
+
+def check_same_order(origin: Origin, order: Mapping[str, Any]) -> None:
+    """Compares a run that is resumed with how its checkpoint was trained; `order`: see `data_order`.
+
+    Another seed, other weights or more episodes are told in a warning.
+
+    Raises:
+        ConfigError: updates have another size: the position in the data counts those.
+    """
+    stored = metadata_of(origin.checkpoint).get("data_order") if origin.resumes else None
+    if stored is None:
+        return
+    then = {name: stored.get(name) for name in order}
+    if then["global_batch"] != order["global_batch"]:
+        raise ConfigError(
+            f"an update has {order['global_batch']} samples (batch_size_per_gpu x data and fsdp devices x "
+            f"gradient_accumulation_steps), but the run of resume.ckpt has {then['global_batch']}: change one of "
+            f"them so that it is the same, {resume.ANEW}"
+        )
+    if changed := [f"{name} was {then[name]}, is {order[name]}" for name in order if then[name] != order[name]]:
+        logger.warning(
+            "the run goes on with other samples than it would have met without the interruption: %s", "; ".join(changed)
+        )
+
+
+def load_state(origin: Origin, run: RunConfig, decay_steps: int, mesh: Mesh) -> TrainState:
+    """A fresh training state around the origin's weights, each parameter placed on the mesh as it is read.
+
+    It computes what the origin does: stored adapters go on with their output as it was, or, where this run has others
+    or none, are merged into the layers that they adapt.
+    """
+    wanted = abstract_state(origin.config, run.optim, decay_steps, mesh).params
+    before = origin.config.lora  # of the adapters that are loaded
+    if origin.checkpoint is not None and _same_shapes(StoredParams(origin.checkpoint).specs, tree.flatten(wanted)):
+        params = restore_params(origin.checkpoint, wanted)
+        before = read_model_config(origin.checkpoint).lora
+    else:
+        params = load_origin(
+            origin,
+            run.loop.seed,
+            put=lambda path, x: _put(x, NamedSharding(mesh, param_spec(path, x.shape, mesh))),
+        )
+
+    def create(params: tree.Tree) -> TrainState:
+        return create_state(lora.rescale(params, before, origin.config.lora), run.optim, decay_steps)
+
+    out = shardings(jax.eval_shape(create, params), mesh)
+    return jax.jit(create, out_shardings=out, donate_argnums=0)(params)
+
+
+def _put(x: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
+    # Every process read the same file; device_put would have them compare it over the network.
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def load_origin(origin: Origin, seed: int, put: Put | None = None) -> tree.Tree:
+    """The origin's parameters in their final shapes. `seed`: of what is initialised; `put`: see `load_params`."""
+    numerics = dataclasses.asdict(origin.config.numerics)
+    changes = {
+        "action": origin.config.action,
+        "vocab_size": origin.config.text.vocab_size,
+        "action_dim": origin.config.action.action_dim,
+        "state_dim": origin.config.action.state_dim,
+        "lora": origin.config.lora,
+        "seed": seed,
+        "put": put,
+    }
+    if origin.checkpoint is None:
+        return load_params(origin.files, numerics=numerics, **changes)[1]
+    stored = StoredModel(origin.checkpoint)
+    config = stored.config.replace(numerics=numerics)
+    specs = tree.flatten(abstract_params(config))
+    return assemble(config, lambda path: stored.read(path, specs[path].dtype), **changes)[1]
+
+
+def _same_shapes(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    return {path: tuple(spec.shape) for path, spec in a.items()} == {path: tuple(x.shape) for path, x in b.items()}
+
+
+def arranged(state: TrainState, like: TrainState) -> TrainState:
+    """The state with its layers stacked or apart, and placed, as those of `like`; itself where they are that already.
+    Otherwise both are in memory for a moment."""
+    if jax.tree.structure(state) == jax.tree.structure(like):
+        return state
+    out = jax.tree.map(lambda x: x.sharding, like)
+    return jax.jit(lambda state: scan.arranged(state, like), out_shardings=out)(state)
+
+
+def abstract_state(
+    config: WallXConfig, optim: OptimConfig, decay_steps: int, mesh: Mesh, scan_layers: bool = True
+) -> TrainState:
+    """Shapes, dtypes and shardings of the training state, its layers stacked as they are stored, or apart."""
+    params = abstract_params(config)
+    if not scan_layers:
+        params = jax.eval_shape(scan.unstack, params)
+    abstract = jax.eval_shape(lambda p: create_state(p, optim, decay_steps), params)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings(abstract, mesh)
+    )

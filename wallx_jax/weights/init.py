@@ -1,0 +1,98 @@
+"""Models with more or fewer vocabulary rows, or more robot channels, than their weight files.
+
+Works on host arrays (what `load_params` reads), before anything is placed on devices. Leaves that keep their shape are
+passed on untouched.
+"""
+
+import dataclasses
+import warnings
+import zlib
+
+import numpy as np
+
+from wallx_jax.models.config import WallXConfig
+from wallx_jax.utils import tree
+
+VOCABULARY = ("embed/embedding", "lm_head/kernel")
+CHANNELS = ("action/propri_proj/kernel", "action/w1/kernel", "action/proj_back/kernel")
+
+
+def fresh(path: str, shape: tuple[int, ...], dtype: np.dtype, config: WallXConfig, seed: int) -> np.ndarray:
+    """normal(0, initializer_range), upstream's start for weights that no file has; a function of path and seed.
+    Adapters start as `models.lora` says."""
+    rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
+    if path.endswith("/lora_b"):
+        return np.zeros(shape, dtype)
+    if path.endswith("/lora_a"):
+        return rng.uniform(-1, 1, shape).astype(dtype) * dtype.type(shape[-2] ** -0.5)
+    values = rng.standard_normal(shape, np.float32)
+    values *= config.text.initializer_range
+    return values.astype(dtype)
+
+
+def resize_vocabulary(
+    config: WallXConfig, params: tree.Tree, rows: int, seed: int = 0
+) -> tuple[WallXConfig, tree.Tree]:
+    """Cuts the embedding (and an untied head) to `rows` tokens, or appends new ones.
+
+    New rows follow transformers' `resize_token_embeddings(mean_resizing=True)`: normal around the mean of the old rows
+    with 1e-9 times their covariance, so that new tokens start out equally likely and yet distinct. The noise is drawn
+    as random combinations of centred old rows, which has that covariance and needs no decomposition.
+    """
+    if rows < 1:
+        raise ValueError(f"vocabulary rows must be positive, got {rows}")
+    flat = tree.flatten(params)
+    for path in VOCABULARY:
+        if path in flat and rows != config.text.vocab_size:
+            table = np.asarray(flat[path]) if path == "embed/embedding" else np.asarray(flat[path]).T
+            table = table[:rows] if rows < len(table) else _grow(table, rows, seed)
+            flat[path] = np.array(table if path == "embed/embedding" else table.T, order="C")
+    return config.replace(text={"vocab_size": rows}), tree.unflatten(flat)
+
+
+def _grow(table: np.ndarray, rows: int, seed: int, samples: int = 1024) -> np.ndarray:
+    """Table [old rows, D] -> [rows, D]."""
+    rng = np.random.default_rng(seed)
+    mean = table.mean(axis=0, dtype=np.float64).astype(np.float32)
+    centred = table[rng.integers(len(table), size=samples)].astype(np.float32) - mean
+    mixture = rng.standard_normal((rows - len(table), samples), np.float32) * np.float32((1e-9 / samples) ** 0.5)
+    return np.concatenate([table, (mean + mixture @ centred).astype(table.dtype)])
+
+
+def widen_channels(
+    config: WallXConfig, params: tree.Tree, action_dim: int, state_dim: int, seed: int = 0
+) -> tuple[WallXConfig, tree.Tree]:
+    """Gives the action heads at least `action_dim` and `state_dim` channels, and warns if that adds any.
+
+    The heads' inputs are [values | mask]: new channels go behind the old ones in each half. Their weights are freshly
+    initialised; for inputs whose new channels are zero, what the old channels give is unchanged.
+    """
+    old = config.action
+    if old.intermediate_size is None:
+        raise ValueError(f"the model has no action side to widen to {action_dim} action and {state_dim} state channels")
+    new = dataclasses.replace(old, action_dim=max(action_dim, old.action_dim), state_dim=max(state_dim, old.state_dim))
+    if new == old:
+        return config, params
+    warnings.warn(
+        f"the robot has {action_dim} action and {state_dim} state channels, the checkpoint {old.action_dim} and "
+        f"{old.state_dim}: the projection weights of the channels it lacks are freshly initialised and must be trained",
+        stacklevel=2,
+    )
+    flat = tree.flatten(params)
+
+    def add(path: str, kernel: np.ndarray, axis: int, count: int) -> np.ndarray:
+        shape = list(kernel.shape)
+        shape[axis] = count
+        return np.concatenate([kernel, fresh(path, tuple(shape), kernel.dtype, config, seed)], axis=axis)
+
+    for path, before, after in (
+        ("action/propri_proj/kernel", old.state_dim, new.state_dim),
+        ("action/w1/kernel", old.action_dim, new.action_dim),
+    ):
+        values, mask = np.split(np.asarray(flat[path]), 2)
+        flat[path] = np.concatenate(
+            [add(f"{path}/values", values, 0, after - before), add(f"{path}/mask", mask, 0, after - before)]
+        )
+    path = "action/proj_back/kernel"
+    flat[path] = add(path, np.asarray(flat[path]), 1, new.action_dim - old.action_dim)
+    return dataclasses.replace(config, action=new), tree.unflatten(flat)
