@@ -120,7 +120,7 @@ def run_loop(
 
     first = int(state.step)
 
-    def give_up(step: int, error: Exception) -> NoReturn:
+    def give_up(step: int, where: str, error: Exception) -> NoReturn:
         saved = "nothing was trained"
         if step > first and jax.process_count() == 1:
             while pending:
@@ -130,7 +130,7 @@ def run_loop(
         elif step > first:
             saved = "the run goes on from its last checkpoint"
         raise UnreadableData(
-            f"update {step + 1}: {error}; {saved}. Mend the data, or leave out what is wrong (settings `episodes`, "
+            f"{where}: {error}; {saved}. Mend the data, or leave out what is wrong (settings `episodes`, "
             "`unreadable_frames`), and go on with resume.ckpt=latest"
         ) from error
 
@@ -142,7 +142,7 @@ def run_loop(
                     try:
                         batch = next(batches)
                     except Exception as error:
-                        give_up(step - 1, error)
+                        give_up(step - 1, f"update {step}", error)
                 state, metrics = steps.train(state, put_batch(batch, mesh, loop.gradient_accumulation_steps))
             window.append(metrics)
             progress.advance()
@@ -167,7 +167,10 @@ def run_loop(
                 progress.report(step, loss, scalars["samples_per_s"], eta_s, scalars.get("mfu"))
             if steps.evaluate and loop.eval_interval and (step % loop.eval_interval == 0 or step == total_steps):
                 with watch.paused():
-                    scalars = validate(steps, state.acting, held_out(), mesh, loop.flow_loss_weight)
+                    try:
+                        scalars = validate(steps, state.acting, held_out(), mesh, loop.flow_loss_weight)
+                    except (ValueError, OSError) as error:
+                        give_up(step, f"validation after update {step}", error)
                     writer.write(step, scalars)
                     progress.note(f"step {step}/{total_steps} | validation loss {scalars['val_loss']:.4g}")
             if step % loop.save_interval == 0 or step == total_steps or stopping:
