@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--out", type=target.output_folder, default="runs/ablation")
     arguments = parser.parse_args()
 
-    tested = target.open_subject(arguments)
+    tested = target.load_eval_target(arguments)
     policy, names = tested.policy, tested.info.dim_names(tested.held_out.action_key)
     predicted = policy.processor.predicted
     recorded = openloop.read(tested.held_out, stride=1, limit=arguments.frames)

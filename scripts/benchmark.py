@@ -235,14 +235,14 @@ def compare(model, params, batch, scan_layers: bool, python: Path, repeats: int)
     import jax
     import numpy as np
 
-    from wallx_jax.models.scan import unstack
+    from wallx_jax.models.scan import unstack_layers
     from wallx_jax.weights.export import save_directory
 
     noise = noise_for(batch)
     with tempfile.TemporaryDirectory() as folder:
         save_directory(folder, model, params)
         theirs = TorchReference(python, Path(folder), model, batch, noise)
-        apart, on_device = unstack(params), jax.device_put(batch)
+        apart, on_device = unstack_layers(params), jax.device_put(batch)
         ours = chunk_program(model, apart, on_device, noise)
         times: dict[str, list[float]] = {name: [] for name in ("ours", "torch", "ours_train", "torch_train")}
         for _ in range(repeats + 1):
@@ -278,15 +278,15 @@ def train_program(model, params, batch, scan_layers: bool):
     """A function that makes one update and returns its loss; `compile_s` tells how long it took to compile."""
     import jax
 
-    from wallx_jax.models.scan import unstack
-    from wallx_jax.training.state import create_state, keep_gradients
+    from wallx_jax.models.scan import unstack_layers
+    from wallx_jax.training.state import create_state, with_gradient_buffer
     from wallx_jax.training.step import compile_train_step
 
     optim, step = train_step_of(model)
-    params = params if scan_layers else unstack(params)
+    params = params if scan_layers else unstack_layers(params)
     state = jax.jit(lambda p: create_state(p, optim, 1000))(params)
     if jax.default_backend() == "cpu":  # as a run does
-        state = keep_gradients(state, optim)
+        state = with_gradient_buffer(state, optim)
     micro = jax.tree.map(lambda x: x[None], batch)
     start = time.perf_counter()
     compiled = compile_train_step(step, state, micro)
@@ -317,7 +317,7 @@ def run(model, batch_size: int, what: Sequence[str], scan_layers: bool, repeats:
     import jax
 
     from wallx_jax.models.params import init_params
-    from wallx_jax.models.scan import unstack
+    from wallx_jax.models.scan import unstack_layers
 
     batch = jax.device_put(random_batch(model, batch_size))
     params = jax.jit(lambda: init_params(model, 0))()
@@ -325,7 +325,7 @@ def run(model, batch_size: int, what: Sequence[str], scan_layers: bool, repeats:
     if "train" in what:
         figures["train"] = time_train(model, params, batch, scan_layers, repeats)
     if timers := [time for name, time in (("chunk", time_chunk), ("parts", time_parts)) if name in what]:
-        apart = unstack(params)
+        apart = unstack_layers(params)
         del params
         figures["inference"] = {}
         for timer in timers:

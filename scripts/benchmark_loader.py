@@ -47,7 +47,7 @@ from wallx_jax.config.schema import Camera
 from wallx_jax.data.build import build_processor, load_stats, split_sources
 from wallx_jax.data.datasets import Part, open_parts
 from wallx_jax.data.images import resize
-from wallx_jax.data.pipeline import Batches, Encode, samples
+from wallx_jax.data.pipeline import DataLoader, Encode, samples
 from wallx_jax.data.processor import Processor
 from wallx_jax.data.source import FrameSource
 from wallx_jax.data.writer import DatasetWriter
@@ -182,7 +182,7 @@ def proportional_mib(pid: int) -> float:
 
 
 def ours(source: FrameSource, processor: Processor, batch: int, workers: int, seconds: float) -> dict[str, float]:
-    with closing(Batches(samples(source, processor, seed=0), batch, workers)) as batches:
+    with closing(DataLoader(samples(source, processor, seed=0), batch, workers)) as batches:
         return steady(batches, batch, workers, seconds)
 
 

@@ -74,11 +74,11 @@ def evaluate(model: Path, run: Path, figure: Path) -> dict:
     from tqdm import tqdm
 
     from wallx_jax.evaluation import openloop
-    from wallx_jax.evaluation.target import open_subject
+    from wallx_jax.evaluation.target import load_eval_target
     from wallx_jax.inference.policy import Policy
     from wallx_jax.weights.load import load_params
 
-    subject = open_subject(argparse.Namespace(checkpoint=run, dataset=None, robot=None, config=None))
+    subject = load_eval_target(argparse.Namespace(checkpoint=run, dataset=None, robot=None, config=None))
     policy = subject.policy
     untrained = Policy(policy.config, load_params(model, numerics={"param_dtype": "float32"})[1], policy.processor)
     recorded = openloop.read(subject.held_out, stride=1)

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--out", type=target.output_folder, default="runs/openloop")
     arguments = parser.parse_args()
 
-    tested = target.open_subject(arguments)
+    tested = target.load_eval_target(arguments)
     policy, names = tested.policy, tested.info.dim_names(tested.held_out.action_key)
     stride = arguments.stride or policy.processor.config.horizon
     recorded = openloop.read(tested.held_out, stride, arguments.episodes)

@@ -29,7 +29,7 @@ from wallx_jax.models.generate import generate
 from wallx_jax.models.params import from_params
 from wallx_jax.models.positions import next_position, position_ids
 from wallx_jax.models.vision_plan import Grid, token_count
-from wallx_jax.models.wallx import FlowTarget, LossSums, Prefix
+from wallx_jax.models.wallx import FlowTarget, LossTotals, Prefix
 from wallx_jax.training.optimizer import clip, global_norm, make_optimizer, schedule
 from wallx_jax.weights.load import load_params
 from wallx_jax.weights.names import torch_tensors
@@ -219,14 +219,14 @@ class Case:
     def loss(self, params, all_arrays: list[Arrays], semantics: str):
         """(loss, its parts), with the means taken over all rows; `all_arrays` as the groups'."""
         net = from_params(self.config_for(semantics), params)
-        sums, counts = LossSums(jnp.float32(0), jnp.float32(0)), LossSums(jnp.float32(0), jnp.float32(0))
+        sums, counts = LossTotals(jnp.float32(0), jnp.float32(0)), LossTotals(jnp.float32(0), jnp.float32(0))
         for group, arrays in zip(self.groups, all_arrays, strict=True):
             labels = arrays.get("labels", jnp.zeros((len(group.rows), 0), jnp.int32))[:, 1 : self.prefix_length]
             target = self.flow_target(arrays)
             part = net.loss_sums(self.prefix(net, group, arrays), labels, target)
             flow_count = flow.flow_count(target.mask, "all") if target is not None else jnp.float32(0)
             sums = jax.tree.map(jnp.add, sums, part)
-            counts = jax.tree.map(jnp.add, counts, LossSums(losses.label_count(labels), flow_count))
+            counts = jax.tree.map(jnp.add, counts, LossTotals(losses.label_count(labels), flow_count))
         parts = jax.tree.map(lambda s, c: s / jnp.maximum(c, 1), sums, counts)
         return parts.cross_entropy + parts.flow, parts
 

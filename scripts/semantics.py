@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
 
-    tested = target.open_subject(arguments)
+    tested = target.load_eval_target(arguments)
     policy, source = tested.policy, tested.held_out
     batches = list(
         eval_batches(source, policy.processor, arguments.batch_size, arguments.batches * arguments.batch_size)

@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 
 from wallx_jax import doctor, train
 from wallx_jax.checkpoints.checkpointer import Checkpointer
-from wallx_jax.checkpoints.inspection import check_up
+from wallx_jax.checkpoints.inspection import inspect_checkpoint
 from wallx_jax.checkpoints.layout import read_model_config
 from wallx_jax.config import flatten, resolve
 from wallx_jax.data.datasets import open_parts
@@ -99,7 +99,7 @@ def test_arrays_are_not_loaded(written, monkeypatch):
         raise AssertionError("arrays were loaded")
 
     monkeypatch.setattr(ocp, "load_checkpointables", refuse)
-    assert not check_up(written).problems
+    assert not inspect_checkpoint(written).problems
 
 
 def rewrite(file: Path, change):
@@ -178,7 +178,7 @@ BREAKS = {
 def test_damage_is_told_in_a_line(run, damage):
     break_it, found, problem = BREAKS[damage]
     break_it(run / "checkpoints" / "4")
-    checkup = check_up(run)
+    checkup = inspect_checkpoint(run)
     assert found in "\n".join(checkup.findings)
     if problem is None:
         assert not checkup.problems

@@ -21,7 +21,7 @@ import jax
 from huggingface_hub import constants
 from packaging.requirements import Requirement
 
-from wallx_jax.checkpoints.inspection import Checkup, check_up
+from wallx_jax.checkpoints.inspection import CheckpointReport, inspect_checkpoint
 from wallx_jax.config.resolve import PLATFORMS
 from wallx_jax.models.param_summary import gib
 from wallx_jax.utils import compile_cache, devices, extras
@@ -35,7 +35,7 @@ LEAST_SHARED_BYTES = 1 << 30  # data workers pass batches through it; a containe
 LEAST_OPEN_FILES = 1024
 
 
-def look_at_packages(checkup: Checkup) -> None:
+def look_at_packages(checkup: CheckpointReport) -> None:
     """Versions, and whether they are those that this package asks for."""
     version, wanted = importlib.metadata.version, importlib.metadata.requires
     found = {name: _version(name) for name in SHOWN}
@@ -65,7 +65,7 @@ def look_at_packages(checkup: Checkup) -> None:
         checkup.say("extra", f"{extra} is not complete, it lacks {', '.join(names)}: {extras.install(extra)}")
 
 
-def look_at_devices(checkup: Checkup, wanted: str | None) -> None:
+def look_at_devices(checkup: CheckpointReport, wanted: str | None) -> None:
     """What JAX computes on. A CPU in place of an accelerator that was asked for is a problem."""
     plugins = ", ".join(f"{name} {here}" for name, here in devices.cuda_plugins().items())
     gpus = Counter(devices.nvidia_gpus())
@@ -87,7 +87,7 @@ def look_at_devices(checkup: Checkup, wanted: str | None) -> None:
             )
 
 
-def explain_preallocation(checkup: Checkup) -> None:
+def explain_preallocation(checkup: CheckpointReport) -> None:
     """What JAX takes of a GPU's memory, and which variable decides."""
     on = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower() not in ("false", "0")
     share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")
@@ -104,7 +104,7 @@ def explain_preallocation(checkup: Checkup) -> None:
     checkup.say("GPU memory", text)
 
 
-def look_at_machine(checkup: Checkup) -> None:
+def look_at_machine(checkup: CheckpointReport) -> None:
     """Disk, caches, shared memory and open files."""
     checkup.say("disk", f"{gib(shutil.disk_usage('.').free)} free here")
     for title, folder, variable in (
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint, run or PyTorch model directory to check")
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)  # JAX and Orbax log what is reported here in one line
-    checkup = Checkup()
+    checkup = CheckpointReport()
     look_at_packages(checkup)
     explain_preallocation(checkup)
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # a run may be using the GPU
@@ -146,7 +146,7 @@ def main() -> None:
     look_at_machine(checkup)
     if arguments.checkpoint is not None:
         jax.config.update("jax_platforms", "cpu")  # where devices could not be had, the checkpoint is read all the same
-        found = check_up(arguments.checkpoint)
+        found = inspect_checkpoint(arguments.checkpoint)
         checkup.findings += ["", *found.findings]
         checkup.problems += found.problems
     print("\n".join(checkup.findings))

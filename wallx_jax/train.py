@@ -43,7 +43,7 @@ from wallx_jax.config.schema import RunConfig
 from wallx_jax.data.batch import Batch, EvalBatch, describe
 from wallx_jax.data.build import blank_sample, build_augment, split_sources
 from wallx_jax.data.datasets import Part, open_parts
-from wallx_jax.data.pipeline import Batches, eval_batches, mixed, samples
+from wallx_jax.data.pipeline import DataLoader, eval_batches, mixed, samples
 from wallx_jax.data.processor import Processor
 from wallx_jax.data.tokenizer import Tokenizer
 from wallx_jax.data.unreadable import SkippedFrames
@@ -56,9 +56,9 @@ from wallx_jax.training.interruption import EXIT_CODE, Interrupted, StopRequest
 from wallx_jax.training.loop import Steps, UnreadableData, abstract_batch, run_loop
 from wallx_jax.training.metrics import MetricWriter
 from wallx_jax.training.optimizer import check_patterns, is_trainable
-from wallx_jax.training.plan import Length, make_plan
+from wallx_jax.training.plan import StepCounts, make_plan
 from wallx_jax.training.progress import Progress
-from wallx_jax.training.state import TrainState, keep_gradients
+from wallx_jax.training.state import TrainState, with_gradient_buffer
 from wallx_jax.training.step import Objective, compile_train_step, make_eval_step, make_train_step
 from wallx_jax.utils.files import write_text
 
@@ -119,7 +119,7 @@ def _run(config: ConfigDict, dry_run: bool, stack: contextlib.ExitStack) -> Path
     global_batch = micro_batch * loop.gradient_accumulation_steps
     order = init.data_order(parts, [len(train) for train, _ in sources], global_batch, loop.seed)
     init.check_same_order(origin, order)
-    share, shares = sharding.data_share(mesh)
+    share, shares = sharding.data_shard(mesh)
     epoch = sum(len(train) for train, _ in sources)
     total_steps, decay_steps = loop.total_steps(epoch, global_batch), loop.decay_steps(epoch, global_batch)
     noted += preflight.check_length(settings, epoch, global_batch, total_steps)
@@ -129,7 +129,7 @@ def _run(config: ConfigDict, dry_run: bool, stack: contextlib.ExitStack) -> Path
         for (train, _), processor, part, number in zip(sources, processors, parts, numbers, strict=True)
     ]
     stream = mixed(streams, [part.weight for part in parts])
-    batches = Batches(stream, global_batch // shares, settings.data.num_workers, share, shares)
+    batches = DataLoader(stream, global_batch // shares, settings.data.num_workers, share, shares)
     stack.callback(batches.close)
 
     sample = blank_sample(processors[0].config, mixed=len(parts) > 1)
@@ -139,7 +139,7 @@ def _run(config: ConfigDict, dry_run: bool, stack: contextlib.ExitStack) -> Path
     abstract = init.abstract_state(origin.config, settings.optim, decay_steps, mesh)
     check_patterns(settings.optim, abstract.params)
     frames = [(len(train), len(held)) for train, held in sources]
-    length = Length(global_batch, epoch, total_steps, decay_steps)
+    length = StepCounts(global_batch, epoch, total_steps, decay_steps)
     plan = make_plan(parts, origin, processors[0].config, abstract, mesh, frames, length)
     if dry_run:
         init.check_weights(origin, abstract)
@@ -169,9 +169,9 @@ def _run(config: ConfigDict, dry_run: bool, stack: contextlib.ExitStack) -> Path
         state, resumed_step = init.load_state(origin, settings, decay_steps, mesh), None
     if not loop.scan_layers:
         apart = init.abstract_state(origin.config, settings.optim, decay_steps, mesh, scan_layers=False)
-        state = init.arranged(state, apart)
+        state = init.restack_like(state, apart)
     if mesh.local_devices[0].platform == "cpu":
-        state = keep_gradients(state, settings.optim, loop.gradient_accumulation_steps)
+        state = with_gradient_buffer(state, settings.optim, loop.gradient_accumulation_steps)
 
     if int(state.step) >= total_steps:
         logger.warning(
@@ -203,7 +203,7 @@ def _run(config: ConfigDict, dry_run: bool, stack: contextlib.ExitStack) -> Path
     stack.callback(checkpointer.close)
 
     def save(step: int, state: TrainState, loss: float | None) -> None:
-        stored = init.arranged(dataclasses.replace(state, gradients=None), abstract)
+        stored = init.restack_like(dataclasses.replace(state, gradients=None), abstract)
         checkpointer.save(step, stored, batches, flatten(config), origin.config, assets, loss=loss, data_order=order)
 
     def give_up(number: Signals) -> None:

@@ -15,7 +15,7 @@ from wallx_jax.checkpoints.from_pytorch import convert_model
 from wallx_jax.checkpoints.to_pytorch import export_model
 from wallx_jax.data.batch import stack
 from wallx_jax.inference.load import load_model, load_policy
-from wallx_jax.models.scan import unstack
+from wallx_jax.models.scan import unstack_layers
 from wallx_jax.weights.safetensors_io import open_tensors
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +90,7 @@ def test_lerobot_loads_an_exported_wall_x(wallx_dir, tmp_path, dtype):
     reference(f"chunk {benchmark.STEPS}")
     theirs = np.array(reference("actions")["actions"])
     reference.close()
-    params = unstack(policy.params)
+    params = unstack_layers(policy.params)
     ours = np.asarray(
         benchmark.chunk_program(policy.config, params, jax.device_put(batch), noise)(params, batch, noise)
     )

@@ -13,9 +13,9 @@ from wallx_jax.checkpoints import from_pytorch, stream
 from wallx_jax.checkpoints.checkpointer import restore_params
 from wallx_jax.checkpoints.from_pytorch import convert_model
 from wallx_jax.checkpoints.layout import CheckpointError, read_model_config
-from wallx_jax.checkpoints.stream import StoredParams
+from wallx_jax.checkpoints.stream import ParamsReader
 from wallx_jax.checkpoints.to_pytorch import export_model
-from wallx_jax.models.params import ISLANDS
+from wallx_jax.models.params import KEEP_IN_FP32
 from wallx_jax.training import sharding
 from wallx_jax.utils import tree
 from wallx_jax.weights import names
@@ -28,7 +28,7 @@ BF16 = ml_dtypes.bfloat16
 
 def is_island(name):
     row, _ = names.parse(name)
-    return row.path.startswith(ISLANDS)
+    return row.path.startswith(KEEP_IN_FP32)
 
 
 def normalizers():
@@ -112,7 +112,7 @@ def test_checkpoint_holds_what_import_gives(wallx, tmp_path):
         for path, x in tree.flatten(restored).items():
             np.testing.assert_array_equal(np.asarray(x), tree.flatten(params)[path], err_msg=path)
     assert len(restored["decoder"]["layers"]["attn"]["q"]["kernel"].sharding.device_set) == 4
-    stored = StoredParams(checkpoint)
+    stored = ParamsReader(checkpoint)
     np.testing.assert_array_equal(stored.read("embed/embedding"), params["embed"]["embedding"])
 
 

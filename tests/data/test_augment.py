@@ -13,7 +13,7 @@ from wallx_jax.config.schema import AugmentConfig
 from wallx_jax.data.augment import Augment
 from wallx_jax.data.batch import Batch
 from wallx_jax.data.lerobot import LeRobotSource
-from wallx_jax.data.pipeline import Batches, Encode, eval_batches, samples, shuffled
+from wallx_jax.data.pipeline import DataLoader, Encode, eval_batches, samples, shuffled
 from wallx_jax.data.processor import Processor, ProcessorConfig
 
 VIEWS = ("face_view", "left_wrist_view")
@@ -116,7 +116,7 @@ def processor(tmp_path_factory):
 
 
 def stream(source, processor, size=4, **options):
-    return Batches(samples(source, processor, 3, Augment(DEFAULT, VIEWS)), size, **options)
+    return DataLoader(samples(source, processor, 3, Augment(DEFAULT, VIEWS)), size, **options)
 
 
 def assert_same(batches, others):
@@ -132,7 +132,7 @@ def take(iterator, count):
 
 def test_training_alone_is_augmented(source, processor):
     (batch,) = take(stream(source, processor), 1)
-    (plain,) = take(Batches(samples(source, processor, 3), 4), 1)
+    (plain,) = take(DataLoader(samples(source, processor, 3), 4), 1)
     np.testing.assert_array_equal(batch.state, plain.state)
     assert all(not np.array_equal(a, b) for a, b in zip(batch.images, plain.images, strict=True))
     held_out = next(eval_batches(source, processor, 4)).batch

@@ -9,7 +9,7 @@ import tiny_run
 from wallx_jax.config import resolve
 from wallx_jax.data.datasets import in_one_layout, open_parts
 from wallx_jax.data.lerobot import LeRobotSource
-from wallx_jax.data.pipeline import Batches, eval_batches, mixed, samples
+from wallx_jax.data.pipeline import DataLoader, eval_batches, mixed, samples
 from wallx_jax.data.processor import Processor
 from wallx_jax.utils.errors import ConfigError
 
@@ -227,23 +227,23 @@ def test_every_dataset_goes_through_all_of_its_frames(streams):
 
 
 def test_resume_is_exact(streams):
-    iterator = Batches(stream(streams, (1.0, 0.4)), 4)
+    iterator = DataLoader(stream(streams, (1.0, 0.4)), 4)
     take(iterator, 5)
     place = iterator.get_state()
     expected = take(iterator, 6)
-    again = Batches(stream(streams, (1.0, 0.4)), 4)
+    again = DataLoader(stream(streams, (1.0, 0.4)), 4)
     again.set_state(place)
     assert_same(take(again, 6), expected)
-    other = Batches(stream(streams, (1.0, 0.4), seed=4), 4)
+    other = DataLoader(stream(streams, (1.0, 0.4), seed=4), 4)
     with pytest.raises(AssertionError):
-        assert_same(take(other, 5), take(Batches(stream(streams, (1.0, 0.4)), 4), 5))
+        assert_same(take(other, 5), take(DataLoader(stream(streams, (1.0, 0.4)), 4), 5))
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_workers_change_nothing(streams):
-    alone = take(Batches(stream(streams, (1.0, 0.4)), 4), 6)
-    iterator = Batches(stream(streams, (1.0, 0.4)), 4, num_workers=2)
+    alone = take(DataLoader(stream(streams, (1.0, 0.4)), 4), 6)
+    iterator = DataLoader(stream(streams, (1.0, 0.4)), 4, num_workers=2)
     try:
         assert_same(take(iterator, 6), alone)
     finally:
@@ -254,6 +254,6 @@ def test_one_dataset_has_no_numbers(streams):
     (source, _), (processor, _) = streams
     only = samples(source, processor, 0)
     assert mixed([only], [1.0]) is only and only[0].dataset is None
-    assert next(Batches(only, 2)).dataset is None
+    assert next(DataLoader(only, 2)).dataset is None
     assert next(eval_batches(source, processor, 2)).batch.dataset is None
     assert next(eval_batches(source, processor, 2, dataset=1)).batch.dataset.tolist() == [1, 1]

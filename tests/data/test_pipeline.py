@@ -6,7 +6,7 @@ import synthetic
 
 from wallx_jax.data.batch import Batch, stack
 from wallx_jax.data.lerobot import LeRobotSource
-from wallx_jax.data.pipeline import Batches, eval_batches, samples, split_frames, stack_samples
+from wallx_jax.data.pipeline import DataLoader, eval_batches, samples, split_frames, stack_samples
 
 HORIZON = 3
 pytestmark = pytest.mark.filterwarnings("ignore:The video decoding and encoding capabilities of torchvision")
@@ -28,7 +28,7 @@ def source(dataset_info):
 
 
 def batches(source, size=4, seed=3, processor=None, **options):
-    return Batches(samples(source, processor or PlainProcessor(), seed), size, **options)
+    return DataLoader(samples(source, processor or PlainProcessor(), seed), size, **options)
 
 
 def take(iterator, count):

@@ -12,7 +12,7 @@ from wallx_jax.data.batch import Batch
 from wallx_jax.data.fast import FastTokenizer
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.normalize import NormStats, Stats
-from wallx_jax.data.pipeline import Batches, samples
+from wallx_jax.data.pipeline import DataLoader, samples
 from wallx_jax.data.processor import Processor, ProcessorConfig, acts_relatively, required_prompt_length
 from wallx_jax.data.stats import compute_stats
 from wallx_jax.data.tokenizer import Tokenizer
@@ -282,14 +282,14 @@ def test_a_picture_of_another_size_is_brought_to_that_of_training(flow, observat
     rng = np.random.default_rng(0)
     for size in ((64, 64), (480, 640), (30, 90)):
         given = [observation["images"][0], rng.integers(0, 256, (*size, 3), np.uint8)]
-        acting = flow.acting_on(given, observation["instruction"])
+        acting = flow.for_inference(given, observation["instruction"])
         assert acting.config.image_sizes == flow.config.image_sizes
         for processor in (acting, flow):
             assert processor.encode(given, observation["state"], "go").images[1].shape == (*SIZES[1], 3)
         if size != (64, 64):
             with pytest.raises(ValueError, match=f"left_wrist_view: an image of .*{size[0]}, {size[1]}"):
                 flow.encode(given, observation["state"], "go", actions)
-    same = flow.acting_on(observation["images"], "go").encode(**observation).images[1]
+    same = flow.for_inference(observation["images"], "go").encode(**observation).images[1]
     np.testing.assert_array_equal(same, image_ops.resize(wrist))
 
 
@@ -404,7 +404,9 @@ def test_the_words_of_the_prompt_reach_training_and_acting(tokenizer, stats, fas
     said = {"action": f"{start}<|propri|>{chat}", "language": f"{start}{chat}"}
     for task, given in (("action", actions), ("action", None), ("language", None)):
         default, own = (
-            processor.acting_on(observation["images"], observation["instruction"], task) if given is None else processor
+            processor.for_inference(observation["images"], observation["instruction"], task)
+            if given is None
+            else processor
             for processor in processors
         )
         samples = [p.encode(**observation, actions=given, task=task) for p in (default, own)]
@@ -418,7 +420,7 @@ def test_prompt_length_follows_the_words(tokenizer, stats, observation):
     wordy = PromptTemplate(system="You are a helpful assistant. " * 50)
     assert required_prompt_length(*arguments, 0, wordy) > required_prompt_length(*arguments) + 200
     processor = Processor(config(tokenizer, prompt=wordy), tokenizer, stats)
-    acting = processor.acting_on(observation["images"], observation["instruction"])
+    acting = processor.for_inference(observation["images"], observation["instruction"])
     assert acting.config.prompt_length > processor.config.prompt_length + 200
     acting.encode(**observation)
 
@@ -458,7 +460,7 @@ def test_one_entry_per_camera(tokenizer):
 def test_dataset_to_batch(dataset_info, tokenizer):
     processor = Processor(config(tokenizer), tokenizer, compute_stats(dataset_info))
     source = LeRobotSource(dataset_info, HORIZON, processor.config.camera_keys)
-    batch = next(Batches(samples(source, processor, seed=0), 3))
+    batch = next(DataLoader(samples(source, processor, seed=0), 3))
     assert batch.tokens.shape == (3, processor.config.prompt_length)
     assert [x.shape for x in batch.images] == [(3, *size, 3) for size in SIZES]
     assert np.abs(batch.actions).max() <= 1

@@ -257,7 +257,7 @@ def test_from_qwen_with_fast_tokens(dataset_dir, tmp_path, monkeypatch):
         policy.predict(OBSERVATION, max_tokens=3)
     said = [tokenizer.fast_start + i for i in policy.processor.fast.encode(np.zeros((4, 14)))]
     answer = np.array([[*said, saved.tokens.eos, saved.tokens.pad]])
-    monkeypatch.setattr(policy._speaker, "_program", lambda *inputs: answer)
+    monkeypatch.setattr(policy._sampler, "_program", lambda *inputs: answer)
     np.testing.assert_allclose(
         policy.predict(OBSERVATION).actions, policy.processor.decode_actions(np.zeros((4, 14))), atol=1e-5
     )

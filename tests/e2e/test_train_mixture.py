@@ -12,7 +12,7 @@ import tiny_run
 import wallx_jax
 import wallx_jax.train
 from wallx_jax.checkpoints.checkpointer import restore_params
-from wallx_jax.evaluation.target import open_subject
+from wallx_jax.evaluation.target import load_eval_target
 from wallx_jax.utils import tree
 from wallx_jax.utils.errors import ConfigError
 
@@ -89,7 +89,7 @@ def test_evaluation_says_which_robot(whole):
     _, last = whole
 
     def subject(robot):
-        return open_subject(argparse.Namespace(checkpoint=str(last), dataset=None, robot=robot, config=None))
+        return load_eval_target(argparse.Namespace(checkpoint=str(last), dataset=None, robot=robot, config=None))
 
     assert subject("seven").info.repo_id == "small" and subject("synthetic").info.repo_id == "synthetic"
     assert len(subject("seven").policy.processor.stats.action.q01) == 7

@@ -17,7 +17,7 @@ from wallx_jax.checkpoints.to_pytorch import export_model
 from wallx_jax.data.normalize import load_norm_stats, save_norm_stats
 from wallx_jax.data.processor import Processor
 from wallx_jax.evaluation import ablation, openloop
-from wallx_jax.evaluation.target import open_subject
+from wallx_jax.evaluation.target import load_eval_target
 from wallx_jax.utils.errors import ConfigError
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
@@ -40,7 +40,7 @@ def run_dir(model_dir, dataset_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def subject(run_dir):
-    return open_subject(argparse.Namespace(checkpoint=str(run_dir), dataset=None, robot=None, config=None))
+    return load_eval_target(argparse.Namespace(checkpoint=str(run_dir), dataset=None, robot=None, config=None))
 
 
 def episode(number):

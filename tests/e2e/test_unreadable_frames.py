@@ -13,8 +13,8 @@ import tiny_run
 
 import wallx_jax.train
 from wallx_jax.checkpoints.layout import latest_step
-from wallx_jax.data.errors import DatasetError
-from wallx_jax.data.pipeline import Batches
+from wallx_jax.data.errors import DatasetError, FrameError
+from wallx_jax.data.pipeline import DataLoader
 from wallx_jax.training.loop import UnreadableData
 
 BAD = (4, 9, 10, 17)
@@ -65,11 +65,23 @@ def test_the_run_saves_and_ends_with_one_line_and_goes_on_when_mended(
     assert [line["loss"] for line in lines] == [line["loss"] for line in whole]
 
 
+def test_a_held_out_frame_that_cannot_be_read_costs_no_update(model_dir, dataset_dir, tmp_path, monkeypatch):
+    def broken(*args):
+        raise FrameError("d: episode 3, frame 0: cam_high cannot be read")
+        yield
+
+    monkeypatch.setattr(wallx_jax.train, "eval_batches", broken)
+    config = tiny_run.run_config(model_dir, dataset_dir, tmp_path / "run", save_interval=100, eval_interval=2)
+    with pytest.raises(UnreadableData, match="^validation after update 2: d: episode 3, .* saved as step 2"):
+        wallx_jax.train.run(config)
+    assert latest_step(tmp_path / "run") == 2
+
+
 def test_a_first_batch_that_cannot_be_read_saves_nothing(model_dir, damaged, tmp_path, monkeypatch):
     def broken(self):
         raise ValueError("episode 0, frame 3: NaN")
 
-    monkeypatch.setattr(Batches, "__next__", broken)
+    monkeypatch.setattr(DataLoader, "__next__", broken)
     with pytest.raises(UnreadableData, match="update 1: episode 0, frame 3: NaN; nothing was trained"):
         train(model_dir, damaged, tmp_path / "run", num_training_steps=4)
     assert latest_step(tmp_path / "run") is None

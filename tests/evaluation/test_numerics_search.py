@@ -21,7 +21,7 @@ from wallx_jax.evaluation.numerics_search import COMBINATIONS, Measurement
 from wallx_jax.inference.policy import Policy
 from wallx_jax.models import flow
 from wallx_jax.models.params import from_params
-from wallx_jax.models.scan import unstack
+from wallx_jax.models.scan import unstack_layers
 from wallx_jax.training.step import frame_noise_and_time
 from wallx_jax.weights.load import load_params, read_config
 
@@ -35,7 +35,7 @@ def policy(wallx_dir, dataset_info):
     layout = ProcessorConfig(VIEWS, dataset_info.camera_keys, (84, -1), SIZES, 4, length)
     config, params = load_params(wallx_dir)
     # Larger than at the start of training, so that attention and positions matter.
-    params = unstack(jax.tree.map(lambda x: x * 4 if x.ndim > 2 else x, params))
+    params = unstack_layers(jax.tree.map(lambda x: x * 4 if x.ndim > 2 else x, params))
     stats: NormStats = compute_stats(dataset_info)
     config = config.replace(tokens=dataclasses.asdict(tokenizer.token_ids()))
     return Policy(config, params, Processor(layout, tokenizer, stats))

@@ -18,7 +18,7 @@ import wallx_jax
 from wallx_jax.checkpoints.layout import find_checkpoints
 from wallx_jax.data.lerobot import LeRobotSource, read_info
 from wallx_jax.evaluation import openloop
-from wallx_jax.evaluation.target import open_subject
+from wallx_jax.evaluation.target import load_eval_target
 
 ROOT = Path(__file__).parents[2]
 HELD_OUT = [3]  # of the synthetic dataset's four episodes, at train_test_split 0.75
@@ -228,6 +228,6 @@ def test_wrong_arguments_end_with_one_line(run, wallx_dir, run_dir, tmp_path, na
 
 
 def test_a_run_is_compared_on_the_episodes_it_has_not_seen(run_dir):
-    subject = open_subject(argparse.Namespace(checkpoint=run_dir, dataset=None, robot=None, config=None))
+    subject = load_eval_target(argparse.Namespace(checkpoint=run_dir, dataset=None, robot=None, config=None))
     episodes = {subject.held_out.low_dim(i).episode for i in range(len(subject.held_out))}
     assert sorted(episodes) == HELD_OUT and subject.folder == find_checkpoints(run_dir)[0]

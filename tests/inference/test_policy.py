@@ -69,7 +69,7 @@ def fast_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def speaker(model_dir, fast_dir, tmp_path_factory):
+def fast_policy(model_dir, fast_dir, tmp_path_factory):
     """A policy that says its actions; its weights are random, so what it says is no chunk."""
     folder = tmp_path_factory.mktemp("model") / "fast"
     size = FastTokenizer.from_dir(fast_dir).vocab_size
@@ -313,9 +313,9 @@ def test_what_is_not_finite_never_reaches_a_robot(policy, monkeypatch, bad):
     np.testing.assert_array_equal(e.value.actions[:2], right[:2])
 
 
-def test_weights_that_went_bad(policy, speaker):
+def test_weights_that_went_bad(policy, fast_policy):
     """In memory, where nobody looked when they were loaded: flow, FAST and words."""
-    for acts in (policy, speaker):
+    for acts in (policy, fast_policy):
         flat = tree.flatten(acts.params)
         flat["decoder/layers/1/attn/o/kernel"] = jax.numpy.full_like(flat["decoder/layers/1/attn/o/kernel"], np.nan)
         bad = Policy(acts.config, tree.unflatten(flat), acts.processor)
@@ -330,7 +330,7 @@ def test_weights_that_went_bad(policy, speaker):
 
 def test_a_checkpoint_with_weights_that_went_bad_is_refused(policy, tmp_path):
     """When it is opened, with the paths of the parameters."""
-    flat = tree.flatten(scan.arranged(policy.params, abstract_params(policy.config)))
+    flat = tree.flatten(scan.restack_like(policy.params, abstract_params(policy.config)))
     flat["action/w2/kernel"] = flat["action/w2/kernel"].at[1, 2].set(np.nan)
     flat["decoder/layers/attn/q/bias"] = flat["decoder/layers/attn/q/bias"].at[1, 0].set(np.inf)
     policy.processor.save(tmp_path / "assets")
@@ -395,7 +395,7 @@ def test_acts_on_the_subtask_it_has_set_itself(policy, monkeypatch):
         asked.append(tokenizer.decode(batch.tokens[0]))
         return np.array([said] * len(batch.tokens))
 
-    monkeypatch.setattr(type(policy._speaker), "__call__", lambda self, *inputs: say(*inputs))
+    monkeypatch.setattr(type(policy._sampler), "__call__", lambda self, *inputs: say(*inputs))
     prediction = policy.predict(observation(), subtask=True)
     assert prediction.subtask == "pick up the red block" and "subtask" in prediction.timings_ms
     assert "Predict the next action in language." in asked[0] and "<|propri|>" not in asked[0]
@@ -415,33 +415,33 @@ def test_subtask_without_an_end_is_an_error(policy):
         policy.subtask(observation(), max_tokens=6)
 
 
-def test_fast_policy_says_its_actions(speaker, monkeypatch):
-    processor, ids = speaker.processor, speaker.config.tokens
+def test_fast_policy_says_its_actions(fast_policy, monkeypatch):
+    processor, ids = fast_policy.processor, fast_policy.config.tokens
     chunk = np.random.default_rng(0).uniform(-1, 1, (HORIZON, DIMS))
     said = [processor.tokenizer.fast_start + i for i in processor.fast.encode(chunk)]
     right = np.array([*said, ids.eos, ids.pad])
     wrong = np.full(len(right), 7)
     monkeypatch.setattr(
-        type(speaker._speaker), "__call__", lambda self, batch, *_: np.stack([right, wrong][: len(batch.tokens)])
+        type(fast_policy._sampler), "__call__", lambda self, batch, *_: np.stack([right, wrong][: len(batch.tokens)])
     )
     expected = processor.decode_action_tokens(said)
-    np.testing.assert_array_equal(speaker.predict(observation()).actions, expected)
+    np.testing.assert_array_equal(fast_policy.predict(observation()).actions, expected)
     with pytest.raises(ActionDecodeError, match=r"observation 1: no <\|im_end\|>") as caught:
-        speaker.predict([observation(), observation(seed=1)])
+        fast_policy.predict([observation(), observation(seed=1)])
     assert set(caught.value.failures) == {1}
     np.testing.assert_array_equal(caught.value.actions[0], expected)
     assert np.isnan(caught.value.actions[1]).all()
 
 
-def test_fast_failure_is_never_an_action(speaker):
+def test_fast_failure_is_never_an_action(fast_policy):
     for options in ({"max_tokens": 4}, {"max_tokens": 8, "temperature": 1.0, "seed": 3}):
         with pytest.raises(FastDecodeError, match=r"<\|im_end\|>|not action tokens|FAST ids"):
-            speaker.predict(observation(), **options)
+            fast_policy.predict(observation(), **options)
 
 
-def test_fast_prompt_keeps_no_room_for_the_answer(speaker):
-    sample = speaker.encode(observation(480, 640))
-    config = speaker.processor.config
+def test_fast_prompt_keeps_no_room_for_the_answer(fast_policy):
+    sample = fast_policy.encode(observation(480, 640))
+    config = fast_policy.processor.config
     assert len(sample.tokens) == config.prompt_length - config.label_window
 
 

@@ -79,13 +79,13 @@ def test_sampling_equals_full_recomputation_at_every_step(params, action_attenti
         return net.action.velocity(net.forward(prefix, (x, mask, time)).hidden[:, LENGTH:])
 
     expected = euler(recomputed, noise, steps, mask, masked_dims)
-    net = from_params(config, params if layers == "stacked" else scan.unstack(params))
+    net = from_params(config, params if layers == "stacked" else scan.unstack_layers(params))
     np.testing.assert_allclose(net.sample_actions(prefix_of(net, data), noise, mask, steps), expected, atol=5e-5)
 
 
 def test_layers_apart_are_those_of_the_stack(params):
-    data, apart = inputs(), scan.unstack(params)
-    assert scan.is_apart(apart) and not scan.is_apart(params)
+    data, apart = inputs(), scan.unstack_layers(params)
+    assert scan.is_unrolled(apart) and not scan.is_unrolled(params)
     assert tree.flatten(apart)["decoder/layers/2/attn/q/kernel"].shape == (64, 64)
     one, other = (from_params(TINY, p) for p in (params, apart))
     target = data[-1]
@@ -97,13 +97,13 @@ def test_layers_apart_are_those_of_the_stack(params):
     np.testing.assert_allclose(tail.hidden, b.hidden[:, -(HORIZON + 3) :], atol=1e-5)
     tail = one.forward(prefix_of(one, data), suffix, last=HORIZON + 3)
     np.testing.assert_allclose(tail.hidden, a.hidden[:, -(HORIZON + 3) :], atol=1e-5)
-    again = scan.unstack(apart)
+    again = scan.unstack_layers(apart)
     assert tree.flatten(again).keys() == tree.flatten(apart).keys()
 
 
 def test_taking_layers_apart_can_free_the_stack():
     params = init_params(TINY, seed=0)
-    apart = scan.unstack(params, free=True)
+    apart = scan.unstack_layers(params, free=True)
     assert params["decoder"]["layers"]["attn"]["q"]["kernel"].is_deleted()
     assert np.isfinite(tree.flatten(apart)["decoder/layers/3/attn/q/kernel"]).all()
     assert not params["embed"]["embedding"].is_deleted()
@@ -184,8 +184,8 @@ def test_hits_count_every_token_of_the_range():
     labels = jnp.asarray([[5, 6, 7, 8, -100, 4]])
     said = jnp.asarray([[5, 7, 7, 8, 0, 4]])
     logits = jnp.eye(10)[said]
-    assert losses.labels_among(labels, (5, 8)).tolist() == [[True, True, True, False, False, False]]
-    assert float(losses.hit_count(logits, labels, (5, 8))) == 2
+    assert losses.in_token_range(labels, (5, 8)).tolist() == [[True, True, True, False, False, False]]
+    assert float(losses.correct_count(logits, labels, (5, 8))) == 2
 
 
 def test_sums_of_samples_add_up():

@@ -100,7 +100,7 @@ def test_xla_counts_the_same():
     """Layers apart, since XLA counts the body of a loop once; labels throughout, since the last layer leaves out what
     nobody asks for. XLA adds what is no product: norms, softmax, rotation."""
     batch = a_batch(MODEL, random_batch(MODEL, 1).tokens.shape[1] - 1)
-    params = jax.eval_shape(scan.unstack, abstract_params(MODEL))
+    params = jax.eval_shape(scan.unstack_layers, abstract_params(MODEL))
     compiled = jax.jit(lambda params, batch: loss(params, {}, batch, MODEL, True)).lower(params, batch).compile()
     ours = 2 * flops.forward_flops(MODEL, jax.tree.map(lambda x: x[0], batch))
     assert ours < compiled.cost_analysis()["flops"] < 1.12 * ours

@@ -95,12 +95,12 @@ def mesh_of(sizes: tuple[int, int, int], *processes: int):
     ],
 )
 def test_which_rows_a_process_loads(sizes, processes, share):
-    assert sharding.data_share(mesh_of(sizes, *processes)) == share
+    assert sharding.data_shard(mesh_of(sizes, *processes)) == share
 
 
 def test_rows_that_overlap_in_part_are_refused():
     with pytest.raises(ValueError, match="mesh.tensor=2 cuts a batch within and across processes"):
-        sharding.data_share(mesh_of((3, 1, 2), 0, 0, 0, 1, 1, 1))
+        sharding.data_shard(mesh_of((3, 1, 2), 0, 0, 0, 1, 1, 1))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def test_every_parameter_belongs_to_a_part_and_counts_once():
     model = dataclasses.replace(TINY, lora=optim_of(lora__rank=2).lora).replace(text={"tie_word_embeddings": False})
     specs = tree.flatten(abstract_params(model))
     rows = param_summary.rows(specs, lambda path: "x")
-    assert [row.part for row in rows] == [part for part, _ in param_summary.PARTS]
+    assert [row.part for row in rows] == [part for part, _ in param_summary.COMPONENTS]
     assert sum(row.count for row in rows) == sum(x.size for x in specs.values())
     assert sum(row.size for row in rows) == sum(x.size * x.dtype.itemsize for x in specs.values())
     table = param_summary.table(rows)
@@ -57,7 +57,7 @@ def test_memory_is_what_a_placed_state_takes(axes, changes):
         return sum(shard.data.nbytes for shard in shards if shard.device == jax.devices()[0])
 
     trained = tree.split(state.params, is_trainable(optim))[0]
-    assert memory == plan.Memory(*map(on_first_device, (state.params, trained, state.opt_state)))
+    assert memory == plan.MemoryEstimate(*map(on_first_device, (state.params, trained, state.opt_state)))
     summed = plan.memory_of(init.abstract_state(model, optim, 10, mesh), optim, 4)
     assert summed.gradients == 2 * memory.gradients, "float32 gradients and their float32 sum"
 

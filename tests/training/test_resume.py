@@ -13,7 +13,7 @@ import yaml
 
 import wallx_jax.train
 from wallx_jax.checkpoints.checkpointer import restore_params
-from wallx_jax.checkpoints.stream import StoredModel
+from wallx_jax.checkpoints.stream import ModelReader
 from wallx_jax.config import resolve
 from wallx_jax.config.schema import OptimConfig
 from wallx_jax.data.datasets import open_parts
@@ -362,7 +362,7 @@ def test_a_new_run_starts_with_the_policy_of_the_adapters(adapted, tmp_path, nam
     settings = resolve(config)
     origin, _ = init.plan_parts(open_parts(settings))
     state = init.load_state(origin, settings, 10, sharding.make_mesh(settings.mesh))
-    before = StoredModel(checkpoint)
+    before = ModelReader(checkpoint)
     after = tree.flatten(merge_params(state.params, origin.config.lora))
     base = tree.flatten(restore_params(checkpoint))
     assert after.keys() == before.specs.keys()

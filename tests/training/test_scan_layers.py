@@ -13,9 +13,9 @@ from wallx_jax.models import scan
 from wallx_jax.models.config import LoraConfig
 from wallx_jax.models.params import init_params
 from wallx_jax.training import sharding
-from wallx_jax.training.init import abstract_state, arranged
+from wallx_jax.training.init import abstract_state, restack_like
 from wallx_jax.training.loop import put_batch
-from wallx_jax.training.state import create_state, keep_gradients
+from wallx_jax.training.state import create_state, with_gradient_buffer
 from wallx_jax.training.step import Objective, compile_train_step, make_train_step
 from wallx_jax.utils import tree
 
@@ -39,17 +39,17 @@ def three_updates(model, optim, scan_layers: bool, keep: bool = False):
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     stored = abstract_state(model, optim, 10, mesh)
     state = fresh_state(model, optim)
-    state = arranged(state, abstract_state(model, optim, 10, mesh, scan_layers))
-    assert scan.is_apart(state.params) != scan_layers
+    state = restack_like(state, abstract_state(model, optim, 10, mesh, scan_layers))
+    assert scan.is_unrolled(state.params) != scan_layers
     if keep:
-        state = keep_gradients(state, optim)
+        state = with_gradient_buffer(state, optim)
     batches = [put_batch(random_batch((4,), seed=i, labels=4), mesh, 1) for i in range(3)]
     step = compile_train_step(make_train_step(model, optim, 10, Objective(), seed=0), state, batches[0])
     losses = []
     for batch in batches:
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
-    return losses, arranged(dataclasses.replace(state, gradients=None), stored), step
+    return losses, restack_like(dataclasses.replace(state, gradients=None), stored), step
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
@@ -89,8 +89,8 @@ def test_a_state_survives_being_taken_apart_and_stacked():
     mesh = sharding.make_mesh(MeshConfig(1, 2, 1), jax.devices()[:2])
     stacked, apart = (abstract_state(MODEL, optim, 10, mesh, scan_layers) for scan_layers in (True, False))
     state = fresh_state(MODEL, optim)
-    there = arranged(state, apart)
+    there = restack_like(state, apart)
     assert jax.tree.map(lambda x: (x.shape, x.sharding), there) == jax.tree.map(lambda x: (x.shape, x.sharding), apart)
-    again = arranged(there, stacked)
+    again = restack_like(there, stacked)
     jax.tree.map(np.testing.assert_array_equal, again, state)
-    assert arranged(again, stacked) is again
+    assert restack_like(again, stacked) is again

@@ -5,7 +5,7 @@ from tiny_models import SMALL, random_params
 
 from wallx_jax.models.params import abstract_params
 from wallx_jax.utils import tree
-from wallx_jax.weights.init import fresh, resize_vocabulary, widen_channels
+from wallx_jax.weights.init import init_param, resize_vocabulary, widen_channels
 
 UNTIED = SMALL.replace(text={"tie_word_embeddings": False})
 
@@ -90,8 +90,8 @@ def test_a_model_without_action_side_cannot_be_widened():
 
 
 def test_fresh_weights_depend_on_path_and_seed():
-    a, b = (fresh(path, (50, 50), np.float32, SMALL, 0) for path in ("a", "b"))
+    a, b = (init_param(path, (50, 50), np.float32, SMALL, 0) for path in ("a", "b"))
     assert not np.array_equal(a, b)
-    assert not np.array_equal(a, fresh("a", (50, 50), np.float32, SMALL, 1))
-    np.testing.assert_array_equal(a, fresh("a", (50, 50), np.float32, SMALL, 0))
-    assert fresh("a", (2,), ml_dtypes.bfloat16, SMALL, 0).dtype == ml_dtypes.bfloat16
+    assert not np.array_equal(a, init_param("a", (50, 50), np.float32, SMALL, 1))
+    np.testing.assert_array_equal(a, init_param("a", (50, 50), np.float32, SMALL, 0))
+    assert init_param("a", (2,), ml_dtypes.bfloat16, SMALL, 0).dtype == ml_dtypes.bfloat16

@@ -9,7 +9,7 @@ import pytest
 from tiny_models import SMALL, SMALL_QWEN, Directory, random_params
 
 from wallx_jax.models.config import ActionConfig
-from wallx_jax.models.params import ISLANDS, abstract_params
+from wallx_jax.models.params import KEEP_IN_FP32, abstract_params
 from wallx_jax.utils import tree
 from wallx_jax.weights.export import save_directory
 from wallx_jax.weights.load import load_params, open_weights, read_config, read_normalizers
@@ -66,9 +66,9 @@ def test_qwen_directory_gets_a_fresh_action_side(qwen):
     config, params = load_params(qwen.write(), action=action, action_dim=26, seed=1)
     assert config.action == ActionConfig(intermediate_size=16, action_dim=26, state_dim=20)
     assert shapes(params) == shapes(abstract_params(config))
-    own, fresh = tree.split(params, lambda path: path in tree.flatten(qwen.params))
+    own, init_param = tree.split(params, lambda path: path in tree.flatten(qwen.params))
     assert_same(own, qwen.params)
-    for path, x in tree.flatten(fresh).items():
+    for path, x in tree.flatten(init_param).items():
         assert path.startswith(("action/", "decoder/layers/mlp/action/"))
         assert abs(x.std() - 0.02) < 0.002 and abs(x.mean()) < 0.002, path
     assert_same(load_params(qwen.path, action=action, action_dim=26, seed=1)[1], params)
@@ -93,7 +93,7 @@ def test_bfloat16_file_with_float32_islands(wallx):
     config, params = load_params(wallx.write())
     assert config.numerics.param_dtype == "bfloat16" and config.numerics.float32_islands
     for path, x in tree.flatten(params).items():
-        assert x.dtype == (np.float32 if path.startswith(ISLANDS) else ml_dtypes.bfloat16), path
+        assert x.dtype == (np.float32 if path.startswith(KEEP_IN_FP32) else ml_dtypes.bfloat16), path
     _, plain = load_params(wallx.path, numerics={"float32_islands": False})
     assert {x.dtype for x in tree.flatten(plain).values()} == {np.dtype(ml_dtypes.bfloat16)}
     _, wide = load_params(wallx.path, numerics={"param_dtype": "float32"})

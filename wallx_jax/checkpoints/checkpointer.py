@@ -49,7 +49,7 @@ _SHOWN = 5  # differences listed in an error
 
 
 class DataIterator(Protocol):
-    """What a checkpoint needs of `data.pipeline.Batches`. The state is a JSON value, the same in every process."""
+    """What a checkpoint needs of `data.pipeline.DataLoader`. The state is a JSON value, the same in every process."""
 
     def get_state(self) -> Any: ...
 
@@ -335,20 +335,20 @@ def _items(flat: Mapping[str, Any]) -> dict[str, Tree]:
     """
     averages = {path.removeprefix("ema/"): leaf for path, leaf in flat.items() if path.startswith("ema/")}
     trained = {path.removeprefix("params/"): leaf for path, leaf in flat.items() if path.startswith("params/")}
-    beside = {path: leaf for path, leaf in flat.items() if not path.startswith(("params/", "ema/"))}
-    beside |= {f"params/{path}": trained[path] for path in averages}
-    return {"params": unflatten(trained | averages), "state": unflatten(beside)}
+    adapter_paths = {path: leaf for path, leaf in flat.items() if not path.startswith(("params/", "ema/"))}
+    adapter_paths |= {f"params/{path}": trained[path] for path in averages}
+    return {"params": unflatten(trained | averages), "state": unflatten(adapter_paths)}
 
 
 def _from_items(items: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves `wanted` of a flattened state: the inverse of `_items`."""
-    acting, beside = leaves_by_path(items["params"]), leaves_by_path(items["state"])
+    acting, adapter_paths = leaves_by_path(items["params"]), leaves_by_path(items["state"])
 
     def leaf(path: str) -> Any:
         kind, _, name = path.partition("/")
-        if kind == "ema" or (kind == "params" and path not in beside):
+        if kind == "ema" or (kind == "params" and path not in adapter_paths):
             return acting[name]
-        return beside[path]
+        return adapter_paths[path]
 
     return {path: leaf(path) for path in wanted}
 

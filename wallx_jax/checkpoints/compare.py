@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from wallx_jax.checkpoints.layout import find_model
-from wallx_jax.checkpoints.stream import StoredModel
+from wallx_jax.checkpoints.stream import ModelReader
 from wallx_jax.weights import names
 from wallx_jax.weights.safetensors_io import DTYPE_NAMES, Tensors, open_tensors
 
@@ -136,7 +136,7 @@ class _Directory:
 
 class _Checkpoint:
     def __init__(self, step: Path):
-        self._model = StoredModel(step)
+        self._model = ModelReader(step)
         self._slots = {_spelling(name): slot for name, slot in names.expand(self._model.config).items()}
         specs = self._model.specs
         self.info = {

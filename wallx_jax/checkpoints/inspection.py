@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class Checkup:
+class CheckpointReport:
     """What was found, a line each, and what is wrong; nothing wrong means that it loads."""
 
     findings: list[str] = field(default_factory=list)
@@ -49,9 +49,9 @@ class Checkup:
         return None
 
 
-def check_up(path: str | Path) -> Checkup:
+def inspect_checkpoint(path: str | Path) -> CheckpointReport:
     """Looks at a checkpoint, a run (its newest complete checkpoint), or a PyTorch model directory; all local."""
-    checkup, folder = Checkup(), Path(path).expanduser().absolute()
+    checkup, folder = CheckpointReport(), Path(path).expanduser().absolute()
     if not folder.is_dir():
         checkup.problems.append(f"there is no directory {folder}")
     elif (folder / "config.json").is_file():
@@ -68,7 +68,7 @@ def check_up(path: str | Path) -> Checkup:
     return checkup
 
 
-def _check_pytorch(checkup: Checkup, folder: Path) -> None:
+def _check_pytorch(checkup: CheckpointReport, folder: Path) -> None:
     checkup.say("model", f"{folder}, a PyTorch directory")
     weights = checkup.attempt("its weights cannot be read", open_weights, folder)
     if weights is not None:
@@ -77,7 +77,7 @@ def _check_pytorch(checkup: Checkup, folder: Path) -> None:
     _check_files(checkup, folder)
 
 
-def _check_step(checkup: Checkup, step: Path) -> None:
+def _check_step(checkup: CheckpointReport, step: Path) -> None:
     checkup.say("checkpoint", f"{step}, complete")
     metadata = checkup.attempt("its metadata cannot be read", metadata_of, step)
     specs = checkup.attempt("its parameters cannot be read", stored, step)
@@ -102,7 +102,7 @@ def _check_step(checkup: Checkup, step: Path) -> None:
     _check_resumable(checkup, step)
 
 
-def _describe_model(checkup: Checkup, model: WallXConfig) -> None:
+def _describe_model(checkup: CheckpointReport, model: WallXConfig) -> None:
     acts = model.action.intermediate_size is not None
     side = f"{model.action.action_dim} action channels" if acts else "no action side (Qwen2.5-VL)"
     adapters = f", adapters of rank {model.lora.rank}" if model.lora.rank else ""
@@ -127,7 +127,7 @@ def _versions(metadata: dict[str, Any]) -> str:
     return f"with {', '.join(others)}" if others else "with the versions that are installed here"
 
 
-def _check_files(checkup: Checkup, folder: Path) -> None:
+def _check_files(checkup: CheckpointReport, folder: Path) -> None:
     """Tokenizer, statistics and image sizes; a model without a robot has the first alone."""
     if (folder / processors.FILE_NAME).is_file():
         processor = checkup.attempt("its preprocessing cannot be read", Processor.from_dir, folder)
@@ -141,7 +141,7 @@ def _check_files(checkup: Checkup, folder: Path) -> None:
         checkup.say("assets", f"tokenizer of {len(tokenizer):,}; {'' if has_stats else 'no '}norm_stats.json")
 
 
-def _check_resumable(checkup: Checkup, step: Path) -> None:
+def _check_resumable(checkup: CheckpointReport, step: Path) -> None:
     present = [item for item in ("state", "data") if (step / item).is_dir()]
     if len(present) < 2:
         has = f"has {present[0]}/ alone" if present else "holds weights alone"

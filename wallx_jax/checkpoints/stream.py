@@ -132,7 +132,7 @@ def _check_layout(step: Path, specs: Mapping[str, Any]) -> None:
         raise CheckpointError(f"Orbax reads other shapes or types than were written: {', '.join(differing[:5])}")
 
 
-class StoredModel:
+class ModelReader:
     """The model of a complete step directory, adapters merged into their layers.
 
     Attributes:
@@ -143,13 +143,13 @@ class StoredModel:
     def __init__(self, step: Path):
         stored_config = read_model_config(step)
         self.config = dataclasses.replace(stored_config, lora=LoraConfig())
-        self._lora, self._params = stored_config.lora, StoredParams(step)
+        self._lora, self._params = stored_config.lora, ParamsReader(step)
         self.specs = {path: spec for path, spec in self._params.specs.items() if not lora.is_adapter(path)}
 
     def read(self, path: str, dtype: Any = None) -> np.ndarray:
         """One parameter, in host memory, as it is stored or in a dtype, which adapters are then merged in."""
         dtype = dtype or self.specs[path].dtype
-        pair = lora.beside(path)
+        pair = lora.adapter_paths(path)
         if pair is None or pair[0] not in self._params.specs:
             return self._params.read(path).astype(dtype, copy=False)
         kernel, a, b = np.array(self._params.read(path), dtype), *map(self._params.read, pair)
@@ -158,7 +158,7 @@ class StoredModel:
         return kernel
 
 
-class StoredParams:
+class ParamsReader:
     """The parameters of any complete step directory, read one by one.
 
     Attributes:

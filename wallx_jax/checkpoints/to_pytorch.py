@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from wallx_jax.checkpoints.compare import compare
 from wallx_jax.checkpoints.layout import CheckpointError
-from wallx_jax.checkpoints.stream import StoredModel
+from wallx_jax.checkpoints.stream import ModelReader
 from wallx_jax.config.prompt_template import PromptTemplate
 from wallx_jax.data import processor as processors
 from wallx_jax.models.config import WallXConfig
@@ -74,7 +74,7 @@ def export_model(
     """
     output = Path(output).expanduser().absolute()
     step = layout.find_checkpoints(checkpoint)[0]
-    model = StoredModel(step)
+    model = ModelReader(step)
     config = model.config
     assets = layout.assets_dir(step)
     source = layout.read_metadata(step).get("source")

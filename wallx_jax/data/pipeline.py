@@ -56,7 +56,7 @@ def split_frames(
     raise ValueError(f"split mode is {mode!r}; choose 'episode' or 'frame'")
 
 
-class Batches(Iterator[Batch]):
+class DataLoader(Iterator[Batch]):
     """Batches of an endless stream of samples, and the place in them, to be saved and restored.
 
     The place is the number of batches drawn, and the order of the stream is fixed: a run goes on at its place with any

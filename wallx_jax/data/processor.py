@@ -194,7 +194,7 @@ class Processor:
         state = self.state.normalize(state) * state_mask
         return Batch(pixels, tokens, token_mask, labels, state, state_mask, values, mask, is_pad)
 
-    def acting_on(self, images: Sequence[Any], instruction: str, task: prompt.Task = "action") -> "Processor":
+    def for_inference(self, images: Sequence[Any], instruction: str, task: prompt.Task = "action") -> "Processor":
         """The same preprocessing in a layout that holds these images and this instruction.
 
         Training fixes image sizes and prompt length. A robot's cameras or an operator's words may differ: the same

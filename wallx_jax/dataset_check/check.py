@@ -15,8 +15,8 @@ from wallx_jax.data.metadata import DatasetInfo
 from wallx_jax.data.normalize import Stats
 from wallx_jax.dataset_check import findings, frames, signals
 from wallx_jax.dataset_check.findings import Finding, Vector
-from wallx_jax.dataset_check.frames import Look
-from wallx_jax.dataset_check.signals import Following
+from wallx_jax.dataset_check.frames import FrameScan
+from wallx_jax.dataset_check.signals import LagStats
 
 LONGEST = 250  # frames of lag between action and state that are looked for, a second's at most
 
@@ -34,7 +34,7 @@ class Tables:
     state: Vector
     action: Vector
     pairs: list[tuple[int, int]]
-    following: Following
+    following: LagStats
     task_counts: list[tuple[int, int]]
     findings: list[Finding]
 
@@ -52,7 +52,7 @@ class Report:
     source: LeRobotSource
     horizon: int
     tables: Tables
-    look: Look
+    look: FrameScan
     findings: list[Finding]
 
     @property

@@ -12,8 +12,8 @@ import numpy as np
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.metadata import DatasetInfo
 from wallx_jax.dataset_check import videos
-from wallx_jax.dataset_check.frames import Look, Undecodable
-from wallx_jax.dataset_check.signals import Following, Jump, Spread
+from wallx_jax.dataset_check.frames import FrameScan, Undecodable
+from wallx_jax.dataset_check.signals import Jump, LagStats, Spread
 
 ERROR, WARNING, OK = SEVERITIES = ("error", "warning", "ok")
 CLAMPED, MOSTLY_CLAMPED = 0.05, 0.5  # share outside given statistics: a warning, an error
@@ -144,7 +144,7 @@ def _jump_text(vector: Vector) -> str:
 
 
 def of_following(
-    info: DatasetInfo, state: Vector, action: Vector, pairs: Sequence[tuple[int, int]], following: Following
+    info: DatasetInfo, state: Vector, action: Vector, pairs: Sequence[tuple[int, int]], following: LagStats
 ) -> Iterator[Finding]:
     """`pairs`: (state dim, action dim) of each entry of `following`."""
     about = "action to state"
@@ -219,7 +219,7 @@ def of_videos(source: LeRobotSource, only_present: bool = False) -> Iterator[Fin
         yield Finding(severity, problem.camera, problem.message, problem.remedy, stops_training=problem.certain)
 
 
-def of_frames(info: DatasetInfo, look: Look) -> Iterator[Finding]:
+def of_frames(info: DatasetInfo, look: FrameScan) -> Iterator[Finding]:
     by_camera: dict[str, list[Undecodable]] = {}
     for lost in look.undecodable:
         by_camera.setdefault(lost.camera, []).append(lost)

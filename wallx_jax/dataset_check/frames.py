@@ -29,7 +29,7 @@ class Undecodable:
 
 
 @dataclass
-class Seen:
+class CameraStats:
     """What was seen of a camera.
 
     Attributes:
@@ -45,12 +45,12 @@ class Seen:
 
 
 @dataclass
-class Look:
+class FrameScan:
     """frames: how many were looked at. cameras: by key. shown: the frames that were to be kept, {(episode, frame,
     camera): image}."""
 
     frames: int
-    cameras: dict[str, Seen]
+    cameras: dict[str, CameraStats]
     undecodable: list[Undecodable]
     shown: dict[tuple[int, int, str], np.ndarray]
 
@@ -73,15 +73,15 @@ def first_middle_last(chosen: Sequence[np.ndarray], episodes: int) -> list[np.nd
     return [chosen[e][_spread(len(chosen[e]), 3)] for e in _spread(len(chosen), episodes)]
 
 
-def look(source: LeRobotSource, chosen: Sequence[np.ndarray], show: Sequence[np.ndarray] = ()) -> Look:
+def look(source: LeRobotSource, chosen: Sequence[np.ndarray], show: Sequence[np.ndarray] = ()) -> FrameScan:
     """Decodes the frames that `sample` chose, of all cameras of the source (which has the whole dataset), with a
     progress bar. One that cannot be read is noted, and the others are read all the same.
 
     Args:
         show: the frames to keep, see `first_middle_last`.
     """
-    cameras = {camera: Seen() for camera in source.cameras}
-    result = Look(sum(map(len, chosen)), cameras, [], {})
+    cameras = {camera: CameraStats() for camera in source.cameras}
+    result = FrameScan(sum(map(len, chosen)), cameras, [], {})
     keep = set(np.concatenate([*show, []]).astype(int).tolist())
     with tqdm(total=result.frames, desc=f"decoding {source.info.repo_id}", unit="frame", disable=None) as bar:
         for frames in chosen:
@@ -107,7 +107,7 @@ def look(source: LeRobotSource, chosen: Sequence[np.ndarray], show: Sequence[np.
     return result
 
 
-def _note(seen: Seen, image: np.ndarray) -> None:
+def _note(seen: CameraStats, image: np.ndarray) -> None:
     brightness = float(image.mean())
     seen.brightness += (brightness - seen.brightness) / (seen.frames + 1)
     seen.frames += 1

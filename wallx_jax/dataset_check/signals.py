@@ -48,7 +48,7 @@ class Spread:
 
 
 @dataclass(frozen=True, eq=False)
-class Following:
+class LagStats:
     """How the state follows the action, by pair of dims, [P] each.
 
     lag: frames from a movement of the action to the state's, below 0 where the state comes first. correlation: of their
@@ -123,7 +123,7 @@ def jumps(values: np.ndarray, episodes: np.ndarray) -> list[Jump]:
     return found
 
 
-def following(states: np.ndarray, actions: np.ndarray, episodes: np.ndarray, longest: int) -> Following:
+def following(states: np.ndarray, actions: np.ndarray, episodes: np.ndarray, longest: int) -> LagStats:
     """How the state follows the action. The lag is where the cross-correlation of their velocities is largest: unlike
     positions, those of two moments have little to do with each other.
 
@@ -150,7 +150,7 @@ def following(states: np.ndarray, actions: np.ndarray, episodes: np.ndarray, lon
         count = max(moved.sum(), 1)
         holds.append((moved & (action[:-1] == state[:-1])).sum() / count)
         leads.append((moved & (action[:-1] == state[1:])).sum() / count)
-    return Following(np.array(best, int), *(np.array(x, float) for x in (correlation, holds, leads)))
+    return LagStats(np.array(best, int), *(np.array(x, float) for x in (correlation, holds, leads)))
 
 
 def pairs(state_names: Sequence[str], action_names: Sequence[str]) -> list[tuple[int, int]]:

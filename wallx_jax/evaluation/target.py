@@ -29,7 +29,7 @@ USER_ERRORS = (ConfigError, CheckpointError, WeightsError, OSError, ValueError, 
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvalTarget:
     """folder: the checkpoint's step directory or the model directory. held_out: the frames that training did not see;
     all frames where none were held out."""
 
@@ -66,7 +66,7 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(f"error: {error}")
 
 
-def open_subject(arguments: argparse.Namespace, numerics: Mapping[str, Any] | None = None) -> Subject:
+def load_eval_target(arguments: argparse.Namespace, numerics: Mapping[str, Any] | None = None) -> EvalTarget:
     """What the arguments of `add_arguments` name; `numerics`: fields of models.config.Numerics to override.
 
     A trained checkpoint knows its robot and how its dataset was split. A PyTorch directory, also a converted one, takes
@@ -96,10 +96,12 @@ def open_subject(arguments: argparse.Namespace, numerics: Mapping[str, Any] | No
     layout = policy.processor.config
     fetch(info, layout.camera_keys)
     source = LeRobotSource(info, layout.horizon, layout.camera_keys, layout.state_key, layout.action_key)
-    return Subject(policy, info, _held_out(source, *split), folder)
+    return EvalTarget(policy, info, _held_out(source, *split), folder)
 
 
-def _open_model_directory(folder: Path, arguments: argparse.Namespace, numerics: Mapping[str, Any] | None) -> Subject:
+def _open_model_directory(
+    folder: Path, arguments: argparse.Namespace, numerics: Mapping[str, Any] | None
+) -> EvalTarget:
     config = _read_config(arguments.config) if arguments.config else default_config()
     config.pretrained_wallx_path, config.save_path = str(folder), config.save_path or "runs/evaluation"
     if arguments.dataset:
@@ -118,7 +120,7 @@ def _open_model_directory(folder: Path, arguments: argparse.Namespace, numerics:
     origin, processor = init.plan(settings, source)
     policy = Policy(origin.config, init.load_origin(origin, settings.loop.seed), processor)
     held_out = _held_out(source, data.train_test_split, data.split_mode, data.split_seed)
-    return Subject(policy, info, held_out, folder)
+    return EvalTarget(policy, info, held_out, folder)
 
 
 def _held_out(source: LeRobotSource, ratio: float, mode: str, seed: int) -> LeRobotSource:

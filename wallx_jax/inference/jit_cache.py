@@ -11,7 +11,7 @@ import jax
 from wallx_jax.utils import jax_flags
 
 
-class Compiled:
+class BoundedJitCache:
     """`function(*options, *arrays)` under XLA: one program for each combination of options and array shapes.
 
     jax.jit keeps every program for ever. Images of any size and prompts of any length would fill the memory of a server

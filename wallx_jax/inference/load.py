@@ -21,7 +21,7 @@ from wallx_jax.inference.policy import Policy
 from wallx_jax.inference.vlm import VLM
 from wallx_jax.models.config import LoraConfig, WallXConfig
 from wallx_jax.models.lora import merge_params
-from wallx_jax.models.scan import unstack
+from wallx_jax.models.scan import unstack_layers
 from wallx_jax.utils import hub, jax_flags, tree
 from wallx_jax.utils.files import read_json_object
 from wallx_jax.weights.load import load_params, read_config, read_normalizers
@@ -63,12 +63,12 @@ def load_model(
     folder, is_pytorch = find_model(path_or_repo, revision)
     if is_pytorch:
         config, params = load_params(folder, numerics=numerics)
-        return Model(config, unstack(params), folder)
+        return Model(config, unstack_layers(params), folder)
     config, params = model_config(folder, is_pytorch, numerics), restore_params(folder)
     _check_finite(folder, params)
     if config.lora.rank:
         config, params = dataclasses.replace(config, lora=LoraConfig()), merge_params(params, config.lora)
-    return Model(config, unstack(params, free=True), assets_dir(folder))
+    return Model(config, unstack_layers(params, free=True), assets_dir(folder))
 
 
 def _check_finite(folder: Path, params: tree.Tree) -> None:

@@ -17,11 +17,11 @@ from wallx_jax.data.fast import FastDecodeError
 from wallx_jax.data.processor import Processor, as_numbers
 from wallx_jax.data.prompt import Task
 from wallx_jax.inference import settings
-from wallx_jax.inference.jit_cache import Compiled
-from wallx_jax.inference.sampler import Speaker
+from wallx_jax.inference.jit_cache import BoundedJitCache
+from wallx_jax.inference.sampler import Sampler
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.models.params import from_params
-from wallx_jax.models.scan import unstack
+from wallx_jax.models.scan import unstack_layers
 from wallx_jax.utils import tree
 
 Observation = Mapping[str, Any]
@@ -77,14 +77,14 @@ class Policy:
 
     def __init__(self, config: WallXConfig, params: tree.Tree, processor: Processor):
         self.config, self.processor = config, processor
-        self.params = unstack(params)
-        self._flow = Compiled(self._sample_chunk)
-        self._speaker = Speaker(config, self.params)
+        self.params = unstack_layers(params)
+        self._flow = BoundedJitCache(self._sample_chunk)
+        self._sampler = Sampler(config, self.params)
 
     @property
     def compilations(self) -> int:
         """Programs compiled so far."""
-        return self._flow.compilations + self._speaker.compilations
+        return self._flow.compilations + self._sampler.compilations
 
     def predict(
         self,
@@ -164,10 +164,10 @@ class Policy:
         seeds = settings.seeds(seed, len(observations))
         texts = [""] * len(observations)
         for rows, batch in self._batches(observations, "language"):
-            said = self._speaker(batch, max_tokens, temperature, [seeds[row] for row in rows])
+            said = self._sampler(batch, max_tokens, temperature, [seeds[row] for row in rows])
             for row, tokens in zip(rows, said, strict=True):
                 with settings.naming("observation", row, len(observations)):
-                    ids = self._speaker.answer(tokens)
+                    ids = self._sampler.answer(tokens)
                 text = self.processor.tokenizer.decode([] if ids is None else ids, skip_special=True).strip()
                 if not text:
                     what = "nothing" if ids is not None else f"no end within {max_tokens} tokens"
@@ -190,7 +190,7 @@ class Policy:
             if view not in given and key not in given:
                 raise ValueError(f"images: camera {view!r} (or {key!r}) is missing; there are {list(given)}")
             images.append(given[view] if view in given else given[key])
-        processor = self.processor.acting_on(images, instruction, task)
+        processor = self.processor.for_inference(images, instruction, task)
         return processor.encode(images, observation["state"], instruction, task=task)
 
     def _batches(self, observations: Sequence[Observation], task: Task = "action") -> list[tuple[list[int], Batch]]:
@@ -231,10 +231,10 @@ class Policy:
         config, names, failures = self.processor.config, self.processor.names, {}
         actions = np.full((len(seeds), config.horizon, len(names)), np.nan, np.float32)
         for rows, batch in groups:
-            said = self._speaker(batch, budget, temperature, [seeds[row] for row in rows])
+            said = self._sampler(batch, budget, temperature, [seeds[row] for row in rows])
             for row, tokens in zip(rows, said, strict=True):
                 try:
-                    if (ids := self._speaker.answer(tokens)) is None:
+                    if (ids := self._sampler.answer(tokens)) is None:
                         raise FastDecodeError(
                             f"no <|im_end|> within {budget} tokens; raise max_tokens, or train longer"
                         )

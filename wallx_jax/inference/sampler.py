@@ -10,9 +10,9 @@ import numpy as np
 
 from wallx_jax.data.batch import Batch
 from wallx_jax.inference import settings
-from wallx_jax.inference.jit_cache import Compiled
+from wallx_jax.inference.jit_cache import BoundedJitCache
 from wallx_jax.models.config import WallXConfig
-from wallx_jax.models.generate import NOT_FINITE, generate, up_to
+from wallx_jax.models.generate import NOT_FINITE, generate, truncate_at_eos
 from wallx_jax.models.params import from_params
 from wallx_jax.utils import tree
 
@@ -21,7 +21,7 @@ class LogitsError(ValueError):
     """The model's logits are not finite, so that it says nothing."""
 
 
-class Speaker:
+class Sampler:
     """Greedy or sampled generation with one set of parameters, compiled once per shape.
 
     `also_ends`: tokens that end an answer beside <|im_end|>.
@@ -30,7 +30,7 @@ class Speaker:
     def __init__(self, config: WallXConfig, params: tree.Tree, also_ends: tuple[int, ...] = ()):
         self.config, self.params = config, params
         self.ends = (config.tokens.eos, *also_ends)
-        self._program = Compiled(self._generate)
+        self._program = BoundedJitCache(self._generate)
 
     @property
     def compilations(self) -> int:
@@ -66,7 +66,7 @@ class Speaker:
         """
         if NOT_FINITE in tokens:
             raise LogitsError("the model's logits are not finite: its weights are damaged, or training has diverged")
-        return up_to(tokens, self.ends)
+        return truncate_at_eos(tokens, self.ends)
 
     def _generate(self, max_tokens, seconds_per_frame, params, batch, temperature, seeds) -> jax.Array:
         net = from_params(self.config, params)

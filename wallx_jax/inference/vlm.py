@@ -12,9 +12,9 @@ from wallx_jax.data.chat import ChatPrompt, encode_chat
 from wallx_jax.data.images import IMAGE_LIMITS, Limits
 from wallx_jax.data.tokenizer import Tokenizer
 from wallx_jax.inference import settings
-from wallx_jax.inference.sampler import Speaker
+from wallx_jax.inference.sampler import Sampler
 from wallx_jax.models.config import WallXConfig
-from wallx_jax.models.scan import unstack
+from wallx_jax.models.scan import unstack_layers
 from wallx_jax.utils import tree
 
 PROMPT_STEP = 64  # prompts are padded to a multiple of so many tokens, so that few lengths are compiled
@@ -44,13 +44,13 @@ class VLM:
 
     def __init__(self, config: WallXConfig, params: tree.Tree, tokenizer: Tokenizer, limits: Limits = IMAGE_LIMITS):
         self.config, self.tokenizer, self.limits = config, tokenizer, limits
-        self.params = unstack(params)
-        self._speaker = Speaker(config, self.params, also_ends=(config.tokens.pad,))  # as Qwen's generation_config
+        self.params = unstack_layers(params)
+        self._sampler = Sampler(config, self.params, also_ends=(config.tokens.pad,))  # as Qwen's generation_config
 
     @property
     def compilations(self) -> int:
         """Programs compiled so far."""
-        return self._speaker.compilations
+        return self._sampler.compilations
 
     def ask(self, question: str, *pictures: Any, **options: Any) -> Answer:
         """The answer to a question about pictures (uint8 RGB [h, w, 3] or Pillow); options as in `chat`."""
@@ -89,7 +89,7 @@ class VLM:
         encoded = time.perf_counter()
         said: list[np.ndarray | None] = [None] * len(prompts)
         for rows, batch, seconds in self._batches(prompts):
-            answers = self._speaker(batch, max_tokens, temperature, [seeds[row] for row in rows], seconds)
+            answers = self._sampler(batch, max_tokens, temperature, [seeds[row] for row in rows], seconds)
             for row, tokens in zip(rows, answers, strict=True):
                 said[row] = tokens
         end = time.perf_counter()
@@ -101,7 +101,7 @@ class VLM:
         return answers[0] if single else answers
 
     def _answer(self, tokens: np.ndarray, timings_ms: dict[str, float]) -> Answer:
-        ids = self._speaker.answer(tokens)
+        ids = self._sampler.answer(tokens)
         finished = ids is not None
         ids = (ids if finished else tokens).tolist()
         return Answer(self.tokenizer.decode(ids, skip_special=True).strip(), ids, finished, timings_ms)

@@ -45,13 +45,13 @@ class ActionHeads(nnx.Module):
         embedded = time_embedding(time, self.width)
         return self.w2(jnp.concatenate([jnp.zeros_like(embedded), embedded], axis=-1))
 
-    def embed_actions(self, noisy: jax.Array, mask: jax.Array, clock: jax.Array) -> jax.Array:
+    def embed_actions(self, noisy: jax.Array, mask: jax.Array, time_emb: jax.Array) -> jax.Array:
         """Noisy actions and channel mask [B, A, C], embedded time [B, D] -> action token embeddings [B, A, D]."""
         actions = self.w1(jnp.concatenate([noisy, mask], axis=-1))
         # Zeros instead of a slice of the kernel: XLA's partitioner (jax 0.10) mixes samples up in the gradient of a
         # slice that is cut over fsdp, on a mesh of three axes.
         actions = self.w2(jnp.concatenate([actions, jnp.zeros_like(actions)], axis=-1))
-        return self.w3(jax.nn.silu(actions + clock[:, None]))
+        return self.w3(jax.nn.silu(actions + time_emb[:, None]))
 
     def velocity(self, hidden: jax.Array) -> jax.Array:
         """Hidden states of the action tokens [B, A, D] -> float32 velocity [B, A, C]."""

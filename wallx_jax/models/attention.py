@@ -6,10 +6,10 @@ Legend: B batch, T query tokens, S key tokens, N query heads, K key heads, H hea
 import jax
 import jax.numpy as jnp
 
-HIDDEN = -1e30  # score of a key that is not to be looked at
+MASK_VALUE = -1e30  # score of a key that is not to be looked at
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """q [B, T, N, H], k and v [B, K, S, H], mask bool [B, T, S] (True: look) -> [B, T, N*H] in q's dtype.
 
     Query head n reads key head n // (N/K). A query row with nothing to look at gets a finite, meaningless result.
@@ -24,7 +24,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
     q = q.reshape(batch, kv_heads, groups * length, head_dim)
     scores = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32)
     if mask is not None:
-        scores += jnp.tile(jnp.where(mask, 0.0, HIDDEN), (1, groups, 1))[:, None]
+        scores += jnp.tile(jnp.where(mask, 0.0, MASK_VALUE), (1, groups, 1))[:, None]
     highest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     weights = jnp.exp((scores - highest) * head_dim**-0.5)
     out = jnp.einsum("bkts,bksh->bkth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)

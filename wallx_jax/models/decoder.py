@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wallx_jax.models import scan
-from wallx_jax.models.attention import attend
+from wallx_jax.models.attention import dot_product_attention
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.models.layers import Linear, RMSNorm, SwiGLU
-from wallx_jax.models.rope import mrope_angles, rotate
+from wallx_jax.models.rope import apply_rope, mrope_angles
 
 
 class KV(NamedTuple):
@@ -29,7 +29,7 @@ class KV(NamedTuple):
 Cache = KV | list[KV]  # of all layers: stacked, or one per layer
 
 
-def make_room(cache: Cache, places: int) -> Cache:
+def pad_cache(cache: Cache, places: int) -> Cache:
     """The cache with so many more places S, to be written later."""
     return jax.tree.map(lambda x: jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, places), (0, 0)]), cache)
 
@@ -55,13 +55,13 @@ class Attention(nnx.Module):
     def __call__(self, x, cos, sin, mask, cache: KV | None, start, last: int) -> tuple[jax.Array, KV]:
         """Of the `last` tokens of x, which look at all."""
         q = self.q(x[:, -last:]).reshape(len(x), last, self.heads, self.head_dim)
-        q = rotate(q, cos[:, -last:], sin[:, -last:])
-        k = rotate(self.k(x).reshape(*x.shape[:2], self.kv_heads, self.head_dim), cos, sin)
+        q = apply_rope(q, cos[:, -last:], sin[:, -last:])
+        k = apply_rope(self.k(x).reshape(*x.shape[:2], self.kv_heads, self.head_dim), cos, sin)
         v = self.v(x).reshape(*x.shape[:2], self.kv_heads, self.head_dim)
         kv = KV(k.swapaxes(1, 2), v.swapaxes(1, 2))
         if cache is not None:
             kv = jax.tree.map(lambda x, own: jax.lax.dynamic_update_slice_in_dim(x, own, start, axis=2), cache, kv)
-        return self.o(attend(q, *kv, mask[:, -last:])), kv
+        return self.o(dot_product_attention(q, *kv, mask[:, -last:])), kv
 
 
 class Experts(nnx.Module):

@@ -96,7 +96,7 @@ def generate(
     return jax.lax.while_loop(unfinished, one_token, start).tokens
 
 
-def up_to(tokens: np.ndarray, end_tokens: Sequence[int]) -> np.ndarray | None:
+def truncate_at_eos(tokens: np.ndarray, end_tokens: Sequence[int]) -> np.ndarray | None:
     """What stands before the first end token in a row [N] of `generate`; None when the row has no end."""
     ends = np.flatnonzero(np.isin(tokens, end_tokens))
     return tokens[: ends[0]] if len(ends) else None

@@ -34,7 +34,7 @@ def is_adapter(path: str) -> bool:
     return path.endswith(LEAVES)
 
 
-def beside(path: str) -> tuple[str, str] | None:
+def adapter_paths(path: str) -> tuple[str, str] | None:
     """Where the adapter of a kernel is, if it has one: the paths of A and B."""
     module, _, leaf = path.rpartition("/")
     return (f"{module}/lora_a", f"{module}/lora_b") if leaf == "kernel" else None
@@ -45,7 +45,7 @@ def merge_params(params: tree.Tree, config: LoraConfig) -> tree.Tree:
     flat = tree.flatten(params)
     merged = {path: leaf for path, leaf in flat.items() if not is_adapter(path)}
     for path in merged:
-        if (pair := beside(path)) and pair[0] in flat:
+        if (pair := adapter_paths(path)) and pair[0] in flat:
             adapter = (flat[path], flat[pair[0]], flat[pair[1]])
             merge_stack = functools.partial(jax.lax.map, lambda layer: merge(*layer, config.scale))
             merged[path] = jax.jit(merge_stack)(adapter) if adapter[0].ndim == 3 else merge(*adapter, config.scale)

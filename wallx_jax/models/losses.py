@@ -22,19 +22,19 @@ def label_count(labels: jax.Array, per_sample: bool = False) -> jax.Array:
     return reduce_sum(labels != IGNORE, per_sample).astype(jnp.float32)
 
 
-def labels_among(labels: jax.Array, ids: tuple[int, int]) -> jax.Array:
+def in_token_range(labels: jax.Array, ids: tuple[int, int]) -> jax.Array:
     """bool [B, W]: which labels are tokens of the range ids[0] .. ids[1] - 1."""
     return (labels >= ids[0]) & (labels < ids[1])
 
 
-def count_among(labels: jax.Array, ids: tuple[int, int], per_sample: bool = False) -> jax.Array:
+def token_range_count(labels: jax.Array, ids: tuple[int, int], per_sample: bool = False) -> jax.Array:
     """How many labels [B, W] are tokens of a range; float32."""
-    return reduce_sum(labels_among(labels, ids), per_sample).astype(jnp.float32)
+    return reduce_sum(in_token_range(labels, ids), per_sample).astype(jnp.float32)
 
 
-def hit_count(logits: jax.Array, labels: jax.Array, ids: tuple[int, int], per_sample: bool = False) -> jax.Array:
+def correct_count(logits: jax.Array, labels: jax.Array, ids: tuple[int, int], per_sample: bool = False) -> jax.Array:
     """How many labels [B, W] of a range of tokens the largest logit [B, W, V] names; float32."""
-    hits = labels_among(labels, ids) & (jnp.argmax(logits, axis=-1) == labels)
+    hits = in_token_range(labels, ids) & (jnp.argmax(logits, axis=-1) == labels)
     return reduce_sum(hits, per_sample).astype(jnp.float32)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 # (part, what its parameter paths look like); the first match counts.
-PARTS: tuple[tuple[str, str], ...] = (
+COMPONENTS: tuple[tuple[str, str], ...] = (
     ("adapters", r"/lora_[ab]$"),
     ("vision tower", r"^vision/"),
     ("vocabulary", r"^(embed|lm_head)/"),
@@ -30,19 +30,19 @@ class Row:
     size: int
 
 
-def part_of(path: str) -> str:
+def component_of(path: str) -> str:
     """What a parameter belongs to; a path that no pattern knows is a part of its own."""
-    return next((part for part, pattern in PARTS if re.search(pattern, path)), path)
+    return next((part for part, pattern in COMPONENTS if re.search(pattern, path)), path)
 
 
 def rows(specs: Mapping[str, Any], label: Callable[[str], str] = lambda path: "") -> list[Row]:
-    """Specs {path: shape and dtype} summed up by part and label, in the order of `PARTS`."""
+    """Specs {path: shape and dtype} summed up by part and label, in the order of `COMPONENTS`."""
     totals: dict[tuple[str, str], tuple[int, int]] = {}
     for path, spec in specs.items():
-        count, size = totals.get(key := (part_of(path), label(path)), (0, 0))
+        count, size = totals.get(key := (component_of(path), label(path)), (0, 0))
         elements = math.prod(spec.shape)
         totals[key] = (count + elements, size + elements * np.dtype(spec.dtype).itemsize)
-    order = [part for part, _ in PARTS]
+    order = [part for part, _ in COMPONENTS]
     place = {part: order.index(part) if part in order else len(order) for part, _ in totals}
     return [Row(*key, *totals[key]) for key in sorted(totals, key=lambda key: (place[key[0]], key))]
 

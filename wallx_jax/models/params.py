@@ -15,7 +15,7 @@ from wallx_jax.models.lora import is_adapter
 from wallx_jax.models.wallx import WallX
 from wallx_jax.utils import jax_flags, tree
 
-ISLANDS = ("decoder/norm/", "decoder/layers/input_norm/", "decoder/layers/post_norm/", "action/")
+KEEP_IN_FP32 = ("decoder/norm/", "decoder/layers/input_norm/", "decoder/layers/post_norm/", "action/")
 
 
 def param_dtype(path: str, numerics: Numerics) -> jnp.dtype:
@@ -23,7 +23,7 @@ def param_dtype(path: str, numerics: Numerics) -> jnp.dtype:
     are always float32: small, and all that is trained."""
     if is_adapter(path):
         return jnp.dtype("float32")
-    if numerics.float32_islands and path.startswith(ISLANDS):
+    if numerics.float32_islands and path.startswith(KEEP_IN_FP32):
         return jnp.dtype("float32")
     return jnp.dtype(numerics.param_dtype)
 
@@ -36,7 +36,7 @@ def _abstract(config: WallXConfig, stacked: bool = True) -> tuple[nnx.GraphDef, 
 
 def from_params(config: WallXConfig, params: tree.Tree) -> WallX:
     """The model with these parameters (concrete or traced), its layers stacked or apart as the parameters are."""
-    apart = scan.is_apart(params)
+    apart = scan.is_unrolled(params)
     graphdef, state = _abstract(config, not apart)
     state = jax.tree.map(lambda x: x, state)  # a copy: the cached one stays abstract
     nnx.replace_by_pure_dict(state, nnx.restore_int_paths(params) if apart else params)

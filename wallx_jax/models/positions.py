@@ -35,7 +35,7 @@ def visual_offsets(
     return np.concatenate(offsets), np.concatenate(advances)
 
 
-def visual_rank(tokens: jax.Array, ids: TokenIds) -> tuple[jax.Array, jax.Array]:
+def visual_token_index(tokens: jax.Array, ids: TokenIds) -> tuple[jax.Array, jax.Array]:
     """(bool [B, T] is an image or video token, int [B, T] its rank among them in the row, 0 elsewhere)."""
     visual = (tokens == ids.image) | (tokens == ids.video)
     return visual, jnp.where(visual, jnp.cumsum(visual, axis=1) - 1, 0)
@@ -57,7 +57,7 @@ def position_ids(
     starts = np.zeros(len(offsets), int)  # first token of each block: where the whole block's advance is counted
     starts[np.cumsum([0, *(g[0] * g[1] * g[2] // config.spatial_merge_size**2 for g in grids)])[:-1]] = 1
 
-    visual, rank = visual_rank(tokens, ids)
+    visual, rank = visual_token_index(tokens, ids)
     rank = jnp.minimum(rank, len(offsets) - 1)
     block_advance = jnp.asarray(advances)[rank]
     advance = jnp.where(visual, block_advance * jnp.asarray(starts)[rank], 1) * token_mask

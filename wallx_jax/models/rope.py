@@ -46,7 +46,7 @@ def mrope_angles(positions: jax.Array, config: TextConfig, layout: str) -> jax.A
     return per_channel * frequencies
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Turns channel pairs (d, d + H/2) of x [..., T, N, H]; cos and sin [..., T, H] float32. Returns x's dtype."""
     x32 = x.astype(jnp.float32)
     first, second = jnp.split(x32, 2, axis=-1)

@@ -2,7 +2,7 @@
 
 A scan compiles one layer whatever the depth. But each of its iterations first copies the layer's weights out of the
 stack, and in training the gradients back into one. Acting touches every weight for a few tokens only, so the copy costs
-as much as the arithmetic; with `unstack`ed parameters the layers are written out in the program and read their weights
+as much as the arithmetic; with `unstack_layers`ed parameters the layers are written out in the program and read their weights
 where they are. What nobody asks for, as the last layer's output when only keys and values are wanted, is then left out.
 Training scans unless told otherwise (`scan_layers`); what is stored is always stacked.
 
@@ -39,17 +39,17 @@ def run(body: Callable[[Any, tuple[Any, Any]], tuple[Any, Any]], x: Any, layers:
     Stacked: `extra` and the outputs have a leading axis L. Apart: both are lists of length L.
     """
     if is_stacked(layers):
-        return jax.lax.scan(checkpointed(body, remat, in_scan=True), x, (layers, extra))
+        return jax.lax.scan(rematted(body, remat, in_scan=True), x, (layers, extra))
     outputs = []
     for layer, part in zip(layers, extra, strict=True):
-        one = checkpointed(lambda x, layer, part=part: body(x, (layer, part)), remat, in_scan=False)
+        one = rematted(lambda x, layer, part=part: body(x, (layer, part)), remat, in_scan=False)
         x, output = one(x, layer)
         outputs.append(output)
     return x, outputs
 
 
 @jax_flags.ours()
-def unstack(params: tree.Tree, free: bool = False) -> tree.Tree:
+def unstack_layers(params: tree.Tree, free: bool = False) -> tree.Tree:
     """Parameters with the layers apart, on the default device: "decoder/layers/q/kernel" [L, ...] becomes
     "decoder/layers/0/q/kernel" and so on. Those that are apart already only move.
 
@@ -71,8 +71,8 @@ def unstack(params: tree.Tree, free: bool = False) -> tree.Tree:
     return tree.unflatten(apart)
 
 
-def is_apart(params: tree.Tree) -> bool:
-    """Whether parameters are those that `unstack` gives."""
+def is_unrolled(params: tree.Tree) -> bool:
+    """Whether parameters are those that `unstack_layers` gives."""
     return "0" in params["decoder"]["layers"]
 
 
@@ -84,7 +84,7 @@ def stacked_path(path: str) -> str:
 _LAYER = re.compile(rf"\b({'|'.join(STACKS)})/(\d+)(?=/)")
 
 
-def arranged(state: Any, like: Any) -> Any:
+def restack_like(state: Any, like: Any) -> Any:
     """A pytree around parameters, such as a training state, with its layers stacked or apart as they are in `like`."""
     have = tree.leaves_by_path(state)
     layers: dict[str, dict[int, Any]] = {}
@@ -102,7 +102,7 @@ def arranged(state: Any, like: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), map(leaf, tree.leaves_by_path(like)))
 
 
-def checkpointed(body: Callable, remat: str, in_scan: bool) -> Callable:
+def rematted(body: Callable, remat: str, in_scan: bool) -> Callable:
     """`body` under the rematerialisation policy "full", "dots" or "none" (see Numerics)."""
     if remat == "none":
         return body

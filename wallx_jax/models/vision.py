@@ -12,10 +12,10 @@ import numpy as np
 from flax import nnx
 
 from wallx_jax.models import scan
-from wallx_jax.models.attention import attend
+from wallx_jax.models.attention import dot_product_attention
 from wallx_jax.models.config import VisionConfig
 from wallx_jax.models.layers import Linear, RMSNorm, SwiGLU
-from wallx_jax.models.rope import rotate
+from wallx_jax.models.rope import apply_rope
 from wallx_jax.models.vision_plan import FrameRun, Grid, frame_runs, plan_frame
 
 # CLIP's channel statistics, which Qwen2-VL's image processor uses.
@@ -69,7 +69,7 @@ class VisionAttention(nnx.Module):
         plans = [plan_frame(run.rows, run.columns, config) for run in runs]
         angles = np.concatenate([np.tile(plan.angles, (run.count, 1)) for run, plan in zip(runs, plans, strict=True)])
         q, k, v = jnp.moveaxis(qkv, 2, 0)
-        q, k = (rotate(y, np.cos(angles), np.sin(angles)) for y in (q, k))
+        q, k = (apply_rope(y, np.cos(angles), np.sin(angles)) for y in (q, k))
         frames = [((1, run.patches),) for run in runs]
         windows = [plan.windows for plan in plans]
         if isinstance(full, bool):
@@ -96,7 +96,7 @@ def _attend_groups(q, k, v, run: FrameRun, groups: Sequence[tuple[int, int]]) ->
     for count, size in groups:
         part = slice(start, start + count * size)
         queries, keys, values = (y[:, part].reshape(-1, size, heads, head_dim) for y in (q, k, v))
-        attended = attend(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2))
+        attended = dot_product_attention(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2))
         out.append(attended.reshape(batch * run.count, count * size, -1))
         start += count * size
     return jnp.concatenate(out, axis=1).reshape(batch, run.count * run.patches, -1)

@@ -18,9 +18,9 @@ from wallx_jax.models import flow, lora, losses
 from wallx_jax.models.action import ActionHeads
 from wallx_jax.models.attention import prefix_mask, sequence_mask, suffix_mask
 from wallx_jax.models.config import WallXConfig
-from wallx_jax.models.decoder import Cache, Decoder, DecoderOutput, make_room
+from wallx_jax.models.decoder import Cache, Decoder, DecoderOutput, pad_cache
 from wallx_jax.models.layers import INIT, Linear
-from wallx_jax.models.positions import continue_positions, next_position, position_ids, visual_rank
+from wallx_jax.models.positions import continue_positions, next_position, position_ids, visual_token_index
 from wallx_jax.models.vision import VisionTower, patchify, visual_grid
 from wallx_jax.models.vision_plan import Grid
 
@@ -58,7 +58,7 @@ class FlowTarget(NamedTuple):
     is_pad: jax.Array | None = None
 
 
-class LossSums(NamedTuple):
+class LossTotals(NamedTuple):
     """Numerators of the two losses, and how many action tokens greedy prediction hits (None where actions are no
     text); float32, scalars or [B] for each sample."""
 
@@ -115,7 +115,7 @@ class WallX(nnx.Module):
         """Token embeddings [B, T, D] with visual features and the state put in their places, and positions."""
         x = self.embed_tokens(tokens)
         if features is not None:
-            visual, rank = visual_rank(tokens, self.config.tokens)
+            visual, rank = visual_token_index(tokens, self.config.tokens)
             placed = jnp.take_along_axis(features, jnp.minimum(rank, features.shape[1] - 1)[..., None], axis=1)
             x = jnp.where(visual[..., None], placed.astype(x.dtype), x)
         if state is not None:
@@ -164,15 +164,15 @@ class WallX(nnx.Module):
         """Runs the prefix alone; returns what goes on after it, with room for so many tokens, and hidden states
         [B, T, D]."""
         out = self.decoder(prefix.embeddings, prefix.positions, prefix_mask(prefix.mask), keep_kv=True)
-        kv = make_room(out.kv, room)
+        kv = pad_cache(out.kv, room)
         return PrefixCache(kv, prefix.mask, next_position(prefix.positions, prefix.mask)), out.hidden
 
     def suffix_velocity(
-        self, cache: PrefixCache, noisy: jax.Array, mask: jax.Array, clock: jax.Array
+        self, cache: PrefixCache, noisy: jax.Array, mask: jax.Array, time_emb: jax.Array
     ) -> tuple[jax.Array, Cache]:
         """Velocity [B, A, C] of noisy actions [B, A, C] at an embedded time [B, D] (ActionHeads.embed_time), over an
         encoded prefix with room for A; and the cache's keys and values, for the next call to write over."""
-        x = self.action.embed_actions(noisy, mask, clock).astype(self.dtype)
+        x = self.action.embed_actions(noisy, mask, time_emb).astype(self.dtype)
         horizon = x.shape[1]
         out = self.decoder(
             x,
@@ -200,7 +200,7 @@ class WallX(nnx.Module):
         flow_target: FlowTarget | None,
         action_ids: tuple[int, int] | None = None,
         per_sample: bool = False,
-    ) -> LossSums:
+    ) -> LossTotals:
         """Numerators of cross-entropy over `labels` and of the flow loss; models.losses has the counts to divide by.
 
         labels: int [B, W] of the last W prefix positions (see data.batch.Batch), W = 0 for none.
@@ -221,19 +221,21 @@ class WallX(nnx.Module):
             logits = self.logits(hidden[:, :window])
             cross_entropy = losses.cross_entropy_sum(logits, labels, per_sample)
             if action_ids is not None:
-                hits = losses.hit_count(logits, labels, action_ids, per_sample)
+                hits = losses.correct_count(logits, labels, action_ids, per_sample)
         if flow_target is not None:
             velocity = self.action.velocity(hidden[:, predicting:])
             flow_error = flow.flow_error_sum(velocity, actions - noise, mask, is_pad, per_sample)
-        return LossSums(cross_entropy, flow_error, hits)
+        return LossTotals(cross_entropy, flow_error, hits)
 
     def sample_actions(self, prefix: Prefix, noise: jax.Array, action_mask: jax.Array, steps: int = 10) -> jax.Array:
         """Normalised action chunk [B, A, C] from noise of that shape; the prefix is encoded once."""
         cache, _ = self.encode_prefix(prefix, room=noise.shape[1])
         times = flow.euler_times(steps)
 
-        def velocity(x, clock, kv):
-            return self.suffix_velocity(cache._replace(kv=kv), x, action_mask, clock[None])
+        def velocity(x, time_emb, kv):
+            return self.suffix_velocity(cache._replace(kv=kv), x, action_mask, time_emb[None])
 
-        clocks = self.action.embed_time(times[:-1])
-        return flow.integrate(velocity, noise, times, clocks, cache.kv, action_mask, self.config.numerics.masked_dims)
+        time_embs = self.action.embed_time(times[:-1])
+        return flow.integrate(
+            velocity, noise, times, time_embs, cache.kv, action_mask, self.config.numerics.masked_dims
+        )

@@ -25,7 +25,7 @@ from wallx_jax.checkpoints.layout import (
     model_config_of,
     read_model_config,
 )
-from wallx_jax.checkpoints.stream import StoredModel, StoredParams
+from wallx_jax.checkpoints.stream import ModelReader, ParamsReader
 from wallx_jax.config.schema import OptimConfig, RunConfig
 from wallx_jax.data import processor as processors
 from wallx_jax.data.build import build_processor, load_fast_tokenizer, load_stats
@@ -51,7 +51,7 @@ UPSTREAM_CHANNELS = 20  # action and state width of a fresh action side, as upst
 
 
 @dataclass(frozen=True)
-class Origin:
+class ModelSource:
     """The model before its weights are read.
 
     config: shapes after the run's changes (vocabulary, channels, numerics).
@@ -80,7 +80,7 @@ def resumable(run: RunConfig) -> RunConfig:
     return dataclasses.replace(run, loop=dataclasses.replace(loop, resume_ckpt=None))
 
 
-def find(run: RunConfig, robot_state_dim: int, robot_action_dim: int, fast: FastTokenizer | None) -> Origin:
+def find(run: RunConfig, robot_state_dim: int, robot_action_dim: int, fast: FastTokenizer | None) -> ModelSource:
     """Looks the model up and works out its final shapes, reading no weights.
 
     Raises:
@@ -91,7 +91,7 @@ def find(run: RunConfig, robot_state_dim: int, robot_action_dim: int, fast: Fast
         if is_pytorch:
             config, tokenizer = read_config(folder, dict(run.model.numerics)), Tokenizer.from_dir(folder)
             config = _final_config(run, config, tokenizer, robot_state_dim, robot_action_dim, fast)
-            return Origin(config, tokenizer, folder)
+            return ModelSource(config, tokenizer, folder)
         checkpoint = folder
     else:
         checkpoint = first_readable(run.loop.resume_ckpt, run.loop.save_path, _with_small_files)
@@ -102,7 +102,7 @@ def find(run: RunConfig, robot_state_dim: int, robot_action_dim: int, fast: Fast
         config = dataclasses.replace(config, numerics=run.model.apply_numerics(config.numerics))
         tokenizer = Tokenizer.from_dir(assets)
         config = _final_config(run, config, tokenizer, robot_state_dim, robot_action_dim, fast)
-        return Origin(config, tokenizer, assets, checkpoint)
+        return ModelSource(config, tokenizer, assets, checkpoint)
     if not (assets / processors.FILE_NAME).is_file():
         raise CheckpointError(
             f"{checkpoint} is a converted model, no run that could be resumed: start from it with "
@@ -111,7 +111,7 @@ def find(run: RunConfig, robot_state_dim: int, robot_action_dim: int, fast: Fast
     processor = Processor.from_dir(assets)
     free = {name: value for name, value in run.model.numerics if name in resume.FREE_NUMERICS}
     config = config.replace(numerics=free)
-    return Origin(config, processor.tokenizer, assets, checkpoint, processor)
+    return ModelSource(config, processor.tokenizer, assets, checkpoint, processor)
 
 
 def _with_small_files(checkpoint: Path) -> Path:
@@ -173,13 +173,13 @@ def _check_adapters(config: WallXConfig, fresh: bool) -> None:
         )
 
 
-def plan(settings: RunConfig, source: LeRobotSource) -> tuple[Origin, Processor]:
+def plan(settings: RunConfig, source: LeRobotSource) -> tuple[ModelSource, Processor]:
     """`plan_parts` for one dataset."""
     origin, (processor,) = plan_parts([Part("", 1.0, settings, source)])
     return origin, processor
 
 
-def plan_parts(parts: Sequence[Part]) -> tuple[Origin, tuple[Processor, ...]]:
+def plan_parts(parts: Sequence[Part]) -> tuple[ModelSource, tuple[Processor, ...]]:
     """The model's final shapes and the preprocessing of each dataset; a resumed run takes both from its checkpoint."""
     settings = parts[0].settings
     fast = load_fast_tokenizer(settings)
@@ -204,7 +204,7 @@ def plan_parts(parts: Sequence[Part]) -> tuple[Origin, tuple[Processor, ...]]:
     return origin, in_one_layout(parts, fresh)
 
 
-def check_weights(origin: Origin, state: TrainState) -> None:
+def check_weights(origin: ModelSource, state: TrainState) -> None:
     """Checks from headers alone that the origin's files hold what loading them will ask for.
 
     state: shapes and dtypes of the state of this run.
@@ -231,7 +231,7 @@ def data_order(parts: Sequence[Part], frames: Sequence[int], global_batch: int, 
     }
 
 
-def check_same_order(origin: Origin, order: Mapping[str, Any]) -> None:
+def check_same_order(origin: ModelSource, order: Mapping[str, Any]) -> None:
     """Compares a run that is resumed with how its checkpoint was trained; `order`: see `data_order`.
 
     Another seed, other weights or more episodes are told in a warning.
@@ -255,7 +255,7 @@ def check_same_order(origin: Origin, order: Mapping[str, Any]) -> None:
         )
 
 
-def load_state(origin: Origin, run: RunConfig, decay_steps: int, mesh: Mesh) -> TrainState:
+def load_state(origin: ModelSource, run: RunConfig, decay_steps: int, mesh: Mesh) -> TrainState:
     """A fresh training state around the origin's weights, each parameter placed on the mesh as it is read.
 
     It computes what the origin does: stored adapters go on with their output as it was, or, where this run has others
@@ -263,7 +263,7 @@ def load_state(origin: Origin, run: RunConfig, decay_steps: int, mesh: Mesh) -> 
     """
     wanted = abstract_state(origin.config, run.optim, decay_steps, mesh).params
     before = origin.config.lora  # of the adapters that are loaded
-    if origin.checkpoint is not None and _same_shapes(StoredParams(origin.checkpoint).specs, tree.flatten(wanted)):
+    if origin.checkpoint is not None and _same_shapes(ParamsReader(origin.checkpoint).specs, tree.flatten(wanted)):
         params = restore_params(origin.checkpoint, wanted)
         before = read_model_config(origin.checkpoint).lora
     else:
@@ -285,7 +285,7 @@ def _put(x: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
-def load_origin(origin: Origin, seed: int, put: Put | None = None) -> tree.Tree:
+def load_origin(origin: ModelSource, seed: int, put: Put | None = None) -> tree.Tree:
     """The origin's parameters in their final shapes. `seed`: of what is initialised; `put`: see `load_params`."""
     numerics = dataclasses.asdict(origin.config.numerics)
     changes = {
@@ -299,7 +299,7 @@ def load_origin(origin: Origin, seed: int, put: Put | None = None) -> tree.Tree:
     }
     if origin.checkpoint is None:
         return load_params(origin.files, numerics=numerics, **changes)[1]
-    stored = StoredModel(origin.checkpoint)
+    stored = ModelReader(origin.checkpoint)
     config = stored.config.replace(numerics=numerics)
     specs = tree.flatten(abstract_params(config))
     return assemble(config, lambda path: stored.read(path, specs[path].dtype), **changes)[1]
@@ -309,13 +309,13 @@ def _same_shapes(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     return {path: tuple(spec.shape) for path, spec in a.items()} == {path: tuple(x.shape) for path, x in b.items()}
 
 
-def arranged(state: TrainState, like: TrainState) -> TrainState:
+def restack_like(state: TrainState, like: TrainState) -> TrainState:
     """The state with its layers stacked or apart, and placed, as those of `like`; itself where they are that already.
     Otherwise both are in memory for a moment."""
     if jax.tree.structure(state) == jax.tree.structure(like):
         return state
     out = jax.tree.map(lambda x: x.sharding, like)
-    return jax.jit(lambda state: scan.arranged(state, like), out_shardings=out)(state)
+    return jax.jit(lambda state: scan.restack_like(state, like), out_shardings=out)(state)
 
 
 def abstract_state(
@@ -324,7 +324,7 @@ def abstract_state(
     """Shapes, dtypes and shardings of the training state, its layers stacked as they are stored, or apart."""
     params = abstract_params(config)
     if not scan_layers:
-        params = jax.eval_shape(scan.unstack, params)
+        params = jax.eval_shape(scan.unstack_layers, params)
     abstract = jax.eval_shape(lambda p: create_state(p, optim, decay_steps), params)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings(abstract, mesh)

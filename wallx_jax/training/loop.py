@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from wallx_jax.config.schema import LoopConfig
 from wallx_jax.data.batch import Batch, EvalBatch, describe
 from wallx_jax.data.unreadable import SkippedFrames
-from wallx_jax.models.wallx import LossSums
+from wallx_jax.models.wallx import LossTotals
 from wallx_jax.training import flops
 from wallx_jax.training.metrics import MetricWriter, Stopwatch
 from wallx_jax.training.profile import ProfileWindow
@@ -42,7 +42,7 @@ class Steps:
     """
 
     train: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
-    evaluate: Callable[[Any, EvalBatch], tuple[LossSums, LossSums]] | None
+    evaluate: Callable[[Any, EvalBatch], tuple[LossTotals, LossTotals]] | None
     flops_per_sample: int
     datasets: tuple[str, ...] = ()
 
@@ -120,7 +120,7 @@ def run_loop(
 
     first = int(state.step)
 
-    def give_up(step: int, error: Exception) -> NoReturn:
+    def give_up(step: int, where: str, error: Exception) -> NoReturn:
         saved = "nothing was trained"
         if step > first and jax.process_count() == 1:
             while pending:
@@ -130,7 +130,7 @@ def run_loop(
         elif step > first:
             saved = "the run goes on from its last checkpoint"
         raise UnreadableData(
-            f"update {step + 1}: {error}; {saved}. Mend the data, or leave out what is wrong (settings `episodes`, "
+            f"{where}: {error}; {saved}. Mend the data, or leave out what is wrong (settings `episodes`, "
             "`unreadable_frames`), and go on with resume.ckpt=latest"
         ) from error
 
@@ -142,7 +142,7 @@ def run_loop(
                     try:
                         batch = next(batches)
                     except Exception as error:
-                        give_up(step - 1, error)
+                        give_up(step - 1, f"update {step}", error)
                 state, metrics = steps.train(state, put_batch(batch, mesh, loop.gradient_accumulation_steps))
             window.append(metrics)
             progress.advance()
@@ -167,7 +167,10 @@ def run_loop(
                 progress.report(step, loss, scalars["samples_per_s"], eta_s, scalars.get("mfu"))
             if steps.evaluate and loop.eval_interval and (step % loop.eval_interval == 0 or step == total_steps):
                 with watch.paused():
-                    scalars = validate(steps, state.acting, held_out(), mesh, loop.flow_loss_weight)
+                    try:
+                        scalars = validate(steps, state.acting, held_out(), mesh, loop.flow_loss_weight)
+                    except (ValueError, OSError) as error:
+                        give_up(step, f"validation after update {step}", error)
                     writer.write(step, scalars)
                     progress.note(f"step {step}/{total_steps} | validation loss {scalars['val_loss']:.4g}")
             if step % loop.save_interval == 0 or step == total_steps or stopping:
@@ -205,11 +208,11 @@ def validate(
     They depend on the frames alone, not on how these are cut into batches and over devices. Of several datasets also
     each one's, where it has any.
     """
-    sums = counts = LossSums(0.0, 0.0, 0.0)
+    sums = counts = LossTotals(0.0, 0.0, 0.0)
     for batch in batches:
         part = jax.device_get(steps.evaluate(params, put_batch(batch, mesh)))
         sums, counts = (
-            LossSums(*(a + (0.0 if b is None else np.asarray(b, np.float64)) for a, b in zip(*pair, strict=True)))
+            LossTotals(*(a + (0.0 if b is None else np.asarray(b, np.float64)) for a, b in zip(*pair, strict=True)))
             for pair in zip((sums, counts), part, strict=True)
         )
     totals = zip(*(map(np.sum, x) for x in (sums, counts)), strict=True)

@@ -18,14 +18,14 @@ from wallx_jax.models.param_summary import gib
 from wallx_jax.models.vision import visual_grid
 from wallx_jax.models.vision_plan import token_count
 from wallx_jax.training import flops
-from wallx_jax.training.init import Origin
+from wallx_jax.training.init import ModelSource
 from wallx_jax.training.optimizer import group_of, is_trainable, peak_rate, schedule
 from wallx_jax.training.state import TrainState
 from wallx_jax.utils import tree
 
 
 @dataclass(frozen=True)
-class Length:
+class StepCounts:
     """Samples of a whole update and of an epoch; updates of the run, and until the learning rate has fallen."""
 
     global_batch: int
@@ -35,7 +35,7 @@ class Length:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes on each device that stay for the whole update, a moving average with the optimizer's. Activations come on
     top."""
 
@@ -64,12 +64,12 @@ class Plan:
     cameras: str
     sample: Mapping[str, Any]
     rows: tuple[param_summary.Row, ...]
-    memory: Memory
+    memory: MemoryEstimate
     device_limit: int | None
     curve: tuple[tuple[int, float], ...]
     peaks: tuple[str, ...]
     batch: str
-    length: Length
+    length: StepCounts
     flops: int
     peak_flops: float | None
 
@@ -116,12 +116,12 @@ class Plan:
 
 def make_plan(
     datasets: Sequence[Part],
-    origin: Origin,
+    origin: ModelSource,
     layout: ProcessorConfig,
     state: TrainState,
     mesh: Mesh,
     frames: Sequence[tuple[int, int]],
-    length: Length,
+    length: StepCounts,
 ) -> Plan:
     """Args:
     state: shapes, dtypes and shardings (training.init.abstract_state).
@@ -182,7 +182,7 @@ def make_plan(
     )
 
 
-def memory_of(state: TrainState, optim: OptimConfig, micro_batches: int) -> Memory:
+def memory_of(state: TrainState, optim: OptimConfig, micro_batches: int) -> MemoryEstimate:
     """What one device holds of a state with shardings. With micro-batches there is a float32 sum of gradients, too."""
 
     def local(leaf: Any, itemsize: int | None = None) -> int:
@@ -190,7 +190,7 @@ def memory_of(state: TrainState, optim: OptimConfig, micro_batches: int) -> Memo
 
     parameters = tree.flatten(state.params)
     trained = [leaf for path, leaf in parameters.items() if is_trainable(optim)(path)]
-    return Memory(
+    return MemoryEstimate(
         parameters=sum(map(local, parameters.values())),
         gradients=sum(local(leaf) + (local(leaf, 4) if micro_batches > 1 else 0) for leaf in trained),
         optimizer=sum(map(local, jax.tree.leaves((state.opt_state, state.ema)))),

@@ -78,7 +78,7 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ("data", "fsdp")))
 
 
-def data_share(mesh: Mesh) -> tuple[int, int]:
+def data_shard(mesh: Mesh) -> tuple[int, int]:
     """(which, of how many) share of every batch this process loads.
 
     Processes whose devices hold the same rows, cut along "tensor", load the same.

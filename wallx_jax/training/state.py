@@ -19,7 +19,7 @@ class TrainState:
     """step: int32, optimizer steps tried. skipped: int32, those of them left out because of a non-finite loss or
     gradient. params: nested dict of all parameters. opt_state: optax state of the trainable ones. ema: moving average
     of the trainable ones, in their dtypes, where one is kept. gradients: the last ones, where their memory is kept for
-    the next (`keep_gradients`); no part of a checkpoint."""
+    the next (`with_gradient_buffer`); no part of a checkpoint."""
 
     step: jax.Array
     skipped: jax.Array
@@ -46,7 +46,7 @@ def create_state(params: tree.Tree, config: OptimConfig, decay_steps: int) -> Tr
     return TrainState(zero, zero, params, opt_state, ema)
 
 
-def keep_gradients(state: TrainState, config: OptimConfig, micro_batches: int = 1) -> TrainState:
+def with_gradient_buffer(state: TrainState, config: OptimConfig, micro_batches: int = 1) -> TrainState:
     """The state with memory for gradients, which a donated state passes on from step to step.
 
     For CPUs: there XLA asks the system for fresh memory at every step, and zeroing its pages costs 6% of the step. On

@@ -17,10 +17,10 @@ from wallx_jax.data.batch import Batch, EvalBatch
 from wallx_jax.models import flow, losses
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.models.params import from_params
-from wallx_jax.models.wallx import FlowTarget, LossSums
+from wallx_jax.models.wallx import FlowTarget, LossTotals
 from wallx_jax.training.optimizer import clip, global_norm, is_trainable, make_optimizer, schedule
 from wallx_jax.training.state import TrainState
-from wallx_jax.training.stochastic_rounding import narrow, widen
+from wallx_jax.training.stochastic_rounding import cast_like, to_float32
 from wallx_jax.utils import jax_flags, tree
 
 
@@ -43,7 +43,7 @@ class Objective:
         return batch.action_is_pad if self.mask_padded_actions else None
 
 
-def loss_counts(batch: Batch, model: WallXConfig, objective: Objective, per_sample: bool = False) -> LossSums:
+def loss_counts(batch: Batch, model: WallXConfig, objective: Objective, per_sample: bool = False) -> LossTotals:
     """Denominators of the two losses over a batch (any leading axes), and its number of action tokens.
 
     Returns:
@@ -54,12 +54,12 @@ def loss_counts(batch: Batch, model: WallXConfig, objective: Objective, per_samp
         left_out = objective.left_out(batch)
         flow_count = flow.flow_count(batch.action_mask, model.numerics.flow_loss, left_out, per_sample)
     if objective.action_ids is not None:
-        tokens = losses.count_among(batch.labels, objective.action_ids, per_sample)
+        tokens = losses.token_range_count(batch.labels, objective.action_ids, per_sample)
     labels = losses.label_count(batch.labels, per_sample)
-    return LossSums(labels, jnp.zeros_like(labels) if flow_count is None else flow_count, tokens)
+    return LossTotals(labels, jnp.zeros_like(labels) if flow_count is None else flow_count, tokens)
 
 
-def counts_by_dataset(batch: Batch, model: WallXConfig, objective: Objective) -> LossSums:
+def counts_by_dataset(batch: Batch, model: WallXConfig, objective: Objective) -> LossTotals:
     """`loss_counts` of a batch (any leading axes): [datasets], of which any may be 0; scalars in a run of one."""
     if not objective.datasets:
         return loss_counts(batch, model, objective)
@@ -68,17 +68,17 @@ def counts_by_dataset(batch: Batch, model: WallXConfig, objective: Objective) ->
     return by_dataset(loss_counts(rows, model, objective, per_sample=True), rows, objective)
 
 
-def by_dataset(sums: LossSums, batch: Batch, objective: Objective) -> LossSums:
+def by_dataset(sums: LossTotals, batch: Batch, objective: Objective) -> LossTotals:
     """Values of samples [B] -> sums [datasets]."""
     own = batch.dataset[:, None] == jnp.arange(len(objective.datasets))
     # A choice rather than a product: what is not finite in one dataset stays out of the others.
     return jax.tree.map(lambda x: jnp.sum(jnp.where(own, x[:, None], 0), axis=0), sums)
 
 
-def overall(counts: LossSums) -> LossSums:
+def overall(counts: LossTotals) -> LossTotals:
     """Denominators of the losses over all datasets, at least 1."""
     labels, flow_count, tokens = jax.tree.map(jnp.sum, counts)
-    return LossSums(jnp.maximum(labels, 1), jnp.maximum(flow_count, 1), tokens)
+    return LossTotals(jnp.maximum(labels, 1), jnp.maximum(flow_count, 1), tokens)
 
 
 def batch_sums(
@@ -89,7 +89,7 @@ def batch_sums(
     model: WallXConfig,
     objective: Objective,
     per_sample: bool = False,
-) -> LossSums:
+) -> LossTotals:
     """Loss numerators of one batch: scalars, or [B] when `per_sample`."""
     net, target = from_params(model, params), None
     if objective.use_flow:
@@ -122,13 +122,13 @@ def make_train_step(
         counts = overall(counts_apart)
         noise, time = _noise_and_time(jax.random.fold_in(jax.random.key(seed), state.step), batch, model)
 
-        def micro_loss(params, micro: Batch, noise, time) -> tuple[jax.Array, tuple[LossSums, LossSums]]:
+        def micro_loss(params, micro: Batch, noise, time) -> tuple[jax.Array, tuple[LossTotals, LossTotals]]:
             several = bool(objective.datasets)
             apart = batch_sums(tree.merge(params, frozen), micro, noise, time, model, objective, per_sample=several)
             if several:
                 apart = by_dataset(apart, micro, objective)
             sums = jax.tree.map(jnp.sum, apart)
-            parts = LossSums(sums.cross_entropy / counts.cross_entropy, sums.flow / counts.flow, sums.action_hits)
+            parts = LossTotals(sums.cross_entropy / counts.cross_entropy, sums.flow / counts.flow, sums.action_hits)
             return parts.cross_entropy + objective.flow_loss_weight * parts.flow, (parts, apart)
 
         loss_and_grads = jax.value_and_grad(micro_loss, has_aux=True)
@@ -142,12 +142,12 @@ def make_train_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         def update(before):
-            wide, moments, ema = widen(before)
-            updates, moments = optimizer.update(clip(widen(grads), norm, optim.max_grad_norm), moments, wide)
+            wide, moments, ema = to_float32(before)
+            updates, moments = optimizer.update(clip(to_float32(grads), norm, optim.max_grad_norm), moments, wide)
             wide = optax.apply_updates(wide, updates)
             if optim.ema_decay is not None:
                 ema = optax.incremental_update(wide, ema, 1 - optim.ema_decay)
-            return narrow((wide, moments, ema), before, rounding_key(state.step))
+            return cast_like((wide, moments, ema), before, rounding_key(state.step))
 
         # XLA writes the state in place after a branch on a CPU, and after a choice on a GPU; either way it takes twice
         # the memory on the other.
@@ -193,7 +193,7 @@ def compile_train_step(
 
 def make_eval_step(
     model: WallXConfig, objective: Objective, seed: int
-) -> Callable[[tree.Tree, EvalBatch], tuple[LossSums, LossSums]]:
+) -> Callable[[tree.Tree, EvalBatch], tuple[LossTotals, LossTotals]]:
     """Makes the function that measures the losses of a batch of held-out frames.
 
     Returns:
@@ -202,7 +202,7 @@ def make_eval_step(
     """
 
     @jax_flags.ours()
-    def eval_step(params: tree.Tree, held_out: EvalBatch) -> tuple[LossSums, LossSums]:
+    def eval_step(params: tree.Tree, held_out: EvalBatch) -> tuple[LossTotals, LossTotals]:
         batch = held_out.batch
         noise, time = frame_noise_and_time(held_out, model, seed)
         sums = batch_sums(params, batch, noise, time, model, objective, per_sample=True)

@@ -14,12 +14,12 @@ T = TypeVar("T")
 _DROPPED = 16  # bits of a float32 that bfloat16 leaves out
 
 
-def widen(tree: T) -> T:
+def to_float32(tree: T) -> T:
     """bfloat16 leaves as float32."""
     return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
 
 
-def narrow(tree: T, like: Any, key: jax.Array | None) -> T:
+def cast_like(tree: T, like: Any, key: jax.Array | None) -> T:
     """Leaves in the dtypes of `like`; float32 becomes bfloat16 by stochastic rounding, or to the nearest without a key.
 
     Each leaf draws its own bits from key and place; a generator that is cut over a mesh draws the same on any mesh.

@@ -64,7 +64,7 @@ def write_weights(
     """
     extra = extra or {}
     slots = names.expand(config)
-    sources: dict[str, list[tuple[str, names.Slot]]] = {}
+    sources: dict[str, list[tuple[str, names.TensorSpec]]] = {}
     for name, slot in slots.items():
         sources.setdefault(slot.row.path, []).append((name, slot))
     if names.HEAD in specs and names.HEAD not in slots:
@@ -85,7 +85,7 @@ def write_weights(
             for name in tensors
         }
 
-        def put(name: str, slot: names.Slot, parameter: np.ndarray) -> None:
+        def put(name: str, slot: names.TensorSpec, parameter: np.ndarray) -> None:
             leaf = parameter if slot.layer is None else parameter[slot.layer]
             write[name](name, _cast(name, slot.row.op.to_torch(leaf, config.vision), specs[name].dtype))
             done(_bytes(specs[name]))

@@ -17,7 +17,7 @@ VOCABULARY = ("embed/embedding", "lm_head/kernel")
 CHANNELS = ("action/propri_proj/kernel", "action/w1/kernel", "action/proj_back/kernel")
 
 
-def fresh(path: str, shape: tuple[int, ...], dtype: np.dtype, config: WallXConfig, seed: int) -> np.ndarray:
+def init_param(path: str, shape: tuple[int, ...], dtype: np.dtype, config: WallXConfig, seed: int) -> np.ndarray:
     """normal(0, initializer_range), upstream's start for weights that no file has; a function of path and seed.
     Adapters start as `models.lora` says."""
     rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
@@ -83,7 +83,7 @@ def widen_channels(
     def add(path: str, kernel: np.ndarray, axis: int, count: int) -> np.ndarray:
         shape = list(kernel.shape)
         shape[axis] = count
-        return np.concatenate([kernel, fresh(path, tuple(shape), kernel.dtype, config, seed)], axis=axis)
+        return np.concatenate([kernel, init_param(path, tuple(shape), kernel.dtype, config, seed)], axis=axis)
 
     for path, before, after in (
         ("action/propri_proj/kernel", old.state_dim, new.state_dim),

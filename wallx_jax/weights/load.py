@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from wallx_jax.models.config import ActionConfig, LoraConfig, WallXConfig
-from wallx_jax.models.params import ISLANDS, abstract_params
+from wallx_jax.models.params import KEEP_IN_FP32, abstract_params
 from wallx_jax.utils import hub, tree
 from wallx_jax.utils.files import read_json_object
 from wallx_jax.weights import init, names, ops
-from wallx_jax.weights.names import Slot
+from wallx_jax.weights.names import TensorSpec
 from wallx_jax.weights.safetensors_io import (
     DTYPE_NAMES,
     INDEX,
@@ -105,7 +105,7 @@ class Weights:
         _check(directory, tensors, needed, slots)
         self.specs = tree.flatten(abstract_params(config))
         self._tensors = tensors
-        self._sources: dict[str, list[tuple[str, Slot]]] = {}
+        self._sources: dict[str, list[tuple[str, TensorSpec]]] = {}
         for name, slot in slots.items():
             self._sources.setdefault(slot.row.path, []).append((needed[name], slot))
 
@@ -178,7 +178,7 @@ def assemble(
         elif path in own:
             array = read(path)
         else:
-            array = init.fresh(path, spec.shape, spec.dtype, config, seed)
+            array = init.init_param(path, spec.shape, spec.dtype, config, seed)
         params[path] = put(path, array)
         del array
     return config, tree.unflatten(params)
@@ -329,7 +329,7 @@ def _lossless(tensors: Tensors, found: Mapping[str, str]) -> str:
     """bfloat16 if that holds every tensor but the float32 islands, else float32."""
     for name, stored in found.items():
         row = names.parse(name)
-        if row and not row[0].path.startswith(ISLANDS) and DTYPE_NAMES[tensors.info[stored].dtype] != "BF16":
+        if row and not row[0].path.startswith(KEEP_IN_FP32) and DTYPE_NAMES[tensors.info[stored].dtype] != "BF16":
             return "float32"
     return "bfloat16"
 
@@ -343,7 +343,7 @@ def _equal(tensors: Tensors, a: str, b: str) -> bool:
     )  # fmt: skip
 
 
-def _check(directory: Path, tensors: Tensors, found: Mapping[str, str], slots: Mapping[str, Slot]) -> None:
+def _check(directory: Path, tensors: Tensors, found: Mapping[str, str], slots: Mapping[str, TensorSpec]) -> None:
     """Compares what is there with what the model needs, from headers alone.
 
     Raises:

@@ -149,7 +149,7 @@ def is_qwen(config: WallXConfig) -> bool:
     return config.action.intermediate_size is None
 
 
-class Slot(NamedTuple):
+class TensorSpec(NamedTuple):
     """Where a tensor goes: its row, its layer if stacked, and its shape in the file."""
 
     row: Row
@@ -157,7 +157,7 @@ class Slot(NamedTuple):
     shape: Shape
 
 
-def expand(config: WallXConfig) -> dict[str, Slot]:
+def expand(config: WallXConfig) -> dict[str, TensorSpec]:
     """Every tensor of a model, by its canonical name, in the table's order.
 
     Raises:
@@ -172,7 +172,9 @@ def expand(config: WallXConfig) -> dict[str, Slot]:
             shape = params[row.path].shape
             layers, shape = (range(shape[0]), shape[1:]) if row.stacked else ([None], shape)
             for layer in layers:
-                slots[row.name(layer, is_qwen(config))] = Slot(row, layer, row.op.torch_shape(shape, config.vision))
+                slots[row.name(layer, is_qwen(config))] = TensorSpec(
+                    row, layer, row.op.torch_shape(shape, config.vision)
+                )
     return slots
 
 
