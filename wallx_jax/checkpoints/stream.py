@@ -1,9 +1,9 @@
-"""Checkpoints written and read one parameter at a time, for models that need not fit into memory.
+"""Writes and reads checkpoints one parameter at a time, for models that need not fit into memory.
 
-`new_checkpoint` lays out a step directory as `checkpoints.checkpointer` does, without state and data: it can be
-loaded for inference, exported, and trained from, but not resumed. Orbax writes the layout around placeholders of one element; then each
-placeholder gives way to an array of the final shape in the same format (zarr, a file per chunk), which is filled in
-pieces through TensorStore. Orbax reads it like any other checkpoint.
+`new_checkpoint` lays out a step directory as `checkpoints.checkpointer` does, without optimizer state and data
+position: such a checkpoint can be used for inference, exported and trained from, but not resumed. Orbax writes the
+layout around placeholders of one element; each placeholder is then replaced by an array of the final shape in the same
+format (zarr, one file per chunk), which TensorStore fills in pieces. Orbax reads the result like any other checkpoint.
 """
 
 import contextlib

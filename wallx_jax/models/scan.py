@@ -1,10 +1,10 @@
-"""Layers one after another: stacked and scanned, or apart and unrolled.
+"""Runs a stack of layers: scanned over stacked parameters, or unrolled over a list of layers.
 
-A scan compiles one layer whatever the depth. But each of its iterations first copies the layer's weights out of the
-stack, and in training the gradients back into one. Acting touches every weight for a few tokens only, so the copy costs
-as much as the arithmetic; with `unstack_layers`ed parameters the layers are written out in the program and read their weights
-where they are. What nobody asks for, as the last layer's output when only keys and values are wanted, is then left out.
-Training scans unless told otherwise (`scan_layers`); what is stored is always stacked.
+A scan compiles one layer whatever the depth, but each iteration copies the layer's weights out of the stack and, in
+training, its gradients back into one. Inference touches every weight for only a few tokens, so that copy costs as much
+as the arithmetic; with `unstack_layers` the program is unrolled, reads each layer's weights in place, and XLA removes
+what is not used, such as the last layer's output when only keys and values are needed. Training scans unless
+`scan_layers` is False. Checkpoints always hold stacked parameters.
 
 Legend: L layers.
 """

@@ -171,9 +171,9 @@ def open_tensors(directory: Path) -> Tensors:
         tensors, read = _read_shards(directory), f"{INDEX} with its files"
     else:
         raise WeightsError(_nothing_to_read(directory))
-    if adapter_paths := _other_weights(directory, {SINGLE, *(info.file.name for info in tensors.values())}):
+    if others := _other_weights(directory, {SINGLE, *(info.file.name for info in tensors.values())}):
         warnings.warn(
-            f"{directory} holds several sets of weights: {read} is read, as transformers does, and {', '.join(adapter_paths)} "
+            f"{directory} holds several sets of weights: {read} is read, as transformers does, and {', '.join(others)} "
             "are not; remove what does not belong to the model",
             stacklevel=2,
         )
