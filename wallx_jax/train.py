@@ -59,12 +59,11 @@ from wallx_jax.training.optimizer import check_patterns, is_trainable
 from wallx_jax.training.plan import StepCounts, make_plan
 from wallx_jax.training.progress import Progress
 from wallx_jax.training.state import TrainState, with_gradient_buffer
-from wallx_jax.training.step import Objective, compile_train_step, make_eval_step, make_train_step
+from wallx_jax.training.step import EVAL_SEED, Objective, compile_train_step, make_eval_step, make_train_step
 from wallx_jax.utils.files import write_text
 
 logger = logging.getLogger(__name__)
 
-EVAL_SEED = 20_251_123  # of the validation noise: the same in every run, so that runs compare
 # Files of a model directory that later users of a checkpoint look for beside the tokenizer.
 EXTRA_ASSETS = ("preprocessor_config.json", "video_preprocessor_config.json", "generation_config.json",
                 "chat_template.json", "chat_template.jinja")  # fmt: skip

@@ -13,7 +13,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from wallx_jax.checkpoints.from_pytorch import convert_model
 from wallx_jax.checkpoints.to_pytorch import export_model
-from wallx_jax.data.batch import stack
+from wallx_jax.data.batch import stack_samples
 from wallx_jax.inference.load import load_model, load_policy
 from wallx_jax.models.scan import unstack_layers
 from wallx_jax.weights.safetensors_io import open_tensors
@@ -83,7 +83,7 @@ def test_lerobot_loads_an_exported_wall_x(wallx_dir, tmp_path, dtype):
     policy = load_policy(exported, norm_stats=unit, views=("face_view",), resolution=84, horizon=6, numerics=FLOAT32)
     picture = np.random.default_rng(0).integers(0, 256, (60, 84, 3), np.uint8)
     observation = {"images": {"face_view": picture}, "state": np.linspace(-1, 1, 20), "instruction": "open it"}
-    batch = stack([policy.encode(observation)])
+    batch = stack_samples([policy.encode(observation)])
     assert not batch.token_mask.all(), "the prompt is padded on the left"
     noise = np.asarray(benchmark.noise_for(batch))
     reference = benchmark.TorchReference(LEROBOT, exported, policy.config, batch, noise)

@@ -61,7 +61,7 @@ def steps_logged(folder: Path) -> int:
     return file.read_text().count("\n") if file.exists() else 0
 
 
-EXACT = ("step", "loss", "flow_loss", "cross_entropy_loss", "grad_norm", "learning_rate")
+EXACT = ("step", "loss", "flow_loss", "grad_norm", "learning_rate")
 
 
 def curve(folder: Path) -> list[list[float]]:

@@ -22,7 +22,7 @@ from wallx_jax.inference.policy import Policy
 from wallx_jax.models import flow
 from wallx_jax.models.params import from_params
 from wallx_jax.models.scan import unstack_layers
-from wallx_jax.training.step import frame_noise_and_time
+from wallx_jax.training.step import EVAL_SEED, frame_noise_and_time
 from wallx_jax.weights.load import load_params, read_config
 
 VIEWS, SIZES = ("face_view", "left_wrist_view"), ((56, 84), (56, 56))
@@ -61,7 +61,7 @@ def made_under(numerics, policy, batches):
         return noise + 0.5 * (actions - noise) + 0.5 * net.action.velocity(hidden[:, -noise.shape[1] :])
 
     for held_out in batches:
-        noise, time = frame_noise_and_time(held_out, config, numerics_search.SEED)
+        noise, time = frame_noise_and_time(held_out, config, EVAL_SEED)
         actions = noise
         for _ in range(60):
             actions = improve(held_out.batch, actions, noise, time)
@@ -138,7 +138,7 @@ def test_losses_are_those_of_the_model_under_each_combination(policy, source):
     found = numerics_search.measure(policy, [held_out], openloop.read(source, stride=1, limit=1), steps=1)
     for m in found:
         config = policy.config.replace(numerics=m.numerics)
-        noise, time = frame_noise_and_time(held_out, config, numerics_search.SEED)
+        noise, time = frame_noise_and_time(held_out, config, EVAL_SEED)
         net = from_params(config, policy.params)
         x = flow.interpolate(jnp.asarray(batch.actions), noise, time)
         hidden = net.forward(net.embed_batch(batch), (x, batch.action_mask, time)).hidden[:, -4:]

@@ -1,13 +1,19 @@
 """Wall-X's own parts: prefix cache, flow, flags, losses."""
 
+import dataclasses
+import json
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from wallx_jax.models import flow, losses, scan
 from wallx_jax.models.attention import sequence_mask
-from wallx_jax.models.config import PRESETS, TINY, WallXConfig
+from wallx_jax.models.config import PRESETS, TINY, LoraConfig, Numerics, WallXConfig
 from wallx_jax.models.params import abstract_params, from_params, init_params
 from wallx_jax.models.wallx import FlowTarget
 from wallx_jax.utils import tree
@@ -266,12 +272,25 @@ def test_one_compilation_serves_every_prompt(params):
     assert traces == 1
 
 
-def test_presets_describe_themselves_in_config_json():
-    for config in PRESETS.values():
-        back = WallXConfig.from_hf(config.to_hf()).replace(
-            tokens={"pad": config.tokens.pad, "propri": config.tokens.propri, "action": config.tokens.action}
-        )
-        assert back == config
+NUMERICS = st.builds(
+    Numerics,
+    **{
+        field.name: st.sampled_from(get_args(field.type)) if get_args(field.type) else st.booleans()
+        for field in dataclasses.fields(Numerics)
+    },
+)
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    st.sampled_from([*PRESETS.values(), TINY.replace(action={"intermediate_size": None})]),
+    NUMERICS,
+    st.sampled_from([LoraConfig(), LoraConfig(rank=4, alpha=2.0, targets=("decoder/layers/attn/q",))]),
+)
+def test_config_json_round_trip(preset, numerics, lora):
+    config = dataclasses.replace(preset, numerics=numerics, lora=lora)
+    ids = {name: getattr(config.tokens, name) for name in ("pad", "propri", "action")}  # only a tokenizer knows these
+    assert WallXConfig.from_hf(json.loads(json.dumps(config.to_hf()))).replace(tokens=ids) == config
 
 
 def test_abstract_parameters_match_initialised_ones():

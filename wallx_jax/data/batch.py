@@ -3,6 +3,7 @@
 Legend: B batch, h w image pixels, T prefix tokens, W label window, A action horizon, C model channels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -56,9 +57,11 @@ class EvalBatch:
     counted: Any
 
 
-def stack(samples: list[Batch]) -> Batch:
-    """Samples without a batch axis -> one batch."""
-    return jax.tree.map(lambda *rows: np.stack(rows), *samples)
+def stack_samples(samples: Sequence[Batch]) -> Batch:
+    """Stacks samples without a batch axis into one batch of NumPy arrays."""
+    columns = {f.name: [getattr(sample, f.name) for sample in samples] for f in fields(Batch)}
+    images = tuple(np.stack(camera) for camera in zip(*columns.pop("images"), strict=True))
+    return Batch(images, **{name: None if rows[0] is None else np.stack(rows) for name, rows in columns.items()})
 
 
 def describe(batch: Batch) -> dict[str, str]:

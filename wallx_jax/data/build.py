@@ -19,6 +19,7 @@ from wallx_jax.data.metadata import DatasetInfo
 from wallx_jax.data.normalize import NormStats, load_norm_stats
 from wallx_jax.data.pipeline import split_frames
 from wallx_jax.data.processor import Processor, ProcessorConfig, required_prompt_length
+from wallx_jax.data.prompt import FAST_CLOSING_TOKENS
 from wallx_jax.data.stats import compute_stats
 from wallx_jax.data.tokenizer import Tokenizer
 from wallx_jax.data.unreadable import SkipUnreadable
@@ -150,7 +151,7 @@ def build_processor(
         image_sizes=sizes,
         horizon=run.data.action_horizon,
         prompt_length=required_prompt_length(tokenizer, [longest], views, image_tokens, budget, template),
-        label_window=budget + 2 if budget else 0,
+        label_window=budget + FAST_CLOSING_TOKENS if budget else 0,
         state_dim=state_dim,
         action_dim=action_dim,
         objective="flow" if fast is None else "fast",

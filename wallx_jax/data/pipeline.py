@@ -6,7 +6,7 @@ seed alone, not on the number of workers.
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Literal
 
 import grain
@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 
 from wallx_jax.data.augment import Augment
-from wallx_jax.data.batch import Batch, EvalBatch
+from wallx_jax.data.batch import Batch, EvalBatch, stack_samples
 from wallx_jax.data.lerobot import RawSample
 from wallx_jax.data.metadata import DatasetInfo
 from wallx_jax.data.processor import Processor
@@ -181,13 +181,6 @@ def eval_batches(
             frame=np.asarray(source.frames)[filled].astype(np.uint32),
             counted=(np.arange(batch_size) < len(chosen))[process_index::process_count] & np.array(itself),
         )
-
-
-def stack_samples(samples: Sequence[Batch]) -> Batch:
-    """Samples without a batch axis -> one batch, in NumPy."""
-    columns = {f.name: [getattr(sample, f.name) for sample in samples] for f in fields(Batch)}
-    images = tuple(np.stack(camera) for camera in zip(*columns.pop("images"), strict=True))
-    return Batch(images, **{name: None if rows[0] is None else np.stack(rows) for name, rows in columns.items()})
 
 
 class Encode:

@@ -457,4 +457,4 @@ def required_prompt_length(
     """
     prompts = (prompt.build_prefix(tokenizer, task, views, image_tokens, template=template) for task in tasks)
     longest = max(len(encoded.ids) for encoded in prompts)
-    return longest + (fast_budget + 2 if fast_budget else 0)
+    return longest + (fast_budget + prompt.FAST_CLOSING_TOKENS if fast_budget else 0)

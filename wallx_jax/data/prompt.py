@@ -12,8 +12,9 @@ import numpy as np
 
 from wallx_jax.config.prompt_template import PromptTemplate
 from wallx_jax.data.tokenizer import Tokenizer, check_unicode, fast_token
+from wallx_jax.models.losses import IGNORE
 
-IGNORE = -100
+FAST_CLOSING_TOKENS = 2  # <|im_end|> and the newline after a FAST answer
 """Label of a position that is not a target."""
 
 Task = Literal["action", "language"]

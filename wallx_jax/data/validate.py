@@ -6,6 +6,7 @@ from wallx_jax.config import feature_slices
 from wallx_jax.config.schema import Camera, RunConfig
 from wallx_jax.data import naming
 from wallx_jax.data.metadata import DatasetInfo, is_depth
+from wallx_jax.data.prompt import FAST_CLOSING_TOKENS
 from wallx_jax.utils.errors import ConfigError, nearest
 
 IMAGE_PREFIX = "observation.images."
@@ -91,7 +92,7 @@ def check_horizon(run: RunConfig, prompt_length: int) -> None:
         ConfigError: with the numbers that do not add up.
     """
     if run.model.use_fast_tokenizer:
-        name, actions = "max_fast_tokens", run.data.max_fast_tokens
+        name, actions = "max_fast_tokens", run.data.max_fast_tokens + FAST_CLOSING_TOKENS
     else:
         name, actions = "action_horizon", run.data.action_horizon
     if prompt_length + actions > run.data.max_length:

@@ -19,14 +19,13 @@ from wallx_jax.data.batch import EvalBatch
 from wallx_jax.evaluation import openloop
 from wallx_jax.evaluation.openloop import Recorded
 from wallx_jax.inference.policy import Policy
-from wallx_jax.training.step import Objective, make_eval_step
+from wallx_jax.training.step import EVAL_SEED, Objective, make_eval_step
 from wallx_jax.utils.files import atomic_file, read_json_object
 
 COMBINATIONS = tuple(
     {"mrope_layout": layout, "action_attention": attention}
     for layout, attention in itertools.product(("qwen", "upstream_cuda"), ("bidirectional", "causal"))
 )
-SEED = 20_251_123  # of noise and flow times: the same under every combination
 DECIDES = 2.0  # standard errors by which the best must lead
 
 
@@ -62,7 +61,7 @@ def measure(policy: Policy, batches: Sequence[EvalBatch], recorded: Recorded, st
     found = []
     for numerics in COMBINATIONS:
         config = policy.config.replace(numerics=numerics)
-        evaluate = jax.jit(make_eval_step(config, Objective(use_flow=not speaks), SEED))
+        evaluate = jax.jit(make_eval_step(config, Objective(use_flow=not speaks), EVAL_SEED))
         losses = []
         for batch in batches:
             sums, counts = jax.device_get(evaluate(policy.params, batch))

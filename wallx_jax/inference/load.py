@@ -16,6 +16,7 @@ from wallx_jax.data import processor as processors
 from wallx_jax.data.fast import FastTokenizer
 from wallx_jax.data.normalize import NormStats, Stats, load_norm_stats
 from wallx_jax.data.processor import Processor, ProcessorConfig
+from wallx_jax.data.prompt import FAST_CLOSING_TOKENS
 from wallx_jax.data.tokenizer import Tokenizer
 from wallx_jax.inference.policy import Policy
 from wallx_jax.inference.vlm import VLM
@@ -197,7 +198,7 @@ def _new_processor(
         )
     sizes = (images.target_size(*CAMERA, resolution),) * len(views)
     tokens = [images.image_token_count(*size) for size in sizes]
-    window = 0 if fast is None else FAST_TOKENS + 2
+    window = 0 if fast is None else FAST_TOKENS + FAST_CLOSING_TOKENS
     length = processors.required_prompt_length(tokenizer, ["pick up the block"], views, tokens)
     length = -(-length // processors.PROMPT_STEP) * processors.PROMPT_STEP + window
     layout = ProcessorConfig(

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from wallx_jax.data.batch import Batch, stack
+from wallx_jax.data.batch import Batch, stack_samples
 from wallx_jax.data.fast import FastDecodeError
 from wallx_jax.data.processor import Processor, as_numbers
 from wallx_jax.data.prompt import Task
@@ -200,7 +200,9 @@ class Policy:
             with settings.naming("observation", row, len(observations)):
                 sample = self.encode(observation, task)
             groups.setdefault(tuple(x.shape for x in jax.tree.leaves(sample)), []).append((row, sample))
-        return [([row for row, _ in group], stack([sample for _, sample in group])) for group in groups.values()]
+        return [
+            ([row for row, _ in group], stack_samples([sample for _, sample in group])) for group in groups.values()
+        ]
 
     def _flow_actions(
         self, groups, states: np.ndarray, steps: int, seeds: Sequence[int], noise: np.ndarray | None

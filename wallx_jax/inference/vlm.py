@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from wallx_jax.data.batch import Batch, stack
+from wallx_jax.data.batch import Batch, stack_samples
 from wallx_jax.data.chat import ChatPrompt, encode_chat
 from wallx_jax.data.images import IMAGE_LIMITS, Limits
 from wallx_jax.data.tokenizer import Tokenizer
@@ -116,7 +116,7 @@ class VLM:
         for (_, seconds), rows in groups.items():
             longest = max(len(prompts[row].ids) for row in rows)
             length = -(-longest // PROMPT_STEP) * PROMPT_STEP
-            batches.append((rows, stack([self._sample(prompts[row], length) for row in rows]), seconds))
+            batches.append((rows, stack_samples([self._sample(prompts[row], length) for row in rows]), seconds))
         return batches
 
     def _sample(self, prompt: ChatPrompt, length: int) -> Batch:

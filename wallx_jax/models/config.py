@@ -226,6 +226,7 @@ class WallXConfig:
             "vision_start_token_id": self.tokens.vision_start,
             "image_token_id": self.tokens.image,
             "video_token_id": self.tokens.video,
+            "wallx_jax": dataclasses.asdict(self.numerics),
             "vision_config": {
                 **_plain(v),
                 "in_chans": v.in_channels,
@@ -247,10 +248,9 @@ class WallXConfig:
                 "agent_pos_config": {"state": a.state_dim},
                 "noise_scheduler": {"beta_alpha": a.beta_alpha, "beta_beta": a.beta_beta, "s": a.time_scale,
                                     "num_inference_timesteps": 10},
-                "wallx_jax": dataclasses.asdict(self.numerics),
             }  # fmt: skip
         if self.lora.rank:
-            hf.setdefault("wallx_jax", {})["lora"] = _plain(self.lora)
+            hf["wallx_jax"]["lora"] = _plain(self.lora)
         return hf
 
 

@@ -217,13 +217,9 @@ def validate(
         )
     totals = zip(*(map(np.sum, x) for x in (sums, counts)), strict=True)
     cross_entropy, flow, accuracy = (float(total / count) if count else None for total, count in totals)
-    scalars = {
-        "val_loss": (cross_entropy or 0.0) + flow_loss_weight * (flow or 0.0),
-        "val_cross_entropy_loss": cross_entropy or 0.0,
-        "val_flow_loss": flow or 0.0,
-    }
-    if accuracy is not None:
-        scalars["val_action_accuracy"] = accuracy
+    scalars = {"val_loss": (cross_entropy or 0.0) + flow_loss_weight * (flow or 0.0)}
+    measured = {"cross_entropy_loss": cross_entropy, "flow_loss": flow, "action_accuracy": accuracy}
+    scalars |= {f"val_{name}": value for name, value in measured.items() if value is not None}
     for i, name in enumerate(steps.datasets):
         for key in ("cross_entropy", "flow"):
             if np.ndim(counts_of := getattr(counts, key)) and counts_of[i]:

@@ -13,6 +13,7 @@ from wallx_jax.config.schema import OptimConfig
 from wallx_jax.data.build import blank_sample
 from wallx_jax.data.datasets import Part
 from wallx_jax.data.processor import ProcessorConfig
+from wallx_jax.data.prompt import FAST_CLOSING_TOKENS
 from wallx_jax.models import param_summary
 from wallx_jax.models.param_summary import gib
 from wallx_jax.models.vision import visual_grid
@@ -166,7 +167,7 @@ def make_plan(
                 view: token_count(visual_grid(np.empty((1, *size, 0)), model.vision), model.vision)
                 for view, size in zip(layout.views, layout.image_sizes, strict=True)
             },
-            "fast": max(layout.label_window - 2, 0),  # two more labels end the answer
+            "fast": max(layout.label_window - FAST_CLOSING_TOKENS, 0),  # two more labels end the answer
             "actions": layout.horizon if use_flow else 0,
         },
         rows=rows,

@@ -21,6 +21,7 @@ from wallx_jax.data.datasets import Part
 from wallx_jax.data.fast import FastTokenizer
 from wallx_jax.data.normalize import FILE_NAME as NORM_STATS
 from wallx_jax.data.processor import Processor
+from wallx_jax.data.prompt import FAST_CLOSING_TOKENS
 from wallx_jax.data.validate import check_horizon
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.utils.errors import ConfigError
@@ -147,7 +148,7 @@ def _of_samples(settings: RunConfig, stored: Sequence[Processor]) -> Pairs:
         ),
     }
     if settings.model.use_fast_tokenizer and layout.label_window:
-        pairs["max_fast_tokens"] = (data.max_fast_tokens, layout.label_window - 2)
+        pairs["max_fast_tokens"] = (data.max_fast_tokens, layout.label_window - FAST_CLOSING_TOKENS)
     return pairs
 
 
