@@ -20,7 +20,7 @@ from wallx_jax.data.validate import check_dataset, check_horizon
 from wallx_jax.models.config import Numerics
 from wallx_jax.utils.errors import ConfigError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GUIDE = {  # the training guide's keys and, where it gives one, defaults
     "learning_rate": 9e-5, "min_lr": 5e-5, "num_warmup_steps": 100, "train_test_split": 0.95, "action_horizon": 32,
     "use_fast_tokenizer": False, "profile": False, "pretrained_wallx_path": None, "save_path": None,

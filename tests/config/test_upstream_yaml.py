@@ -211,7 +211,7 @@ def test_a_file_is_utf8_with_or_without_a_byte_order_mark(tmp_path):
 
 
 def test_config_file_prints_the_report(tmp_path, capsys):
-    file = Path(__file__).parent.parent / "configs" / "upstream_yaml.py"
+    file = Path(__file__).parents[2] / "configs" / "upstream_yaml.py"
     spec = importlib.util.spec_from_file_location("upstream_yaml_config", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 from wallx_jax.utils import extras
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # What every Python process imports before anything else: the packages are not there, in one way or another.
 BLOCKS = {
     "None in sys.modules": "import sys\nsys.modules |= dict.fromkeys({packages})\n",

@@ -10,7 +10,7 @@ import pytest
 
 from wallx_jax.utils.files import DISK_REMEDIES, atomic_file, read_json_object, read_text, write_text
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = [file for name in ("wallx_jax", "scripts", "convert", "configs") for file in (ROOT / name).rglob("*.py")]
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
 

@@ -50,7 +50,7 @@ def run(server, tmp_path):
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_XET": "1",
             "NO_PROXY": "127.0.0.1",
-            "PYTHONPATH": str(Path(__file__).parent.parent),
+            "PYTHONPATH": str(Path(__file__).parents[2]),
         }
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT, json.dumps(requests)],
