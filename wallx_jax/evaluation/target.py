@@ -75,8 +75,8 @@ def run(main: Callable[[], None]) -> None:
 def load_eval_target(arguments: argparse.Namespace, numerics: Mapping[str, Any] | None = None) -> EvalTarget:
     """Load the policy and the data named by the arguments of `add_arguments`.
 
-    A trained checkpoint stores its robot's settings and how its dataset was split. A model directory, PyTorch or
-    converted, takes both from --config, or from the known mapping of --dataset.
+    A trained checkpoint stores its robot's settings and how its dataset was split. For a model directory without them,
+    as published or as converted, both come from --config, or from the known mapping of --dataset.
 
     Args:
         arguments: parsed arguments.
