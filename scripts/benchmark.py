@@ -12,9 +12,9 @@ is the time per token of text or of FAST actions.
 `--compare-torch` runs lerobot's PyTorch wall_x and this package alternately on the same weights and inputs, a chunk and
 a train step, and compares the actions; `make torch-reference` creates its environment.
 
-`--aot` compiles for N devices with parameters sharded over fsdp, and prints the compiler's bytes per device. `--target
-h100` and `h200` need the GPU compiler that comes with `jax[cuda12]`, but no GPU. The CPU compiler keeps some bfloat16
-arrays in float32, so its figures are upper bounds for an accelerator.
+`--aot` compiles for N devices with parameters sharded over fsdp, and prints the compiler's bytes per device.
+`--target h100` and `h200` need the GPU compiler that comes with `jax[cuda12]`, but no GPU. The CPU compiler keeps some
+bfloat16 arrays in float32, so its figures are upper bounds for an accelerator.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python scripts/fake_inference.py --model DIR_OR_REPO [--json OUT]
 
-A Wall-X directory or a wallx_jax checkpoint predicts an action chunk and generates some text; a Qwen2.5-VL directory
-generates text only. Needs neither a dataset nor a robot's statistics, and does not measure how good the policy is.
-Exit code 1 if anything is not finite.
+A Wall-X directory or a wallx_jax checkpoint predicts an action chunk (by flow matching, unless it was trained with
+FAST) and generates some text; a Qwen2.5-VL directory generates text only. Needs neither a dataset nor a robot's
+statistics, and does not measure how good the policy is. Exit code 1 if anything is not finite.
 """
 
 import argparse

@@ -76,6 +76,7 @@ class Vector:
 
 
 def of_lengths(info: DatasetInfo, horizon: int) -> Iterator[Finding]:
+    """Judge the lengths of the episodes against the action horizon, in frames."""
     if (longest := int(info.episode_lengths.max())) < horizon:
         text = f"all {info.num_episodes} are shorter than the horizon of {horizon} frames, the longest has {longest}"
         remedy = f"lower action_horizon to at most {longest}: every chunk ends in repetitions of the last action"
@@ -88,6 +89,7 @@ def of_lengths(info: DatasetInfo, horizon: int) -> Iterator[Finding]:
 
 
 def of_vector(vector: Vector, info: DatasetInfo) -> Iterator[Finding]:
+    """Judge the values of the state or the action: missing, constant, jumping, or outside given statistics."""
     what, spread, values, used = vector.what, vector.spread, vector.values, vector.used
     moving = used & ~spread.constant
     missing = vector.needed & (spread.nans > 0)
@@ -225,6 +227,7 @@ def of_videos(source: LeRobotSource, only_present: bool = False) -> Iterator[Fin
 
 
 def of_frames(info: DatasetInfo, look: FrameScan) -> Iterator[Finding]:
+    """Judge the decoded frames: unreadable, black or frozen."""
     by_camera: dict[str, list[Undecodable]] = {}
     for lost in look.undecodable:
         by_camera.setdefault(lost.camera, []).append(lost)

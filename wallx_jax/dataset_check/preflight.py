@@ -53,8 +53,8 @@ def check_length(run: RunConfig, frames: int, global_batch: int, total_steps: in
 def check(parts: Sequence[Part]) -> list[tuple[str, Finding]]:
     """Check the tables of a run's datasets, the headers of their videos, and the first frame of each camera.
 
-    Videos that are not fetched yet are skipped. With unreadable_frames="skip", videos and frames that cannot be read do
-    not count as errors.
+    Videos that are not fetched yet are skipped. With unreadable_frames="skip", problems of videos and frames do not
+    stop training.
 
     Returns:
         (dataset, finding) for each finding that does not stop training but deserves attention.

@@ -70,7 +70,7 @@ class Prediction:
 
 
 class Policy:
-    """Policy with one set of parameters and the same preprocessing class as training.
+    """A policy with one set of parameters; its preprocessing is the same `Processor` as in training.
 
     The first call with a new shape (observations per call, image sizes, prompt length, steps) compiles a program; the
     most recently used programs are kept.
