@@ -1,9 +1,9 @@
-"""Does a policy use its cameras, the words and the state? Open loop with one of them replaced at a time.
+"""Test whether a policy uses its cameras, the instruction and the state, by open-loop evaluation with one replaced.
 
     python scripts/ablate.py --checkpoint runs/aloha [--frames 64] [--out runs/ablation]
 
-Prints one table and writes OUT/ablation.json (errors per dimension and per step of the horizon) and OUT/ablation.png.
-An input that can be replaced without harm is one that the policy ignores.
+Prints a table and writes OUT/ablation.json (errors per dimension and per step of the horizon) and OUT/ablation.png.
+If replacing an input does not increase the error, the policy ignores it.
 """
 
 import argparse

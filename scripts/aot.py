@@ -1,9 +1,9 @@
-"""Compiles a train step for hardware that need not be there, and reads off the compiler's account of memory."""
+"""Compile a train step for hardware that need not be present, and report the compiler's memory analysis."""
 
 import os
 import time
 
-# What the GPU compiler has to know of a card; vendor datasheets (NVIDIA H100 SXM, H200).
+# Card properties that the GPU compiler needs, from vendor datasheets (NVIDIA H100 SXM, H200).
 GPUS = {
     "h100": {"name": "NVIDIA H100 80GB HBM3", "memory": 84_942_979_072, "bandwidth": 3_352_320_000_000},
     "h200": {"name": "NVIDIA H200 141GB HBM3e", "memory": 151_397_597_184, "bandwidth": 4_800_000_000_000},
@@ -31,7 +31,7 @@ device_description_str: "{name}"
 
 
 def prepare(target: str, devices: int) -> None:
-    """Environment for compiling for `devices` of a target; call it before jax starts."""
+    """Set up the environment to compile for `devices` devices of a target; call before JAX is initialised."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     if target == "cpu":
         flag = f"--xla_force_host_platform_device_count={devices}"
@@ -39,7 +39,7 @@ def prepare(target: str, devices: int) -> None:
 
 
 def target_devices(target: str, count: int) -> list:
-    """Virtual CPU devices, or descriptions of GPUs (which takes the CUDA plugin of `jax[cuda12]`, and no GPU)."""
+    """Return virtual CPU devices, or descriptions of GPUs, which need the CUDA plugin of `jax[cuda12]` but no GPU."""
     import jax
     from jax.experimental import topologies
 
@@ -56,7 +56,7 @@ def target_devices(target: str, count: int) -> list:
 
 
 def plan(model, optim, train_step, sample, batch_size: int, scan_layers: bool, target: str, devices: int) -> dict:
-    """The compiler's account of the train step on `devices` devices, parameters cut over fsdp; nothing is allocated."""
+    """Analyse the memory of the train step on `devices` devices, parameters sharded over fsdp; allocate nothing."""
 
     from wallx_jax.config.schema import MeshConfig
     from wallx_jax.training import sharding

@@ -1,20 +1,20 @@
-"""Times one train step and one action chunk, or works out the memory of a full-size train step without running it.
+"""Time one train step and one action chunk, or compute the memory of a full-size train step without running it.
 
     python scripts/benchmark.py --preset mid [--batch 1] [--what train chunk parts] [--json OUT]
     python scripts/benchmark.py --preset mid --compare-torch [--json OUT]
     python scripts/benchmark.py --preset wall_oss_3b --aot --target h200 --devices 8 [--json OUT]
 
 Each sample has three 252x196 images and 285 tokens, 32 of them action tokens. Weights are random: speed does not depend
-on them. Prints JSON. `--what` chooses among a train step (train), the one program that a policy runs (chunk) and what
-that consists of (parts): vision (images to features), prefix (prompt to keys and values) and denoise (one Euler step);
-token_ms is one token of text or of FAST actions.
+on them. Prints JSON. `--what` selects a train step (train), the single program that a policy runs (chunk), and its
+stages (parts): vision (images to features), prefix (prompt to keys and values) and denoise (one Euler step); token_ms
+is the time per token of text or of FAST actions.
 
-`--compare-torch` runs lerobot's PyTorch wall_x on the same weights and inputs in turn with ours, a chunk and a train
-step, and compares the actions; `make torch-reference` sets its environment up.
+`--compare-torch` runs lerobot's PyTorch wall_x and this package alternately on the same weights and inputs, a chunk and
+a train step, and compares the actions; `make torch-reference` creates its environment.
 
-`--aot` compiles for N devices, parameters cut over fsdp, and prints the compiler's bytes per device. `--target h100`
-and `h200` take the GPU compiler that comes with `jax[cuda12]`, and no GPU. The CPU compiler keeps some bfloat16 arrays
-in float32, so its figures are upper bounds for an accelerator.
+`--aot` compiles for N devices with parameters sharded over fsdp, and prints the compiler's bytes per device.
+`--target h100` and `h200` need the GPU compiler that comes with `jax[cuda12]`, but no GPU. The CPU compiler keeps some
+bfloat16 arrays in float32, so its figures are upper bounds for an accelerator.
 """
 
 import argparse
@@ -34,11 +34,11 @@ import aot
 
 ACTIONS, TOKENS, IMAGE, CAMERAS, STEPS = 32, 285, (196, 252), 3, 10
 WHAT = ("train", "chunk", "parts")
-SAID = 32  # tokens of text, or of FAST actions
+SAID = 32  # generated tokens of text, or of FAST actions
 
 
 def random_batch(model, batch: int):
-    """A batch of random pixels and tokens in the layout of three cameras and one state token."""
+    """Return a batch of random pixels and tokens in the layout of three cameras and one state token."""
     import numpy as np
 
     from wallx_jax.data.batch import Batch
@@ -67,7 +67,7 @@ def random_batch(model, batch: int):
 
 
 def median_ms(call, repeats: int) -> float:
-    """Median wall time of a call, after one that is not counted."""
+    """Return the median wall time of a call in milliseconds, after one warm-up call."""
     import jax
     import numpy as np
 
@@ -80,7 +80,7 @@ def median_ms(call, repeats: int) -> float:
 
 
 def train_step_of(model, optimizer: str = "adamw", freeze_vlm: bool = False):
-    """(settings, train step) with the defaults of a run."""
+    """Return (optimizer settings, train step) with the defaults of a run."""
     from wallx_jax.config import default_config, resolve
     from wallx_jax.training.step import Objective, make_train_step
 
@@ -93,7 +93,7 @@ def train_step_of(model, optimizer: str = "adamw", freeze_vlm: bool = False):
 
 
 def time_chunk(model, params, batch, repeats: int) -> dict:
-    """Latency of an action chunk, layers apart as in a policy."""
+    """Measure the latency of an action chunk, with unrolled layers as in a policy."""
     noise, start = noise_for(batch), time.perf_counter()
     chunk = chunk_program(model, params, batch, noise)
     compile_s = time.perf_counter() - start
@@ -105,7 +105,7 @@ def time_chunk(model, params, batch, repeats: int) -> dict:
 
 
 def time_parts(model, params, batch, repeats: int) -> dict:
-    """Latency of the parts of a chunk, and of a token of text, layers apart as in a policy."""
+    """Measure the latency of the stages of a chunk and of a token of text, with unrolled layers as in a policy."""
     import jax
 
     from wallx_jax.models import flow
@@ -124,7 +124,7 @@ def time_parts(model, params, batch, repeats: int) -> dict:
         prompt = net.embed_prefix(batch.tokens, batch.token_mask, features, grids, batch.state, batch.state_mask)
         return net.encode_prefix(prompt, room=ACTIONS)[0]
 
-    def denoise(params, cache, noise, mask):  # all steps, as in a chunk: what one leaves to the next is not copied
+    def denoise(params, cache, noise, mask):  # all steps in one program, as in a chunk: no copies between steps
         net, times = from_params(model, params), flow.euler_times(STEPS)
         return flow.integrate(
             lambda x, clock, kv: net.suffix_velocity(cache._replace(kv=kv), x, mask, clock[None]),
@@ -163,7 +163,7 @@ def noise_for(batch):
 
 
 def chunk_program(model, params, batch, noise):
-    """The compiled program of a policy: images, prompt and noise to a chunk of actions."""
+    """Compile the program of a policy: images, prompt and noise to a chunk of actions."""
     import jax
 
     from wallx_jax.models.params import from_params
@@ -176,7 +176,15 @@ def chunk_program(model, params, batch, noise):
 
 
 class TorchReference:
-    """scripts/torch_reference.py in its own environment, on a Wall-X directory, which describes `model`, and inputs."""
+    """A subprocess that runs scripts/torch_reference.py in its own environment.
+
+    Args:
+        python: interpreter of that environment.
+        folder: Wall-X directory with the weights of `model`.
+        model: its configuration.
+        batch: inputs.
+        noise: initial noise of the flow.
+    """
 
     def __init__(self, python: Path, folder: Path, model, batch, noise):
         import jax.numpy as jnp
@@ -231,7 +239,7 @@ class TorchReference:
 
 
 def compare(model, params, batch, scan_layers: bool, python: Path, repeats: int) -> dict:
-    """A chunk, then a train step, of ours and of lerobot's in turn, after one of each that is not counted."""
+    """Time chunks, then train steps, of this package and of lerobot alternately, after one warm-up run of each."""
     import jax
     import numpy as np
 
@@ -275,7 +283,7 @@ def compare(model, params, batch, scan_layers: bool, python: Path, repeats: int)
 
 
 def train_program(model, params, batch, scan_layers: bool):
-    """A function that makes one update and returns its loss; `compile_s` tells how long it took to compile."""
+    """Return a function that makes one update and returns its loss; its `compile_s` is the compilation time."""
     import jax
 
     from wallx_jax.models.scan import unstack_layers
@@ -285,7 +293,7 @@ def train_program(model, params, batch, scan_layers: bool):
     optim, step = train_step_of(model)
     params = params if scan_layers else unstack_layers(params)
     state = jax.jit(lambda p: create_state(p, optim, 1000))(params)
-    if jax.default_backend() == "cpu":  # as a run does
+    if jax.default_backend() == "cpu":  # as in a training run
         state = with_gradient_buffer(state, optim)
     micro = jax.tree.map(lambda x: x[None], batch)
     start = time.perf_counter()
@@ -301,7 +309,7 @@ def train_program(model, params, batch, scan_layers: bool):
 
 
 def time_train(model, params, batch, scan_layers: bool, repeats: int) -> dict:
-    """Latency and throughput of a train step."""
+    """Measure latency and throughput of a train step."""
     train_one, batch_size = train_program(model, params, batch, scan_layers), len(batch.tokens)
     step_ms = median_ms(train_one, repeats)
     return {
@@ -313,7 +321,7 @@ def time_train(model, params, batch, scan_layers: bool, repeats: int) -> dict:
 
 
 def run(model, batch_size: int, what: Sequence[str], scan_layers: bool, repeats: int) -> dict:
-    """Figures measured on this machine's first device."""
+    """Run the selected benchmarks on this machine's first device."""
     import jax
 
     from wallx_jax.models.params import init_params
@@ -366,7 +374,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
-    if arguments.aot:  # before jax starts
+    if arguments.aot:  # before JAX is initialised
         aot.prepare(arguments.target, arguments.devices)
 
     import jax

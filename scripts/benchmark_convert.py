@@ -1,11 +1,11 @@
-"""Converts a random model directory to a checkpoint and back: peak memory and speed, beside the disk's own.
+"""Convert a random model directory to a checkpoint and back; measure peak memory and speed relative to the disk's.
 
     python scripts/benchmark_convert.py --preset wall_oss_3b --folder /path/with/30GB [--json OUT]
 
-Makes the directory (Wall-X's tensors in bfloat16, with statistics among them), runs convert/wall_oss.py,
-convert/export.py and convert/verify.py as commands of their own, and compares the file that comes back byte for byte.
-The disk's rate is that of one file of the same size, written and synced, then read, its pages dropped before. Prints
-JSON, and removes what it made.
+Creates the directory (Wall-X's tensors in bfloat16, including statistics), runs convert/wall_oss.py, convert/export.py
+and convert/verify.py as subprocesses, and compares the exported file with the original byte for byte. The disk's rate
+is measured on one file of the same size, written and synced, then read after dropping its cached pages. Prints JSON and
+deletes its files.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def measure(preset: str, folder: Path) -> dict:
 
 
 def write_model(folder: Path, preset: str) -> None:
-    """A Wall-X directory of random bfloat16 tensors, in upstream's layout."""
+    """Write a Wall-X directory of random bfloat16 tensors, in upstream's layout."""
     config = PRESETS[preset].replace(numerics={"param_dtype": "bfloat16"})
     shapes = {name: slot.shape for name, slot in names.expand(config).items()}
     for kind, width in (("action", config.action.action_dim), ("propri", config.action.state_dim)):
@@ -87,7 +87,7 @@ def write_model(folder: Path, preset: str) -> None:
 
 
 def disk_rates(file: Path, size: int) -> dict:
-    """GiB/s of writing (synced) and reading one file, block by block."""
+    """Measure the rates of writing (synced) and reading one file block by block, in GiB/s."""
     block = np.random.default_rng(0).integers(0, 256, BLOCK, np.uint8).data
     start = time.perf_counter()
     with open(file, "wb") as out:
@@ -107,7 +107,7 @@ def disk_rates(file: Path, size: int) -> dict:
 
 
 def drop_pages(file: Path) -> None:
-    """Makes the next reader go to the disk."""
+    """Drop a file's cached pages, so that the next read goes to the disk."""
     if file.is_file():
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
@@ -115,7 +115,7 @@ def drop_pages(file: Path) -> None:
 
 
 def run(command: list) -> tuple[float, float]:
-    """(seconds, peak resident memory in GiB) of a command in convert/."""
+    """Run a command in convert/; return (seconds, peak resident memory in GiB)."""
     start = time.perf_counter()
     script, *arguments = map(str, command)
     child = subprocess.Popen([sys.executable, CONVERT / script, *arguments], stdout=subprocess.DEVNULL)

@@ -1,18 +1,18 @@
-"""Measures how many training samples a second the data pipeline delivers, and what they cost.
+"""Measure the throughput of the data pipeline in training samples per second, and their CPU and memory cost.
 
     python scripts/benchmark_loader.py [--workers 0 1 2 4] [--json OUT]
     python scripts/benchmark_loader.py --compare-lerobot [--json OUT]
 
-Writes a LeRobot v3.0 dataset with three 480x640 cameras (textured scenes that move, with sensor noise) into a
-temporary folder and reads it as training does: random frames, decoded and resized to 252x196, encoded, batched. First
-without the frame cache; then with it: filling it, and what training reads afterwards, which is every epoch from the
-second on. `ratio` is cached over decoded at the same number of workers.
+Writes a LeRobot v3.0 dataset with three 480x640 cameras (moving textured scenes with sensor noise) into a temporary
+folder and reads it as training does: random frames, decoded and resized to 252x196, encoded, batched. Measures first
+without the frame cache, then with it: filling it, and reading from it, as training does in every epoch from the second
+on. `ratio` is cached over decoded throughput at the same number of workers.
 
---compare-lerobot puts a torch DataLoader over LeRobotDataset beside that, in turn, with the same batch and two workers:
-"lerobot" as it is, which hands out the frames in their full size, and "lerobot_resized" with its frames resized as ours
-are, in the workers; and once more without workers ("one_process"). `ratio_samples_per_s` and `ratio_cpu_per_sample`
-tell how many times better ours is at the same work, and with the suffix "_unresized" than lerobot's loader as it is.
-Prints JSON.
+--compare-lerobot alternates with a torch DataLoader over LeRobotDataset, with the same batch size and two workers:
+"lerobot" as it is, which returns full-size frames, and "lerobot_resized" with the frames resized as in this package,
+in the workers; then both again without workers ("one_process"). `ratio_samples_per_s` and `ratio_cpu_per_sample` are
+the improvement factors of this package at the same work; those with the suffix "_unresized" are relative to lerobot's
+loader as it is. Prints JSON.
 """
 
 import argparse
@@ -55,12 +55,12 @@ from wallx_jax.utils.files import read_json_object
 
 VIEWS = {"face_view": "cam_high", "left_wrist_view": "cam_left_wrist", "right_wrist_view": "cam_right_wrist"}
 DIMS, FPS, CHANNELS = 14, 30, 20
-WORKERS = 2  # beside lerobot
-ROUNDS = 3  # in turn
+WORKERS = 2  # in the comparison with lerobot
+ROUNDS = 3  # alternations in that comparison
 
 
 def write_dataset(root: Path, episodes: int, frames: int, height: int, width: int, codec: str = "libsvtav1") -> None:
-    """Episodes of random joint movements, each seen by three cameras that pan over a random texture."""
+    """Write episodes of random joint movements, each seen by three cameras that pan over a random texture."""
     vector = {"dtype": "float32", "shape": (DIMS,), "names": [f"joint_{d}" for d in range(DIMS)]}
     video = {"dtype": "video", "shape": (height, width, 3), "names": ["height", "width", "channels"]}
     keys = [f"observation.images.{camera}" for camera in VIEWS.values()]
@@ -75,7 +75,7 @@ def write_dataset(root: Path, episodes: int, frames: int, height: int, width: in
 
 
 def lengthen(root: Path, times: int) -> None:
-    """Makes a dataset so many times as long, by repeating tables and video packets: large files without encoding."""
+    """Repeat a dataset's tables and video packets `times` times, which gives large files without encoding."""
     info_file = root / "meta" / "info.json"
     info = read_json_object(info_file)
     episodes, frames = info["total_episodes"], info["total_frames"]
@@ -113,7 +113,7 @@ def repeat_video(file: Path, times: int) -> None:
 
 
 def pan(rng: np.random.Generator, frames: int, height: int, width: int) -> Iterator[np.ndarray]:
-    """Frames of a camera that moves over a picture with structure of several sizes, uint8 [height, width, 3]."""
+    """Yield frames of a camera that moves over an image with multi-scale structure, uint8 [height, width, 3]."""
     layers = []
     for cell in (64, 16, 4):
         small = rng.integers(0, 256, (max(height // cell, 2), max(width // cell, 2), 3), dtype=np.uint8)
@@ -126,7 +126,7 @@ def pan(rng: np.random.Generator, frames: int, height: int, width: int) -> Itera
 
 
 def prepare(root: Path, folder: Path) -> tuple[Part, Processor]:
-    """Settings and preprocessing of a run on the dataset at `root`, with every frame for training."""
+    """Build settings and preprocessing of a run on the dataset at `root`, with every frame used for training."""
     c = default_config()
     c.pretrained_wallx_path, c.repo_id, c.save_path = "unused", str(root), str(folder / "run")
     c.camera_views, c.train_test_split = VIEWS, 1.0
@@ -137,8 +137,10 @@ def prepare(root: Path, folder: Path) -> tuple[Part, Processor]:
 
 
 def steady(batches: Iterator[Any], batch: int, workers: int, seconds: float) -> dict[str, float]:
-    """Steady rate, CPU time per sample of this process and its workers, and memory of a worker. What is read ahead
-    while the workers start is drawn first, and does not count."""
+    """Measure the steady rate, the CPU time per sample of this process and its workers, and the memory of a worker.
+
+    Batches that are prefetched while the workers start are drawn first, and not counted.
+    """
     for _ in range(2 + 4 * workers):
         next(batches)
     drawn, start, cpu = 0, time.perf_counter(), cpu_seconds()
@@ -153,17 +155,17 @@ def steady(batches: Iterator[Any], batch: int, workers: int, seconds: float) -> 
 
 
 def children(pid: int | str = "self") -> list[int]:
-    """All processes that this one started and that run."""
+    """Return the ids of all running descendants of a process."""
     found = []
     for task in Path(f"/proc/{pid}/task").iterdir():
-        with suppress(OSError):  # it ended meanwhile
+        with suppress(OSError):  # the process has ended in the meantime
             own = list(map(int, (task / "children").read_text("utf-8").split()))
             found += [*own, *(grandchild for child in own for grandchild in children(child))]
     return found
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and its workers so far."""
+    """Return the CPU time of this process and its workers so far, in seconds."""
     ticks = 0
     for pid in children():
         with suppress(OSError):
@@ -173,7 +175,7 @@ def cpu_seconds() -> float:
 
 
 def proportional_mib(pid: int) -> float:
-    """Memory of a process; of what it shares with others its part."""
+    """Return the proportional set size of a process in MiB, which counts its share of shared pages."""
     with suppress(OSError):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text("utf-8").splitlines():
             if line.startswith("Pss:"):
@@ -187,7 +189,7 @@ def ours(source: FrameSource, processor: Processor, batch: int, workers: int, se
 
 
 def parts_of_a_sample(part: Part, processor: Processor, count: int) -> dict[str, float]:
-    """CPU milliseconds of one process for decoding, resizing and the rest of a sample."""
+    """Measure the CPU milliseconds per sample of decoding, resizing and encoding, in one process."""
     source, encode = part.source, Encode(processor)
     chosen = np.random.default_rng(1).integers(len(source), size=count).tolist()
     source[0]  # opens the files
@@ -209,11 +211,11 @@ def parts_of_a_sample(part: Part, processor: Processor, count: int) -> dict[str,
 
 
 class Resized:
-    """A LeRobotDataset whose frames are resized as for the model.
+    """A LeRobotDataset with frames resized as for the model.
 
     Args:
         dataset: the LeRobotDataset; its frames are [C, H, W], uint8 or float32 in [0, 1].
-        cameras: the run's.
+        cameras: cameras of the run.
     """
 
     def __init__(self, dataset: Any, cameras: Sequence[Camera]):
@@ -235,11 +237,11 @@ class Resized:
 def lerobots_loader(
     part: Part, horizon: int, backend: str, batch: int, workers: int, resized: bool = False
 ) -> Iterator[Any]:
-    """Batches of a torch DataLoader over LeRobotDataset, epoch after epoch."""
+    """Yield batches of a torch DataLoader over LeRobotDataset, epoch after epoch."""
     import torch
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    # Newer releases can hand out the bytes that were decoded, which is faster.
+    # Newer releases can return the decoded bytes without conversion, which is faster.
     options = {"return_uint8": True} if "return_uint8" in inspect.signature(LeRobotDataset.__init__).parameters else {}
     steps = {"action": [step / FPS for step in range(horizon)]}
     root = part.info.root
@@ -254,7 +256,7 @@ def lerobots_loader(
 
 
 def compare(part: Part, processor: Processor, batch: int, seconds: float) -> dict[str, Any]:
-    """Ours beside lerobot's loader with the faster of its decoders: with WORKERS processes, and within this one."""
+    """Compare with lerobot's loader using the faster of its decoders: with WORKERS processes, and in this process."""
     horizon, speeds = processor.config.horizon, {}
     for backend in ("torchcodec", "pyav"):
         try:
@@ -276,7 +278,7 @@ def compare(part: Part, processor: Processor, batch: int, seconds: float) -> dic
 
 
 def in_turn(part: Part, processor: Processor, backend: str, batch: int, workers: int, seconds: float) -> dict[str, Any]:
-    """Medians of several rounds in which lerobot's loader and ours are measured one after the other."""
+    """Measure lerobot's loader and this package's alternately; return the medians over ROUNDS rounds."""
     rounds: dict[str, list[dict[str, float]]] = {"lerobot": [], "lerobot_resized": [], "wallx_jax": []}
     for _ in range(ROUNDS):
         for name, resized in (("lerobot", False), ("lerobot_resized", True)):
@@ -295,7 +297,7 @@ def in_turn(part: Part, processor: Processor, backend: str, batch: int, workers:
 
 
 def measure(part: Part, processor: Processor, cache: Path, batch: int, workers: list[int], seconds: float):
-    """Figures with and without the frame cache."""
+    """Measure throughput with and without the frame cache."""
 
     def by_workers(source: FrameSource) -> dict[str, float]:
         return {str(n): ours(source, processor, batch, n, seconds)["samples_per_s"] for n in workers}

@@ -1,12 +1,12 @@
-"""Measures how long a large dataset takes to open, and what its tables cost data workers in memory.
+"""Measure how long a large dataset takes to open, and how much memory its tables cost data workers.
 
     python scripts/benchmark_open.py [--frames 50000000] [--episode 500] [--json OUT]
 
 Writes the meta and table files of a LeRobot v3.0 dataset (random walks; no video) into a temporary folder, about 180 MB
-per million frames. Then, each once: reading the metadata, opening (which checks the keys of every row), the first
-sample, converting all tables into memory-mapped arrays, and random samples from worker processes. A worker's memory is
-its proportional set size without and with pages of the arrays, which the system drops when it needs the room. Prints
-JSON.
+per million frames. Then measures, once each: reading the metadata, opening (which checks the keys of every row), the
+first sample, converting all tables into memory-mapped arrays, and random samples in worker processes. A worker's memory
+is its proportional set size without and with pages of the arrays, which the system drops when it needs the memory.
+Prints JSON.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def read_in_worker(pickled: bytes, seed: int, samples: int, out: multiprocessing.Queue) -> None:
-    """Reads random samples, and tells how fast and with how much memory of its own."""
+    """Read random samples in a worker; put their rate and the worker's memory into `out`."""
     source: LeRobotSource = pickle.loads(pickled)
     chosen = np.random.default_rng(seed).integers(len(source), size=samples).tolist()
     seconds, _ = timed(lambda: [source.low_dim(i) for i in chosen])
@@ -49,7 +49,7 @@ def read_in_worker(pickled: bytes, seed: int, samples: int, out: multiprocessing
 
 
 def memory_mib() -> dict[str, float]:
-    """Proportional set size of this process, and the part of it that is pages of mapped files."""
+    """Return the proportional set size of this process in MiB, and the part of it that is pages of mapped files."""
     sizes = {}
     for line in Path("/proc/self/smaps_rollup").read_text("utf-8").splitlines()[1:]:
         name, value, *_ = line.split()

@@ -1,9 +1,9 @@
-"""Measures how long the statistics of a dataset take, with absolute and with relative actions.
+"""Measure how long computing a dataset's statistics takes, with absolute and with relative actions.
 
     python scripts/benchmark_stats.py [--frames 1000000] [--json OUT]
 
 Writes the tables of a LeRobot v3.0 dataset (random walks; no video) into a temporary folder, then times reading and
-`compute_stats`. Prints JSON. The peak memory is the process's, each time after what was measured before.
+`compute_stats`. Prints JSON. Peak memory is that of the whole process so far, so each value includes earlier stages.
 """
 
 import argparse
@@ -32,13 +32,14 @@ EPISODE, FPS = 400, 50
 
 
 def write_dataset(root: Path, frames: int, dims: int, files: int, episode: int = EPISODE) -> None:
-    """Writes the meta and table files of a dataset whose actions are the next states, with a row group per episode.
+    """Write the meta and table files of a dataset whose actions are the next states, with a row group per episode.
 
     Args:
-        frames: of the whole dataset.
-        dims: of the state, and of the action.
-        files: table files, of about as many episodes each.
-        episode: frames of an episode; the last one may be shorter.
+        root: directory of the dataset.
+        frames: number of frames in the whole dataset.
+        dims: number of dims of the state, and of the action.
+        files: number of table files, each with about the same number of episodes.
+        episode: frames per episode; the last one may be shorter.
     """
     for folder in ("meta/episodes/chunk-000", "data/chunk-000"):
         (root / folder).mkdir(parents=True)
@@ -74,7 +75,7 @@ def write_dataset(root: Path, frames: int, dims: int, files: int, episode: int =
 
 
 def _write_tables(file: Path, episodes: np.ndarray, lengths: np.ndarray, starts: np.ndarray, dims: int) -> None:
-    """The rows of some episodes."""
+    """Write a table file with the rows of some episodes."""
     writer = None
     rng = np.random.default_rng(int(episodes[0]))
     for episode in episodes:

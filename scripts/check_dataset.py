@@ -1,15 +1,15 @@
-"""Looks a LeRobot dataset over before a long run: what is in it, and what training would stumble over.
+"""Check a LeRobot dataset before a long run: summarise its contents and report what would go wrong in training.
 
     python scripts/check_dataset.py --config=configs/aloha.py [--output=runs/check_dataset] [--config.key=value]
     python scripts/check_dataset.py --dataset=DIR_OR_REPO [--decode=200]
 
-Takes the same settings as `python -m wallx_jax.train`; --dataset replaces the dataset of the configuration, or stands
-alone: the keys then are those known for it, or observation.state and action with all cameras. --decode is about how
-many frames are decoded, spread over all episodes, or "all".
+Takes the same settings as `python -m wallx_jax.train`. --dataset replaces the dataset of the configuration, or is used
+without one: then the keys are those known for it, or observation.state and action with all cameras. --decode is the
+approximate number of frames to decode, spread over all episodes, or "all".
 
 Prints tables and findings, each with a remedy; writes report.json, contact_sheet.png (frames of a few episodes),
 dimensions.png (histograms) and trace.png (state and action of an episode, one with a jump if there is one). Exit code 1
-when there is an error among the findings. No weights are read.
+if there is an error among the findings. No weights are read.
 """
 
 import functools
@@ -38,7 +38,7 @@ from wallx_jax.dataset_check.report import as_json, as_text
 from wallx_jax.evaluation import plots, target
 from wallx_jax.utils.errors import ConfigError
 
-# Two scripts may name a flag alike, and be imported into one program.
+# Scripts may define a flag of the same name and be imported into one program.
 define = functools.partial(flags.DEFINE_string, allow_override=True)
 define("dataset", None, "LeRobot dataset: directory or repo id; replaces that of --config")
 define("output", "runs/check_dataset", "directory for report.json and the pictures")
@@ -67,7 +67,7 @@ def main(config: ConfigDict | None) -> None:
 
 
 def dataset_config() -> ConfigDict:
-    """Settings for --dataset without a configuration."""
+    """Build the settings for --dataset without a configuration."""
     dataset = flags.FLAGS.dataset
     if dataset is None:
         raise CommandLineError("of what? Give --dataset=DIR_OR_REPO or --config=configs/NAME.py")
@@ -81,7 +81,7 @@ def dataset_config() -> ConfigDict:
         cameras = [key for key in info.camera_keys if not is_depth(info.features[key])]
         views = {key.removeprefix(IMAGE_PREFIX).replace(".", "_"): key for key in cameras}
         config.camera_views, config.resolution = views, dict.fromkeys(views, -1)
-        config.prompt.view_names = dict.fromkeys(views, "view")  # any words: these are names of cameras, none misspelt
+        config.prompt.view_names = dict.fromkeys(views, "view")  # any label: camera keys are never misspelt
     return config
 
 
@@ -109,7 +109,7 @@ def _write(report: check.Report, folder: Path) -> None:
 
 
 def _contact_rows(report: check.Report) -> list[list[tuple[str, np.ndarray]]]:
-    """A row for each episode and camera, with titles."""
+    """Return one row of (title, image) per episode and camera."""
     rows: dict[tuple[int, str], list[tuple[str, np.ndarray]]] = {}
     for (episode, frame, camera), image in sorted(report.look.shown.items(), key=lambda entry: entry[0]):
         row = rows.setdefault((episode, camera), [])

@@ -1,10 +1,10 @@
-"""Resolves every combination of the package's extras, and fails if PyTorch or a second CUDA comes into one.
+"""Resolve every combination of the package's extras; fail if one brings in PyTorch or a second CUDA version.
 
     python scripts/check_extras.py [--python 3.11 3.12] [--json OUT]
 
-Asks the package registry through uv, which must be installed; nothing is installed or built. PyTorch may come with the
-extras lerobot and test alone. Without it, the only CUDA is the one that is asked for: a second one costs gigabytes, and
-its cuDNN may be the one that is loaded.
+Queries the package registry through uv, which must be installed; nothing is installed or built. Only the extras lerobot
+and test may bring in PyTorch. Without it, the requested CUDA version must be the only one: a second one costs
+gigabytes, and its cuDNN may be the one that gets loaded.
 """
 
 import argparse
@@ -18,24 +18,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTRAS = ("train", "wandb", "lerobot", "test-core")
-ALL_OF_THEM = (("test",), ("wandb", "test"))  # test brings the others along
-ACCELERATORS = ("", "cuda12", "cuda13", "tpu")  # one of them
+ALL_OF_THEM = (("test",), ("wandb", "test"))  # test includes the others
+ACCELERATORS = ("", "cuda12", "cuda13", "tpu")  # mutually exclusive
 WITH_TORCH = {"lerobot", "test"}
 PARALLEL = 4
 
 
 def combinations() -> list[tuple[str, ...]]:
-    """Every set of extras that differs in what it brings."""
+    """List every set of extras that differs in the packages it brings in."""
     subsets = (subset for count in range(len(EXTRAS) + 1) for subset in itertools.combinations(EXTRAS, count))
     chosen = itertools.chain(subsets, ALL_OF_THEM)
     return [(*subset, *filter(None, [device])) for subset in chosen for device in ACCELERATORS]
 
 
 def resolve(extras: tuple[str, ...], python: str) -> dict[str, str]:
-    """Returns {package: version} that a fresh environment would get.
+    """Return {package: version} that a fresh environment would get.
 
     Raises:
-        RuntimeError: there is no such environment; in uv's words.
+        RuntimeError: the extras cannot be resolved; the message is uv's.
     """
     command = [
         "uv",
@@ -54,7 +54,7 @@ def resolve(extras: tuple[str, ...], python: str) -> dict[str, str]:
 
 
 def cuda_versions(packages: dict[str, str]) -> set[int]:
-    """The major versions of CUDA among the packages of NVIDIA and JAX; since 13 NVIDIA's names do not say it."""
+    """Return the major CUDA versions among NVIDIA's and JAX's packages; from 13 on, NVIDIA's names omit it."""
     found = set()
     for name in packages:
         if match := re.search(r"-cu(?:da)?(1\d)\b", name):

@@ -1,11 +1,11 @@
-"""Normalisation statistics of a LeRobot dataset: exact, from its table files alone, without reading a video.
+"""Compute exact normalisation statistics of a LeRobot dataset, from its table files only, without reading any video.
 
     python scripts/compute_norm_stats.py --dataset DIR_OR_REPO [--state_key KEY] [--action_key KEY] [--output OUT]
     python scripts/compute_norm_stats.py --config=configs/aloha.py [--config.key=value ...] [--output OUT]
 
---config: of the state and the actions that a run with these settings trains, the same that it would compute itself.
-Prints a table and writes upstream's norm_stats.json, for `norm_stats_path`: to OUT if that ends in .json, else into the
-directory OUT; with several datasets into OUT/NAME of each.
+--config: statistics of the state and actions that a run with these settings trains on, the same as it would compute
+itself. Prints a table and writes norm_stats.json in upstream's format, for `norm_stats_path`: to OUT if that ends in
+.json, otherwise into the directory OUT; with several datasets, into OUT/NAME for each.
 """
 
 import functools
@@ -30,7 +30,7 @@ from wallx_jax.data.normalize import FILE_NAME, NormStats, save_norm_stats
 from wallx_jax.data.stats import compute_stats, table
 from wallx_jax.utils.errors import ConfigError
 
-# Two scripts may name a flag alike, and be imported into one program.
+# Scripts may define a flag of the same name and be imported into one program.
 define = functools.partial(flags.DEFINE_string, allow_override=True)
 define("dataset", None, "LeRobot dataset, directory or hub repo id, in place of --config.")
 define("state_key", None, "With --dataset: the state, 'FEATURE' or 'FEATURE[START:STOP],FEATURE,...'.")
@@ -51,7 +51,7 @@ def main(config: ConfigDict | None) -> None:
 
 
 def of_dataset(config: ConfigDict | None) -> Iterator[tuple[Path, DatasetInfo, NormStats]]:
-    """Statistics of --dataset, and the file that they belong in."""
+    """Yield the output file, metadata and statistics of --dataset."""
     values = flags.FLAGS
     if config is not None:
         raise CommandLineError("--config and --dataset are two ways to say it: give one of them")
@@ -62,7 +62,7 @@ def of_dataset(config: ConfigDict | None) -> Iterator[tuple[Path, DatasetInfo, N
 
 
 def of_config(config: ConfigDict | None) -> Iterator[tuple[Path, DatasetInfo, NormStats]]:
-    """Statistics of each dataset of a run, and the file that they belong in."""
+    """Yield the output file, metadata and statistics of each dataset of a run."""
     values = flags.FLAGS
     if config is None:
         raise CommandLineError("of what? Give --dataset DIR_OR_REPO or --config=configs/NAME.py")
@@ -76,7 +76,7 @@ def of_config(config: ConfigDict | None) -> Iterator[tuple[Path, DatasetInfo, No
 
 
 def output(name: str = "") -> Path:
-    """Where to write the statistics, of the dataset `name` if there are several."""
+    """Return the file to write statistics to; `name`: the dataset, if there are several."""
     out = Path(flags.FLAGS.output)
     if out.suffix != ".json":
         return out / name / FILE_NAME

@@ -1,10 +1,10 @@
-"""The whole way on this machine's CPU: record demonstrations, train a tiny Wall-X from scratch, see what it learnt.
+"""Run the whole workflow on the CPU: record demonstrations, train a tiny Wall-X from scratch, evaluate it.
 
     python scripts/demo.py [--workdir runs/demo] [--episodes 1500] [--steps N]
 
 Four steps, each an ordinary command or library call: write a LeRobot dataset and an untrained model, train with
-`python -m wallx_jax.train --config=configs/demo.py`, compare with held-out episodes, act in the simulator. Prints a
-table and leaves it in WORKDIR as results.json and demo.png.
+`python -m wallx_jax.train --config=configs/demo.py`, compare with held-out episodes, run closed loop in the simulator.
+Prints a table and writes the results to results.json and demo.png in WORKDIR.
 """
 
 import argparse
@@ -61,15 +61,15 @@ def say(start: float, what: str) -> None:
 
 
 def make_assets(what: str, folder: Path, *options: str) -> None:
-    """Runs demo_assets.py."""
+    """Run demo_assets.py."""
     command = [sys.executable, str(ROOT / "scripts/demo_assets.py"), what, str(folder), *options]
     if subprocess.run(command).returncode:
         sys.exit(f"error: {' '.join(command)} failed")
 
 
 def evaluate(model: Path, run: Path, figure: Path) -> dict:
-    """Errors and success rates of the trained policy, with inputs blanked, and of the untrained one."""
-    # Imported here, when the commands before are through: this process would only hold memory that they need.
+    """Evaluate errors and success rates of the trained policy, also with inputs blanked, and of the untrained one."""
+    # Imported only after the earlier commands have finished, since they need the memory that it would take.
     import demo_evaluate as ev
     from tqdm import tqdm
 
@@ -109,7 +109,7 @@ def evaluate(model: Path, run: Path, figure: Path) -> dict:
 
 
 def table(results: dict) -> str:
-    """The results as people read them."""
+    """Format the results as a text table."""
     lines = [
         "",
         f"{'':16}{'open loop':>12}{'closed loop, ' + str(LAYOUTS) + ' layouts':>32}",

@@ -1,10 +1,10 @@
-"""What the demo trains on and from: a LeRobot dataset of scripted demonstrations, and a tiny untrained Wall-X.
+"""Create the inputs of the demo: a LeRobot dataset of scripted demonstrations, and a tiny untrained Wall-X.
 
     python scripts/demo_assets.py dataset DIR --episodes 1500
     python scripts/demo_assets.py model DIR
 
-Both are ordinary: the dataset is LeRobot v3.0 with video, the model directory is upstream's layout with a tokenizer in
-Qwen's files, so the commands that read them know nothing of the demo.
+Both use the standard formats, so the commands that read them need no demo-specific code: the dataset is LeRobot v3.0
+with video, and the model directory has upstream's layout with a tokenizer in Qwen's files.
 """
 
 import argparse
@@ -54,7 +54,7 @@ MODEL = WallXConfig(
 
 
 def write_dataset(folder: Path, episodes: int, seed: int = 0, progress: bool = False) -> None:
-    """Writes `episodes` demonstrations as a LeRobot v3.0 dataset; `folder` must not exist. `progress`: show a bar."""
+    """Write `episodes` demonstrations as a LeRobot v3.0 dataset; `folder` must not exist. `progress`: show a bar."""
     vector = {"dtype": "float32", "shape": (tabletop.DIMS,), "names": list(ALOHA_DOF)}
     features = {STATE: vector, ACTION: vector}
     for camera, (height, width) in tabletop.CAMERAS.items():
@@ -70,11 +70,11 @@ def write_dataset(folder: Path, episodes: int, seed: int = 0, progress: bool = F
 
 
 def write_tokenizer(folder: Path) -> Tokenizer:
-    """A byte-level BPE trained on the demo's prompts, with Qwen's and Wall-X's added tokens.
+    """Train and write a byte-level BPE for the demo's prompts, with Qwen's and Wall-X's added tokens.
 
-    It does not cut at words and takes only merges that every prompt contains, so that the fixed phrases of the prompt
-    are one token each and the colours another one: 30 tokens instead of the 70 that words would take, which halves the
-    work and doubles the share of tokens that matter.
+    It does not split at word boundaries and keeps only merges that occur in every prompt, so that each fixed phrase of
+    the prompt is one token and each colour another: 30 tokens instead of the 70 that splitting at words would give,
+    which halves the compute and doubles the fraction of informative tokens.
     """
     prompts = [prompt_text(tabletop.instruction(color), VIEWS) for color in tabletop.COLORS]
     pieces = [piece for prompt in prompts for piece in re.split(r"<\|\w+\|>", prompt)]
@@ -98,15 +98,18 @@ def write_tokenizer(folder: Path) -> Tokenizer:
 
 
 def write_model(folder: Path, seed: int = 0) -> None:
-    """An untrained Wall-X with its tokenizer."""
+    """Write an untrained Wall-X with its tokenizer."""
     tokenizer = write_tokenizer(folder)
     config = MODEL.replace(text={"vocab_size": len(tokenizer)}, tokens=dataclasses.asdict(tokenizer.token_ids()))
     save_directory(folder, config, tree.map_with_path(_rescale, init_params(config, seed)))
 
 
 def _rescale(path: str, x):
-    """Qwen's initial standard deviation, 0.02, suits its width; this narrow model, which has no pretraining either,
-    learns from scratch only if signals keep their size from layer to layer."""
+    """Rescale an initial parameter so that activations keep their scale from layer to layer.
+
+    Qwen's initial standard deviation, 0.02, suits its width. This narrow model, which has no pretraining either, does
+    not learn from scratch with it.
+    """
     name = path.split("/")[-1]
     if name == "kernel":
         onto_residual = any(part in path for part in ("/o/", "/down/", "/proj/", "/proj_back/"))

@@ -1,5 +1,6 @@
-"""How well a policy does on the tabletop: open loop on held-out episodes, closed loop in the simulator, both also with
-one of its inputs blanked.
+"""Evaluate a policy on the tabletop: open loop on held-out episodes and closed loop in the simulator.
+
+Both are repeated with one of its inputs blanked.
 
 Legend: N observations, A action horizon, D robot dims.
 """
@@ -23,13 +24,16 @@ from wallx_jax.inference.policy import Observation, Policy
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
 
-BATCH = 50  # observations per call of the policy, always, so that it is compiled once
-TEST_SEED = 1_000_000  # layouts from here on are in no dataset
-CALLS, EXECUTED = 4, 6  # of the policy per episode, and actions of each chunk that are carried out
+BATCH = 50  # observations per call of the policy; constant, so that it is compiled once
+TEST_SEED = 1_000_000  # no dataset contains layouts with seeds from here on
+CALLS, EXECUTED = 4, 6  # policy calls per episode, and executed actions per chunk
 
 
 def blanks(policy: Policy) -> dict[str, Callable[[Observation], Observation]]:
-    """What takes one input away: the picture turns grey, the colour's name is left out, the state is the average."""
+    """Return {blanked input: observation -> changed observation}; "nothing" leaves it unchanged.
+
+    Images become grey, the colour in the instruction becomes "unnamed", the state becomes its training mean.
+    """
     average = policy.processor.stats.state.mean
 
     def picture(o: Observation) -> Observation:
@@ -45,7 +49,13 @@ def blanks(policy: Policy) -> dict[str, Callable[[Observation], Observation]]:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One closed-loop episode: where both tips were [steps, 2 arms, 3], and the colour reached in the end, if any."""
+    """One closed-loop episode.
+
+    Attributes:
+        layout: the start.
+        path: [steps, 2 arms, 3], positions of both tips.
+        reached: the colour reached in the end, if any.
+    """
 
     layout: tabletop.Layout
     path: np.ndarray
@@ -67,7 +77,7 @@ def test_layouts(count: int) -> list[tabletop.Layout]:
 def roll_out(
     policy: Policy, layouts: Sequence[tabletop.Layout], blank: Callable[[Observation], Observation]
 ) -> list[Rollout]:
-    """All layouts side by side: CALLS times, look, plan a chunk, carry out EXECUTED of its actions."""
+    """Run all layouts in parallel: CALLS times, predict a chunk and execute the first EXECUTED of its actions."""
     sims = [tabletop.Tabletop(layout) for layout in layouts]
     paths = [[[sim.hand(0), sim.hand(1)]] for sim in sims]
     for call in range(CALLS):
@@ -84,7 +94,7 @@ def rate(flags: Sequence[bool]) -> float:
 
 
 def plot(file: Path, recorded: Recorded, chunks: np.ndarray, rollouts: Sequence[Rollout], results: dict) -> None:
-    """Predicted chunks over recorded actions, the rates as bars, and a few layouts with the way the hands took."""
+    """Plot predicted chunks over recorded actions, success rates as bars, and a few layouts with the hands' paths."""
     figure = plt.figure(figsize=(14, 9), layout="constrained")
     top, middle, bottom = figure.subfigures(3, 1)
     names = list(ALOHA_DOF)

@@ -1,10 +1,10 @@
-"""Smoke test of a weights directory: made-up cameras, state and words in; shapes, finiteness and timings out.
+"""Smoke-test a weights directory with synthetic images, state and text; report shapes, finiteness and timings.
 
     python scripts/fake_inference.py --model DIR_OR_REPO [--json OUT]
 
-For a Wall-X directory or a checkpoint of ours: an action chunk by flow matching and some text. For a Qwen2.5-VL
-directory: text alone. Needs no dataset and no statistics of a robot; says nothing about how well the policy acts.
-Exit code 1 when something is not finite.
+A Wall-X directory or a wallx_jax checkpoint predicts an action chunk (by flow matching, unless it was trained with
+FAST) and generates some text; a Qwen2.5-VL directory generates text only. Needs neither a dataset nor a robot's
+statistics, and does not measure how good the policy is. Exit code 1 if anything is not finite.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def smoke(arguments: argparse.Namespace) -> dict:
     figures |= {
         **_size(vlm.config, vlm.params),
         "finite": True,
-    }  # weights that are not are refused when they are loaded
+    }  # weights that are not finite are rejected when they are loaded
     try:
         if acts and policy.processor.config.objective == "flow":
             figures |= _act(policy, arguments)
@@ -99,7 +99,7 @@ def _policy(folder: Path, is_pytorch: bool, horizon: int) -> Policy:
 
 
 def _unit(dims: int) -> Stats:
-    """Statistics under which normalising changes nothing."""
+    """Return statistics under which normalisation is the identity."""
     one = np.ones(dims)
     return Stats(mean=0 * one, std=one, q01=-one, q99=one, min=-one, max=one)
 
@@ -116,7 +116,7 @@ def _size(config: WallXConfig, params: tree.Tree) -> dict:
 
 
 def _timed(call, repeats: int):
-    """(result, {"first": with compilation, "best": of the others}) in milliseconds."""
+    """Return (result, {"first": time with compilation, "best": best time of the others}) in milliseconds."""
     times, result = [], None
     for _ in range(repeats + 1):
         start = time.perf_counter()

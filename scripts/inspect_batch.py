@@ -1,4 +1,4 @@
-"""Shows exactly what the model is fed: the first training samples of a configuration, as text and as a picture.
+"""Show exactly what the model is fed: the first training samples of a configuration, as text and as an image.
 
     python scripts/inspect_batch.py --config=configs/aloha.py --workdir=runs/inspect [--samples=4]
 

@@ -1,11 +1,11 @@
-"""Plots what a policy predicts over held-out episodes, and scores it beside baselines that need no model.
+"""Plot a policy's predictions on held-out episodes, and compare its errors with baselines that need no model.
 
     python scripts/openloop_plot.py --checkpoint runs/aloha [--episodes 3] [--out runs/openloop]
     python scripts/openloop_plot.py --checkpoint DIR_OR_REPO --config=configs/aloha.py
 
-Writes OUT/episode_E.png (per dimension: recorded and predicted actions) for each episode and OUT/openloop.json: mean
-absolute error per dimension and per step of the horizon, in robot units, of the policy, of holding still and of the
-mean action.
+Writes OUT/episode_E.png (recorded and predicted actions per dimension) for each episode, and OUT/openloop.json with the
+mean absolute errors per dimension and per step of the horizon, in robot units, of the policy, of holding still and of
+the mean action.
 """
 
 import argparse

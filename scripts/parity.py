@@ -1,13 +1,13 @@
-"""Runs recorded PyTorch inputs through this model and compares every recorded output.
+"""Run recorded PyTorch inputs through this model and compare every recorded output.
 
     python scripts/parity.py --model DIR --golden FILE.npz [--json OUT]
 
-DIR holds config.json and model.safetensors in upstream's or Hugging Face's layout; FILE holds `in.*` and `out.*`
-arrays. A name's suffix selects the semantics: none for bidirectional action attention and Qwen's M-RoPE, `.causal` for
+DIR contains config.json and model.safetensors in upstream's or Hugging Face's layout; FILE contains `in.*` and `out.*`
+arrays. A name's suffix selects the numerics: none for bidirectional action attention and Qwen's M-RoPE, `.causal` for
 causal action tokens, `.cuda` for causal action tokens and the rotary layout of upstream's kernel.
 
-Prints a line per output. Exit code 1 when one differs by more than 1e-4 of its largest magnitude (gradients and updated
-parameters 1e-3), when integers differ at all, or when an output is not one that this script computes.
+Prints a line per output. Exit code 1 if an output differs by more than 1e-4 of its largest magnitude (gradients and
+updated parameters: 1e-3), if integers differ at all, or if the script does not know how to compute an output.
 """
 
 import argparse
@@ -41,7 +41,7 @@ SEMANTICS = {
 }
 FLOAT32 = {"param_dtype": "float32", "compute_dtype": "float32", "masked_dims": "drift", "flow_loss": "all"}
 
-# The optimizer behind adamw_*: see the golden arrays' README.
+# The optimizer that recorded adamw_*: see the golden arrays' README.
 ADAMW = OptimConfig(
     learning_rate=9e-5,
     min_lr=5e-5,
@@ -65,9 +65,11 @@ PER_ROW = ("input_ids", "attention_mask", "labels", "proprioception", "agent_pos
 class Group:
     """Rows of the recorded batch with equal grids, which can run as one batch.
 
-    blocks: per visual block, in the order of the prompt, ("image" or "video", grid, seconds per frame).
-    arrays: the recorded per-row inputs of these rows, and "patches" float32 [B, P, patch_dim] in the order of blocks.
-        They are arguments of the compiled functions: as constants they would take the compiler minutes.
+    Attributes:
+        rows: indices of the rows in the recorded batch.
+        blocks: ("image" or "video", grid, seconds per frame) of each visual block, in the order of the prompt.
+        arrays: the recorded per-row inputs of these rows, and "patches" float32 [B, P, patch_dim] in the order of
+            blocks. They are arguments of the compiled functions: as constants they would take minutes to compile.
     """
 
     rows: tuple[int, ...]
@@ -84,7 +86,7 @@ class Group:
 
 
 def group_rows(inputs: dict[str, np.ndarray], config: WallXConfig) -> list[Group]:
-    """Deals the recorded patches, which are concatenated over all rows, out to the rows."""
+    """Group rows by their grids, and split the recorded patches, which are concatenated over all rows, by row."""
     ids = {config.tokens.image: "image", config.tokens.video: "video"}
     patches = {"image": inputs.get("pixel_values"), "video": inputs.get("pixel_values_videos")}
     grids = {"image": inputs.get("image_grid_thw"), "video": inputs.get("video_grid_thw")}
@@ -120,7 +122,7 @@ def _rows(inputs: dict[str, np.ndarray], rows: list[int]) -> Arrays:
 
 
 class Case:
-    """One golden file on one model; every `out.*` array has a method or a branch that computes it."""
+    """A golden file and the model to run it on; every `out.*` array has a method or a branch that computes it."""
 
     def __init__(self, config: WallXConfig, params, inputs: dict[str, np.ndarray]):
         self.config, self.params, self.inputs = config, params, inputs
@@ -133,7 +135,7 @@ class Case:
         return self.config.replace(numerics=SEMANTICS[semantics])
 
     def scatter(self, per_group: Sequence[jax.Array], axis: int = 0) -> np.ndarray:
-        """Group results back in row order along `axis`."""
+        """Concatenate the groups' results along `axis`, in row order."""
         order = np.argsort(np.concatenate([group.rows for group in self.groups]))
         return np.take(np.concatenate(per_group, axis=axis), order, axis=axis)
 
@@ -153,7 +155,7 @@ class Case:
         return FlowTarget(*(arrays[name] for name in ("action_chunk", "dof_mask", "noise", "time")))
 
     def run(self, function, semantics: str = "") -> list:
-        """function(net, group, arrays), compiled, on every group."""
+        """Jit-compile and run function(net, group, arrays) on every group."""
         config = self.config_for(semantics)
         return [
             jax.jit(lambda params, arrays, group=group: function(from_params(config, params), group, arrays))(
@@ -162,11 +164,11 @@ class Case:
             for group in self.groups
         ]
 
-    # What the golden files ask for
+    # Outputs of the golden files
 
     @functools.cached_property
     def features(self) -> dict[str, np.ndarray]:
-        """Vision features of all images, and of all videos, in row order."""
+        """Compute the vision features of all images, and of all videos, in row order."""
         found: dict[str, list[tuple[int, np.ndarray]]] = {"image": [], "video": []}
         outputs = self.run(
             lambda net, group, arrays: net.encode_patches(arrays["patches"], group.grids) if group.blocks else None
@@ -188,7 +190,7 @@ class Case:
 
     @functools.cached_property
     def positions(self) -> np.ndarray:
-        """int [3, B, S], action tokens included."""
+        """Compute position ids, int [3, B, S], including action tokens."""
 
         def of(net, group: Group, arrays: Arrays) -> jax.Array:
             mask = arrays["attention_mask"] > 0
@@ -200,7 +202,7 @@ class Case:
 
     @functools.cache  # noqa: B019
     def hidden(self, semantics: str) -> dict[str, np.ndarray]:
-        """Hidden states [B, S, D], those of every layer [L, B, S, D], and logits [B, S, V]."""
+        """Compute hidden states [B, S, D], those of every layer [L, B, S, D], and logits [B, S, V]."""
 
         def of(net, group: Group, arrays: Arrays):
             suffix = None
@@ -217,7 +219,7 @@ class Case:
         }
 
     def loss(self, params, all_arrays: list[Arrays], semantics: str):
-        """(loss, its parts), with the means taken over all rows; `all_arrays` as the groups'."""
+        """Return (loss, its parts), averaged over all rows; `all_arrays`: the arrays of each group."""
         net = from_params(self.config_for(semantics), params)
         sums, counts = LossTotals(jnp.float32(0), jnp.float32(0)), LossTotals(jnp.float32(0), jnp.float32(0))
         for group, arrays in zip(self.groups, all_arrays, strict=True):
@@ -248,7 +250,7 @@ class Case:
         return self.scatter(self.run(of, semantics))
 
     def generated(self, count: int, semantics: str) -> np.ndarray:
-        """int [B, count]: greedy continuation, the end of text ignored."""
+        """Generate a greedy continuation, int [B, count], ignoring end tokens."""
         said = self.run(lambda net, group, arrays: generate(net, self.prefix(net, group, arrays), count), semantics)
         return self.scatter(said)
 
@@ -272,8 +274,13 @@ class Case:
         return {"losses": lost, "grad_norms": norms, "lrs": rates, "param": torch_tensors(self.config, params)}
 
     def compute(self, name: str, expected: np.ndarray, updates: int) -> np.ndarray | None:
-        """The array called out.NAME, or None when it is not one that this script knows; `updates` AdamW steps are run
-        for those that need them."""
+        """Compute the array out.NAME; None if it is unknown.
+
+        Args:
+            name: name without "out.".
+            expected: the recorded array.
+            updates: number of AdamW steps to run for adamw_* outputs.
+        """
         head, _, tensor = name.partition("/")
         base, _, semantics = head.partition(".")
         if semantics not in SEMANTICS:
@@ -304,7 +311,15 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One line of the report. Errors are over unpadded places; relative is to the largest recorded magnitude."""
+    """Comparison of one output.
+
+    Attributes:
+        name: name of the output.
+        ok: whether it is within tolerance.
+        max_abs: largest absolute error over unpadded positions.
+        max_rel: the same relative to the largest recorded magnitude.
+        note: reason if there are no errors to report.
+    """
 
     name: str
     ok: bool
@@ -336,7 +351,7 @@ def compare(name: str, expected: np.ndarray, actual: np.ndarray | None, mask: np
 
 
 def run(model_dir: Path, golden: Path) -> list[Comparison]:
-    """Compares every out.* array of a golden file with what this model computes from its in.* arrays."""
+    """Compare every out.* array of a golden file with what this model computes from its in.* arrays."""
     with np.load(golden) as file:
         meta = json.loads(str(file["meta"])) if "meta" in file else {}
         inputs = {key.removeprefix("in."): file[key] for key in file.files if key.startswith("in.")}

@@ -1,11 +1,12 @@
-"""Which numerics was a checkpoint trained with? Measures it under both rotary layouts and both kinds of attention.
+"""Find the numerics that a checkpoint was trained with, by measuring both rotary layouts and both kinds of attention.
 
     python scripts/semantics.py --checkpoint x-square-robot/wall-oss-flow --config=configs/aloha.py
     python scripts/semantics.py --checkpoint DIR --dataset DIR_OR_REPO [--write]
 
-Flow loss (cross-entropy of a FAST checkpoint) and open-loop error on held-out frames, with the same noise under each of
-the four combinations of mrope_layout and action_attention. The lowest loss fits, if it leads by two standard errors.
---write records it in the checkpoint's configuration, so that acting and training use it from then on.
+Measures the flow loss (cross-entropy for a FAST checkpoint) and the open-loop error on held-out frames, with the same
+noise, under each of the four combinations of mrope_layout and action_attention. The combination with the lowest loss
+is chosen if it leads by two standard errors. --write records it in the checkpoint's configuration, so that inference
+and training use it from then on.
 """
 
 import argparse

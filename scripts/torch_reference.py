@@ -1,11 +1,11 @@
-"""lerobot's PyTorch wall_x model, answering over pipes; scripts/benchmark.py --compare-torch starts it.
+"""Serve lerobot's PyTorch wall_x model over pipes, for scripts/benchmark.py --compare-torch, which starts it.
 
     python scripts/torch_reference.py MODEL_DIR INPUTS.npz
 
-Runs in an environment of its own (`make torch-reference`), since its dependencies are not those of this package. Reads
-one command per line and answers each with one line of JSON: "chunk STEPS" samples an action chunk by the model's own
-`predict`, "actions" tells the last one, "train" makes one update with AdamW. INPUTS.npz holds the arrays of a flow
-batch in Hugging Face's form, and the noise to start from.
+Runs in a separate environment (`make torch-reference`), since its dependencies differ from those of this package. Reads
+one command per line and answers each with one line of JSON: "chunk STEPS" samples an action chunk with the model's own
+`predict`, "actions" returns the last one, "train" makes one update with AdamW. INPUTS.npz contains the arrays of a flow
+batch in Hugging Face's format, and the initial noise.
 """
 
 import json
@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 
 
 def load(folder: Path, tokens: dict[str, int]) -> torch.nn.Module:
-    """The reference model in float32 with the weights of a Wall-X directory in upstream's layout, strictly.
+    """Load the float32 reference model with the weights of a Wall-X directory in upstream's layout, strictly.
 
-    lerobot's own loader reads a directory that has a tokenizer, and with it processor and tokenizer files.
+    A directory with a tokenizer is read by lerobot's own loader, which needs processor and tokenizer files.
     """
     if (folder / "tokenizer.json").is_file():
         model = wall_x.Qwen2_5_VLMoEForAction.from_pretrained(folder)
@@ -40,7 +40,7 @@ def load(folder: Path, tokens: dict[str, int]) -> torch.nn.Module:
 
 
 def check(loaded: dict[str, torch.Tensor], stored: dict[str, torch.Tensor]) -> None:
-    """Both of lerobot's ways in pass over what does not fit; here every tensor must have arrived."""
+    """Check that every tensor was loaded: both loading paths silently skip tensors that do not fit."""
     stored = {name: x for name, x in stored.items() if "normalizer" not in name}
     if "lm_head.weight" in loaded and "lm_head.weight" not in stored:
         stored["lm_head.weight"] = stored["model.embed_tokens.weight"]
@@ -62,7 +62,7 @@ def main() -> None:
     noise = arrays.pop("noise")
     batch, horizon, channels = noise.shape
     # `predict` draws its noise with torch.randn, and rounds the state's embedding to bfloat16, which a float32 model
-    # cannot take back: both are put right here, so that it computes what we compute.
+    # cannot accept: both are patched here, so that it computes the same as this package.
     wall_x.torch = types.SimpleNamespace(**vars(torch))
     wall_x.torch.randn = lambda size, **_: noise.clone()
     wall_x.torch.bfloat16 = torch.float32

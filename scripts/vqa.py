@@ -1,9 +1,9 @@
-"""Asks a checkpoint about pictures or a video: visual questions, step-by-step reasoning, the next subtask.
+"""Ask a checkpoint about images or a video: visual questions, step-by-step reasoning, the next subtask.
 
     python scripts/vqa.py --model Qwen/Qwen2.5-VL-3B-Instruct --image photo.png --question "What is on the table?"
     python scripts/vqa.py --model DIR --video clip.mp4 --fps 2 --question "What happens? Think step by step."
 
-The model is a checkpoint or run of ours, a Wall-X or Qwen2.5-VL directory, or a hub repo id.
+The model is a wallx_jax checkpoint or run directory, a Wall-X or Qwen2.5-VL directory, or a hub repo id.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
 def _read_image(file: Path) -> Image.Image:
     try:
         return Image.open(file).convert("RGB")
-    except OSError as error:  # no such file, or no picture
+    except OSError as error:  # missing file, or not an image
         raise ValueError(f"--image {file}: {error}") from None
 
 

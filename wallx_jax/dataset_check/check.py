@@ -1,4 +1,4 @@
-"""Is a dataset fit to train on? Its tables and a sample of its frames, looked over.
+"""Check whether a dataset is fit for training, from its tables, its video headers and a sample of its frames.
 
 Legend: N frames, D robot dims.
 """
@@ -18,17 +18,20 @@ from wallx_jax.dataset_check.findings import Finding, Vector
 from wallx_jax.dataset_check.frames import FrameScan
 from wallx_jax.dataset_check.signals import LagStats
 
-LONGEST = 250  # frames of lag between action and state that are looked for, a second's at most
+LONGEST = 250  # maximum lag between action and state to search for, in frames; never more than a second
 
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """What the tables of a dataset hold.
+    """Statistics of a dataset's tables.
 
     Attributes:
-        task_counts: (frames, episodes) of each instruction.
+        state: the recorded states.
+        action: the recorded actions.
         pairs: (state dim, action dim) of each entry of `following`.
-        findings: what that means for training.
+        following: how the state follows the action.
+        task_counts: (frames, episodes) of each instruction.
+        findings: consequences for training.
     """
 
     state: Vector
@@ -41,12 +44,14 @@ class Tables:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """What was found in a dataset.
+    """Result of checking a dataset.
 
     Attributes:
+        source: the dataset.
         horizon: action_horizon of the settings.
-        look: a sample of the frames.
-        findings: of tables, videos and frames; errors first.
+        tables: statistics of the tables.
+        look: scan of a sample of the frames.
+        findings: findings about tables, videos and frames, errors first.
     """
 
     source: LeRobotSource
@@ -61,16 +66,20 @@ class Report:
 
     @property
     def failed(self) -> bool:
-        """Is there an error among the findings?"""
+        """Whether there is an error among the findings."""
         return any(finding.severity == findings.ERROR for finding in self.findings)
 
     def instruction(self, episode: int) -> str:
-        """At the first frame of the episode with this `episode_index`."""
+        """Return the instruction at the first frame of the episode with this `episode_index`."""
         return self.info.tasks[int(self.source.table.task[self.info.start_of(episode)])]
 
 
 def check(part: Part, decode: int | None) -> Report:
-    """Looks a dataset over. `decode`: about how many frames to decode; None: all of them.
+    """Check the tables, video headers and frames of a dataset.
+
+    Args:
+        part: the dataset with its settings.
+        decode: approximate number of frames to decode; None: all of them.
 
     Raises:
         ValueError, FileNotFoundError: the tables cannot be read, or norm_stats_path does not fit.
@@ -84,7 +93,7 @@ def check(part: Part, decode: int | None) -> Report:
 
 
 def check_tables(part: Part) -> Tables:
-    """The part of `check` that decodes nothing; raises likewise."""
+    """Check the tables only, without decoding any frame; raises as `check`."""
     source, info, run, data = part.source, part.info, part.settings, part.settings.data
     source.table.load()
     states, actions = source.table.state, source.table.action
@@ -122,20 +131,20 @@ def check_tables(part: Part) -> Tables:
 
 
 def _bounds(stats: Stats, relative_to: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """q01 and q99 [D] of given statistics; NaN for actions that are relative to the state, which those are not of."""
+    """Return q01 and q99 [D] of given statistics; NaN for relative actions, whose recorded values are absolute."""
     relative = np.array(relative_to or [-1] * len(stats)) >= 0
     return np.where(relative, np.nan, stats.q01), np.where(relative, np.nan, stats.q99)
 
 
 def _names(info: DatasetInfo, key: str, groups: Sequence[tuple[str, int]]) -> list[str]:
-    """The configuration's names, unless it has but one for all dims; else the dataset's."""
+    """Return the configuration's names of the dims, or the dataset's if the configuration has one name for all dims."""
     if len(groups) == 1:
         return info.dim_names(key)
     return [name if dims == 1 else f"{name}.{i}" for name, dims in groups for i in range(dims)]
 
 
 def _count_tasks(info: DatasetInfo, task: np.ndarray, episodes: np.ndarray) -> list[tuple[int, int]]:
-    """(frames, episodes) of each of the dataset's tasks. `task`, `episodes`: int [N], the numbers of each frame's."""
+    """Count the (frames, episodes) of each task, from the task and episode index of each frame (both int [N])."""
     numbers = np.array(list(info.tasks))
     position = np.searchsorted(numbers, task)
     frames_of = np.bincount(position, minlength=len(numbers))

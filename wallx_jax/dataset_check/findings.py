@@ -1,4 +1,4 @@
-"""What the figures of a dataset mean for training on it: findings, each with a remedy.
+"""Turn the statistics of a dataset into findings about training on it, each with a remedy.
 
 Legend: N frames, D robot dims.
 """
@@ -16,23 +16,24 @@ from wallx_jax.dataset_check.frames import FrameScan, Undecodable
 from wallx_jax.dataset_check.signals import Jump, LagStats, Spread
 
 ERROR, WARNING, OK = SEVERITIES = ("error", "warning", "ok")
-CLAMPED, MOSTLY_CLAMPED = 0.05, 0.5  # share outside given statistics: a warning, an error
-UNUSED_RANGE = 0.05  # share of given statistics' range that q01 to q99 should at least span
-COPIED = 0.99  # share of frames from which on the action is said to be the state
-LATE_S = 0.5  # seconds after which a robot should have begun to do what it was told
-TOLERANCE_S = 1e-4  # lerobot's, when it looks for a frame by its time
+CLAMPED, MOSTLY_CLAMPED = 0.05, 0.5  # fractions of values outside given statistics: warning, error
+UNUSED_RANGE = 0.05  # q01 to q99 should span at least this fraction of the range of given statistics
+COPIED = 0.99  # the action counts as a copy of the state if they are equal in at least this fraction of frames
+LATE_S = 0.5  # seconds within which a robot should respond to a command
+TOLERANCE_S = 1e-4  # lerobot's tolerance when it looks up a frame by its timestamp
 OTHER_STATS = "unset norm_stats_path, or check that units and order of dims are the same"
-CONTROL = re.compile(r"<\|[^|<>]*\|>|</?tool_call>")  # what Qwen's tokenizer takes for more than text
+CONTROL = re.compile(r"<\|[^|<>]*\|>|</?tool_call>")  # what Qwen's tokenizer does not treat as plain text
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that was found in a dataset.
+    """A finding about a dataset.
 
     Attributes:
         severity: "error" (training fails or learns nonsense), "warning" or "ok".
-        about: what it was found in.
-        remedy: what to do, in a clause; empty if ok.
+        about: subject of the finding, e.g. "state" or a camera key.
+        message: the finding.
+        remedy: what to do, as a clause; empty if ok.
         stops_training: whether a run would end with an error.
     """
 
@@ -52,10 +53,14 @@ class Vector:
 
     Attributes:
         what: "state" or "action".
-        names: of its dims.
-        used: bool [D], which dims are observed or predicted.
-        needed: bool [D], which dims must have a value: also those of the state that actions are relative to.
+        key: its key in the dataset.
+        names: names of its dims.
+        used: bool [D], dims that are observed or predicted.
+        needed: bool [D], dims that must have a value: those used and, for the state, those that actions are relative
+            to.
         values: [N, D] as recorded.
+        spread: distribution of the values.
+        jumps: outlier steps.
         given: whether the spread is measured against given statistics.
     """
 
@@ -71,6 +76,7 @@ class Vector:
 
 
 def of_lengths(info: DatasetInfo, horizon: int) -> Iterator[Finding]:
+    """Judge the lengths of the episodes against the action horizon, in frames."""
     if (longest := int(info.episode_lengths.max())) < horizon:
         text = f"all {info.num_episodes} are shorter than the horizon of {horizon} frames, the longest has {longest}"
         remedy = f"lower action_horizon to at most {longest}: every chunk ends in repetitions of the last action"
@@ -83,6 +89,7 @@ def of_lengths(info: DatasetInfo, horizon: int) -> Iterator[Finding]:
 
 
 def of_vector(vector: Vector, info: DatasetInfo) -> Iterator[Finding]:
+    """Judge the values of the state or the action: missing, constant, jumping, or outside given statistics."""
     what, spread, values, used = vector.what, vector.spread, vector.values, vector.used
     moving = used & ~spread.constant
     missing = vector.needed & (spread.nans > 0)
@@ -134,7 +141,7 @@ def of_vector(vector: Vector, info: DatasetInfo) -> Iterator[Finding]:
 
 def _jump_text(vector: Vector) -> str:
     largest = {}
-    for jump in vector.jumps:  # the largest of a dim comes first
+    for jump in vector.jumps:  # the largest jump of a dim comes first
         largest.setdefault(jump.dim, jump)
     shown = [
         f"{vector.names[j.dim]} by {j.step:.4g} at episode {j.episode}, frame {j.frame} (usual steps: {j.typical:.2g})"
@@ -146,7 +153,7 @@ def _jump_text(vector: Vector) -> str:
 def of_following(
     info: DatasetInfo, state: Vector, action: Vector, pairs: Sequence[tuple[int, int]], following: LagStats
 ) -> Iterator[Finding]:
-    """`pairs`: (state dim, action dim) of each entry of `following`."""
+    """Judge how the state follows the action; `pairs`: (state dim, action dim) of each entry of `following`."""
     about = "action to state"
     names = [action.names[dim] for _, dim in pairs]
     used = np.array([state.used[s] and action.used[a] for s, a in pairs], bool)
@@ -172,10 +179,10 @@ def of_following(
 
 
 def of_times(info: DatasetInfo, cameras: Sequence[str], times: np.ndarray) -> Iterator[Finding]:
-    """`times`: float64 [N], seconds since the episode's start, as recorded."""
+    """Judge the timestamps; `times`: float64 [N], seconds since the start of the episode, as recorded."""
     frame = info.locate(np.arange(info.num_frames))[1]
     slack = TOLERANCE_S + np.finfo(np.float32).eps * abs(times)
-    if not (off := ~(abs(times - frame / info.fps) <= slack)).any():  # in this form NaN is off
+    if not (off := ~(abs(times - frame / info.fps) <= slack)).any():  # negated <=, so that NaN counts as off
         yield Finding(OK, "timestamps", f"regular, {info.fps:g} per second")
         return
     place = np.flatnonzero(off)[0]
@@ -190,7 +197,7 @@ def of_times(info: DatasetInfo, cameras: Sequence[str], times: np.ndarray) -> It
 
 
 def of_tasks(info: DatasetInfo, frames: Sequence[int]) -> Iterator[Finding]:
-    """`frames`: how many have each of the instructions."""
+    """Judge the instructions; `frames`: number of frames per instruction."""
     used: dict[str, int] = {}
     for text, count in zip(info.tasks.values(), frames, strict=True):
         if count:
@@ -213,13 +220,14 @@ def of_tasks(info: DatasetInfo, frames: Sequence[int]) -> Iterator[Finding]:
 
 
 def of_videos(source: LeRobotSource, only_present: bool = False) -> Iterator[Finding]:
-    """`only_present`: as in `videos.problems`."""
+    """Judge the video files; `only_present`: as in `videos.problems`."""
     for problem in videos.problems(source, only_present):
         severity = ERROR if problem.certain else WARNING
         yield Finding(severity, problem.camera, problem.message, problem.remedy, stops_training=problem.certain)
 
 
 def of_frames(info: DatasetInfo, look: FrameScan) -> Iterator[Finding]:
+    """Judge the decoded frames: unreadable, black or frozen."""
     by_camera: dict[str, list[Undecodable]] = {}
     for lost in look.undecodable:
         by_camera.setdefault(lost.camera, []).append(lost)
@@ -240,6 +248,6 @@ def of_frames(info: DatasetInfo, look: FrameScan) -> Iterator[Finding]:
 
 
 def _listed(items: Iterable[str], chosen: np.ndarray | None = None, most: int = 8) -> str:
-    """The items, those of `chosen` (bool) if given, with commas; of many the first."""
+    """Join items with commas, only those `chosen` (bool) if given, and at most the first `most`."""
     items = [item for i, item in enumerate(items) if chosen is None or chosen[i]]
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

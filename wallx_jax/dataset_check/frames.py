@@ -1,6 +1,6 @@
-"""A look at the frames of a dataset: do they decode, and is there something to see?
+"""Scan the frames of a dataset for images that cannot be decoded, are black, or are frozen.
 
-Frames are read as in training, one after the other; what is kept of each is a few numbers.
+Frames are read as in training, one at a time, and only a few numbers are kept of each.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,21 @@ from wallx_jax.data.errors import FrameError
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.metadata import DatasetInfo
 
-PER_EPISODE = 5  # frames of an episode in a sample, the first and the last among them
-BLACK = 5.0  # mean brightness, of 255
-STILL = 0.05  # mean difference, of 255, up to which two frames are the same picture
+PER_EPISODE = 5  # frames sampled per episode, including the first and the last
+BLACK = 5.0  # mean brightness (0 to 255) below which a frame counts as black
+STILL = 0.05  # mean difference (0 to 255) up to which two frames count as the same image
 
 
 @dataclass(frozen=True)
 class Undecodable:
-    """A frame of a camera that cannot be read."""
+    """A frame of a camera that cannot be read.
+
+    Attributes:
+        episode: index of the episode.
+        frame: index within the episode.
+        camera: key of the camera.
+        reason: message of the error.
+    """
 
     episode: int
     frame: int
@@ -30,12 +37,13 @@ class Undecodable:
 
 @dataclass
 class CameraStats:
-    """What was seen of a camera.
+    """Statistics of a camera.
 
     Attributes:
-        brightness: mean over frames and pixels, of 255.
-        dark: how many frames were black.
-        frozen: the episodes whose frames were all the same.
+        frames: number of decoded frames.
+        brightness: mean over frames and pixels, 0 to 255.
+        dark: number of black frames.
+        frozen: episodes in which all scanned frames were the same.
     """
 
     frames: int = 0
@@ -46,8 +54,14 @@ class CameraStats:
 
 @dataclass
 class FrameScan:
-    """frames: how many were looked at. cameras: by key. shown: the frames that were to be kept, {(episode, frame,
-    camera): image}."""
+    """Result of scanning frames.
+
+    Attributes:
+        frames: number of scanned frames.
+        cameras: {camera key: statistics}.
+        undecodable: frames that could not be read.
+        shown: images that were kept, {(episode, frame, camera): image}.
+    """
 
     frames: int
     cameras: dict[str, CameraStats]
@@ -56,10 +70,10 @@ class FrameScan:
 
 
 def sample(info: DatasetInfo, count: int | None) -> list[np.ndarray]:
-    """About `count` frames, spread over episodes and over each episode from its first to its last frame; None: all.
+    """Select about `count` frames, evenly over episodes and over each from first to last frame; None: all.
 
     Returns:
-        for each episode that is looked at the indices of its frames in the dataset, ascending.
+        for each selected episode, the ascending indices of its frames in the dataset.
     """
     if count is None:
         return np.split(np.arange(info.num_frames), info.episode_starts[1:])
@@ -69,16 +83,17 @@ def sample(info: DatasetInfo, count: int | None) -> list[np.ndarray]:
 
 
 def first_middle_last(chosen: Sequence[np.ndarray], episodes: int) -> list[np.ndarray]:
-    """Three frames each of a few of the episodes that `sample` gave."""
+    """Select the first, middle and last frame of a few of the episodes returned by `sample`."""
     return [chosen[e][_spread(len(chosen[e]), 3)] for e in _spread(len(chosen), episodes)]
 
 
 def look(source: LeRobotSource, chosen: Sequence[np.ndarray], show: Sequence[np.ndarray] = ()) -> FrameScan:
-    """Decodes the frames that `sample` chose, of all cameras of the source (which has the whole dataset), with a
-    progress bar. One that cannot be read is noted, and the others are read all the same.
+    """Decode frames of all cameras with a progress bar; unreadable ones are recorded and skipped.
 
     Args:
-        show: the frames to keep, see `first_middle_last`.
+        source: the whole dataset.
+        chosen: indices of the frames, see `sample`.
+        show: indices of the frames whose images to keep, see `first_middle_last`.
     """
     cameras = {camera: CameraStats() for camera in source.cameras}
     result = FrameScan(sum(map(len, chosen)), cameras, [], {})
@@ -121,5 +136,5 @@ def _same(before: np.ndarray | None, image: np.ndarray) -> bool:
 
 
 def _spread(length: int, count: int) -> np.ndarray:
-    """At most `count` of range(length), evenly from the first to the last."""
+    """Return at most `count` integers of range(length), evenly spaced from first to last."""
     return np.unique(np.linspace(0, length - 1, min(length, count)).round().astype(int))

@@ -1,4 +1,4 @@
-"""What would stop a run after its weights are loaded, or make no sense, found in settings and datasets before."""
+"""Check settings and datasets before weights are loaded, for what would stop a run later or make no sense."""
 
 from collections.abc import Sequence
 
@@ -13,10 +13,10 @@ from wallx_jax.utils.files import unusable_folder
 
 
 def check_folders(run: RunConfig) -> None:
-    """Can the folders that a run writes be written?
+    """Check that a run's output folders are writable.
 
     Raises:
-        ConfigError: naming every setting whose folder cannot, and why.
+        ConfigError: naming every setting with an unusable folder, and the reason.
     """
     folders = {"save_path": run.loop.save_path, "frame_cache": run.data.frame_cache}
     if run.loop.profile:
@@ -28,15 +28,16 @@ def check_folders(run: RunConfig) -> None:
 
 
 def check_length(run: RunConfig, frames: int, global_batch: int, total_steps: int) -> list[tuple[str, Finding]]:
-    """Looks for lengths that cannot be meant.
+    """Check the length of a run for settings that are probably unintended.
 
     Args:
-        frames: training frames of all datasets.
-        global_batch: samples of an update.
-        total_steps: updates of the run.
+        run: the settings.
+        frames: number of training frames over all datasets.
+        global_batch: samples per update.
+        total_steps: number of updates.
 
     Returns:
-        ("settings", finding) of each.
+        ("settings", finding) for each finding.
     """
     found = []
     if run.optim.warmup_steps >= total_steps:
@@ -50,16 +51,16 @@ def check_length(run: RunConfig, frames: int, global_batch: int, total_steps: in
 
 
 def check(parts: Sequence[Part]) -> list[tuple[str, Finding]]:
-    """Checks the tables of a run's datasets, the headers of their videos, and the first frame of each camera.
+    """Check the tables of a run's datasets, the headers of their videos, and the first frame of each camera.
 
-    Videos that are not fetched yet are passed over. With unreadable_frames="skip" a frame that cannot be decoded stops
-    nothing.
+    Videos that are not fetched yet are skipped. With unreadable_frames="skip", problems of videos and frames do not
+    stop training.
 
     Returns:
-        (dataset, finding) of what does not stop training, and should be known all the same.
+        (dataset, finding) for each finding that does not stop training but deserves attention.
 
     Raises:
-        DatasetError: all that stops training, each with its remedy.
+        DatasetError: listing everything that stops training, each with its remedy.
     """
     noted = []
     for part in parts:
@@ -75,7 +76,7 @@ def check(parts: Sequence[Part]) -> list[tuple[str, Finding]]:
 
 
 def _first_frames(part: Part) -> list[Finding]:
-    """Decodes the first frame of each camera, and returns what is wrong with it."""
+    """Decode the first frame of each camera; return a finding for each that cannot be read."""
     images, unreadable = part.source.images, []
     for camera in part.source.cameras:
         if part.info.commit is not None and not images.file_of(camera, 0).is_file():

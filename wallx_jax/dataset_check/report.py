@@ -1,4 +1,4 @@
-"""What dataset_check found, as text and as JSON."""
+"""Format the report of a dataset check as text and as JSON."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from wallx_jax.dataset_check import signals
 from wallx_jax.dataset_check.check import Report
 from wallx_jax.dataset_check.findings import Vector
 
-SHOWN_TASKS = 20  # in the text: the most frequent
+SHOWN_TASKS = 20  # number of tasks in the text report, the most frequent ones
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """All figures and findings, as JSON holds them (null where a number is not finite)."""
+    """Return all statistics and findings as a JSON-serialisable dict; non-finite numbers become None."""
     info, look = report.info, report.look
     lag = report.tables.following
     return _plain(
@@ -60,7 +60,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def as_text(report: Report) -> str:
-    """The figures as tables, and the findings, errors first."""
+    """Format the statistics as tables, followed by the findings, errors first."""
     info, lengths, look = report.info, _lengths(report), report.look
     duration = info.num_frames / info.fps
     parts = [
@@ -136,7 +136,7 @@ def _following_table(report: Report) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The first column to the left, the others to the right."""
+    """Format a table with the first column left-aligned and the others right-aligned."""
     rows = [heads, *rows]
     first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     lines = ["  ".join([name.ljust(first), *map(str.rjust, cells, widths)]) for name, *cells in rows]
@@ -148,7 +148,7 @@ def _size(info: DatasetInfo, camera: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's numbers as Python's, in lists and dicts too; what is not finite as None."""
+    """Convert NumPy scalars to Python numbers, recursively in lists and dicts; non-finite ones become None."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

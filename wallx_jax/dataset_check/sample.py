@@ -1,4 +1,4 @@
-"""What exactly is the model fed? One sample as text: prompt, labels, state and actions before and after normalising.
+"""Describe one training sample as text: prompt, labels, and state and actions before and after normalisation.
 
 Legend: A action horizon, D robot dims.
 """
@@ -18,12 +18,12 @@ REPEATED = re.compile(r"(<\|[^|<>]+\|>)\1+")
 
 
 def collapse(text: str) -> str:
-    """`<|image_pad|><|image_pad|><|image_pad|>` -> `<|image_pad|>x3`."""
+    """Abbreviate repeated tokens: `<|image_pad|><|image_pad|><|image_pad|>` -> `<|image_pad|>x3`."""
     return REPEATED.sub(lambda run: f"{run[1]}x{len(run[0]) // len(run[1])}", text)
 
 
 def describe_inputs(raw: RawSample, sample: Batch, processor: Processor, state_names: Sequence[str]) -> str:
-    """What the policy sees of a sample (no batch axis), beside the recorded frame it was made of."""
+    """Describe the inputs of a sample (no batch axis), next to the values recorded in its frame."""
     config, tokenizer = processor.config, processor.tokenizer
     sizes = ", ".join(
         f"{config.prompt.view_label(view)} <- {key} {image.shape[0]}x{image.shape[1]} px, {tokens} tokens"
@@ -44,7 +44,7 @@ def describe_inputs(raw: RawSample, sample: Batch, processor: Processor, state_n
 
 
 def describe_actions(raw: RawSample, sample: Batch, processor: Processor, names: Sequence[str]) -> str:
-    """What it is to predict, step by step."""
+    """Describe the target actions of a sample (no batch axis), step by step."""
     config = processor.config
     parts = [f"actions: {config.horizon} steps, {int(sample.action_is_pad.sum())} of them past the episode's end"]
     if processor.relative.any():

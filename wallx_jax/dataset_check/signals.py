@@ -1,6 +1,6 @@
-"""Recorded states and actions as signals: their spread, steps that stand out, and how the state follows the action.
+"""Analyse recorded states and actions as signals: spread, outlier steps, and how the state follows the action.
 
-Legend: N frames, D robot dims. NaN and infinite values are counted, and left out of everything else.
+Legend: N frames, D robot dims, P pairs of dims. NaN and infinite values are counted, and excluded from everything else.
 """
 
 from collections.abc import Sequence
@@ -9,16 +9,23 @@ from dataclasses import dataclass
 import numpy as np
 
 QUANTILES = {"min": 0.0, "q01": 0.01, "median": 0.5, "q99": 0.99, "max": 1.0}
-JUMP_FACTOR = 20  # a jump is this many times the 99% quantile of the steps that change something
-FEW_STEPS = 20  # too few to say what a typical step is
-ENOUGH_FRAMES = 200_000  # to measure a lag: of larger datasets every n-th episode is used
-RELATED = 0.3  # correlation of velocities from which on the state is said to follow the action
+JUMP_FACTOR = 20  # a jump exceeds the 99% quantile of the non-zero steps by this factor
+FEW_STEPS = 20  # with fewer non-zero steps, the typical step size is unknown
+ENOUGH_FRAMES = 200_000  # enough to measure a lag: larger datasets are subsampled to every n-th episode
+RELATED = 0.3  # the state counts as following the action from this correlation of velocities on
 
 
 @dataclass(frozen=True, eq=False)
 class Jump:
-    """A step that stands out: from the frame before to `frame` (in its episode) a dim changed by `step`, in robot
-    units, where `typical` is the 99% quantile of its steps."""
+    """An outlier step of a dim between two neighbouring frames.
+
+    Attributes:
+        dim: index of the dim.
+        episode: index of the episode.
+        frame: index within the episode of the second of the two frames.
+        step: signed change, in robot units.
+        typical: 99% quantile of the dim's non-zero step sizes (see `jumps`).
+    """
 
     dim: int
     episode: int
@@ -29,9 +36,17 @@ class Jump:
 
 @dataclass(frozen=True, eq=False)
 class Spread:
-    """Of each dim, [D] each. min .. max: of the finite values, NaN where there are none. nans, infinities: how many
-    values. constant: it has one value. stuck: it has one value in nearly all frames, so that q01 equals q99. outside:
-    share of the values that normalisation clamps, by `low` and `high`."""
+    """Distribution of the values of each dim; all arrays are [D].
+
+    Attributes:
+        min, q01, median, q99, max: quantiles of the finite values; NaN if there are none.
+        nans: number of NaN values.
+        infinities: number of infinite values.
+        constant: whether the dim has only one value.
+        stuck: whether the dim has one value in nearly all frames, so that q01 equals q99.
+        low, high: bounds at which normalisation clamps.
+        outside: fraction of the values that lie outside these bounds.
+    """
 
     min: np.ndarray
     q01: np.ndarray
@@ -49,11 +64,13 @@ class Spread:
 
 @dataclass(frozen=True, eq=False)
 class LagStats:
-    """How the state follows the action, by pair of dims, [P] each.
+    """How the state follows the action for each pair of dims; all arrays are [P].
 
-    lag: frames from a movement of the action to the state's, below 0 where the state comes first. correlation: of their
-    velocities at that lag, without its sign; 0 where one of them never moves. holds, leads: of the frames after which
-    the state changes, the share whose action is exactly this state, and exactly the next one.
+    Attributes:
+        lag: frames from a movement of the action to that of the state; negative where the state moves first.
+        correlation: absolute correlation of their velocities at that lag; 0 where one of them never moves.
+        holds: among frames after which the state changes, the fraction whose action equals the current state.
+        leads: among the same frames, the fraction whose action equals the next state.
     """
 
     lag: np.ndarray
@@ -63,13 +80,17 @@ class LagStats:
 
     @property
     def related(self) -> np.ndarray:
-        """bool [P]: is the correlation high enough for the lag to mean something?"""
+        """bool [P], whether the correlation is high enough for the lag to be meaningful."""
         return self.correlation >= RELATED
 
 
 def spread(values: np.ndarray, bounds: tuple[np.ndarray, np.ndarray] | None = None) -> Spread:
-    """What [N, D] values range over. `bounds`: q01 and q99 [D] to normalise with, NaN where
-    a dim has none; None: those of the values."""
+    """Measure the distribution of values.
+
+    Args:
+        values: [N, D].
+        bounds: q01 and q99 [D] used for normalisation, NaN where a dim has none; None: those of the values.
+    """
     nans, infinities = np.isnan(values).sum(axis=0), np.isinf(values).sum(axis=0)
     rows = []
     for column in values.T:
@@ -77,9 +98,9 @@ def spread(values: np.ndarray, bounds: tuple[np.ndarray, np.ndarray] | None = No
         rows.append(np.quantile(finite, list(QUANTILES.values())) if len(finite) else [np.nan] * len(QUANTILES))
     found = dict(zip(QUANTILES, np.array(rows).T, strict=True))
     low, high = bounds or (found["q01"], found["q99"])
-    # As data.normalize.Normalizer does: where the two are equal, the range is taken as 1.
+    # As in data.normalize.Normalizer: where the two are equal, the range is taken as 1.
     high = np.where(_same(low, high), low + 1.0, high)
-    # Bounds are float64 and values mostly float32: a value that is a bound is inside.
+    # Bounds are float64 and values mostly float32: the slack keeps values equal to a bound inside.
     slack = np.finfo(np.float32).eps * np.maximum(abs(low), abs(high))
     with np.errstate(invalid="ignore"):
         outside = ((values < low - slack) | (values > high + slack)).sum(axis=0)
@@ -97,15 +118,18 @@ def spread(values: np.ndarray, bounds: tuple[np.ndarray, np.ndarray] | None = No
 
 
 def jumps(values: np.ndarray, episodes: np.ndarray) -> list[Jump]:
-    """Steps between neighbouring frames that are far above what the dim usually does, the largest of a dim first.
+    """Find steps between neighbouring frames that are far larger than usual for the dim.
 
-    A step counts that is JUMP_FACTOR times the 99% quantile of the dim's steps that change something (the fifth
-    largest, in short datasets: one fault must not hide itself). What most of the episodes do is how the dim moves, a
-    gripper that closes at once, and no jump.
+    A jump exceeds JUMP_FACTOR times the 99% quantile of the dim's non-zero steps (in short datasets the fifth largest
+    one, so that a single fault cannot raise the threshold above itself). A step that occurs in most episodes is normal
+    motion, e.g. of a binary gripper, not a jump.
 
     Args:
-        values: [N, D], in order.
-        episodes: int [N], of each frame.
+        values: [N, D], in recorded order.
+        episodes: int [N], episode index of each frame.
+
+    Returns:
+        jumps by dim, the largest of a dim first.
     """
     inside = np.diff(episodes) == 0
     starts = np.flatnonzero(np.r_[True, ~inside])
@@ -124,13 +148,15 @@ def jumps(values: np.ndarray, episodes: np.ndarray) -> list[Jump]:
 
 
 def following(states: np.ndarray, actions: np.ndarray, episodes: np.ndarray, longest: int) -> LagStats:
-    """How the state follows the action. The lag is where the cross-correlation of their velocities is largest: unlike
-    positions, those of two moments have little to do with each other.
+    """Measure how the state follows the action.
+
+    The lag maximises the cross-correlation of their velocities, which unlike positions have little autocorrelation.
 
     Args:
-        states, actions: [N, P], in order; column p of one belongs to column p of the other.
-        episodes: int [N], of each frame.
-        longest: frames of lag that are tried, either way.
+        states: [N, P], in recorded order.
+        actions: [N, P]; column p corresponds to column p of `states`.
+        episodes: int [N], episode index of each frame.
+        longest: maximum lag to try in either direction, in frames.
     """
     number = np.cumsum(np.r_[0, np.diff(episodes) != 0])
     chosen = number % -(-len(number) // ENOUGH_FRAMES) == 0
@@ -139,7 +165,7 @@ def following(states: np.ndarray, actions: np.ndarray, episodes: np.ndarray, lon
     # `longest` zeros after each episode keep it from being compared with the next.
     rows = np.arange(len(number)) + longest * np.r_[0, np.cumsum(~inside)]
     known = _lay_out(inside.astype(float), rows, longest)
-    lags = sorted(range(-longest, longest + 1), key=abs)  # of equals the shortest
+    lags = sorted(range(-longest, longest + 1), key=abs)  # of equal correlations, the shortest lag wins
     best, correlation, holds, leads = [], [], [], []
     for state, action in zip(states.T, actions.T, strict=True):
         done, asked = (_lay_out(_velocity(x, inside), rows, longest) for x in (state, action))
@@ -154,8 +180,11 @@ def following(states: np.ndarray, actions: np.ndarray, episodes: np.ndarray, lon
 
 
 def pairs(state_names: Sequence[str], action_names: Sequence[str]) -> list[tuple[int, int]]:
-    """(state dim, action dim) of those that belong together: by name, or by place where no name is shared but state and
-    action have as many dims."""
+    """Match state and action dims by name; if no name is shared but their numbers of dims are equal, by position.
+
+    Returns:
+        (state dim, action dim) of each pair.
+    """
     shared = [(state_names.index(name), i) for i, name in enumerate(action_names) if name in state_names]
     if shared or len(state_names) != len(action_names):
         return shared
@@ -163,21 +192,21 @@ def pairs(state_names: Sequence[str], action_names: Sequence[str]) -> list[tuple
 
 
 def _steps(x: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """float64 [N - 1] from each frame to the next; 0 where that is another episode's, or a value is missing."""
+    """Return the steps, float64 [N - 1], from each frame to the next; 0 across episodes and at missing values."""
     with np.errstate(invalid="ignore"):
         steps = np.where(inside, np.diff(x.astype(np.float64)), 0.0)
     return np.where(np.isfinite(steps), steps, 0.0)
 
 
 def _typical(size: np.ndarray) -> float:
-    """The 99% quantile of the sizes above 0, but at most the fifth largest; infinite if there are too few to say."""
+    """Return the 99% quantile of the non-zero sizes, at most the fifth largest; infinity if there are too few."""
     moves = size[size > 0]
     rank = max(len(moves) // 100, 5)
     return float(np.partition(moves, -rank)[-rank]) if len(moves) >= FEW_STEPS else np.inf
 
 
 def _velocity(x: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """The steps without those that jump, which would outweigh all others."""
+    """Return the steps with jumps set to 0, which would outweigh all others."""
     steps = _steps(x, inside)
     return np.where(abs(steps) > JUMP_FACTOR * _typical(abs(steps)), 0.0, steps)
 
@@ -189,12 +218,15 @@ def _lay_out(steps: np.ndarray, rows: np.ndarray, spare: int) -> np.ndarray:
 
 
 def _correlations(asked: np.ndarray, done: np.ndarray, known: np.ndarray, lags: Sequence[int]) -> np.ndarray:
-    """For each lag the correlation of asked[t] with done[t + lag], over the t at which both are `known` (1, else 0); 0
-    where these hold less than half of either's movement: a few steps would agree by chance."""
+    """Correlate asked[t] with done[t + lag] for each lag, over the t at which both are `known` (1, else 0).
+
+    The correlation is 0 where these t cover less than half of the squared movement of either: a few steps would agree
+    by chance.
+    """
     n = len(known)
 
     def products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        # einsum: a dot of vectors this short costs more in starting BLAS's threads than in products.
+        # einsum rather than dot: for vectors this short, starting BLAS's threads costs more than the products.
         ends = [(slice(max(-k, 0), n - max(k, 0)), slice(max(k, 0), n - max(-k, 0))) for k in lags]
         return np.array([np.einsum("i,i->", a[first], b[second]) for first, second in ends])
 
@@ -205,5 +237,5 @@ def _correlations(asked: np.ndarray, done: np.ndarray, known: np.ndarray, lags: 
 
 
 def _same(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """The same number, as far as float32 can tell."""
+    """Whether numbers are equal up to float32 precision."""
     return np.isclose(low, high, rtol=np.finfo(np.float32).eps, atol=0)

@@ -1,4 +1,4 @@
-"""Do the video files hold the frames that the metadata places in them? Asked of their headers; nothing is decoded."""
+"""Check from their headers, without decoding, that video files contain the frames that the metadata places in them."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,17 +13,18 @@ from wallx_jax.data.metadata import DatasetInfo
 from wallx_jax.data.spans import read_spans
 from wallx_jax.data.video import open_video, place_in_video, video_runs
 
-OPENED = 16  # headers that are read at a time
+OPENED = 16  # number of headers read concurrently
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong with a video file.
+    """A problem with a video file.
 
     Attributes:
-        message: what is wrong; names the file.
-        remedy: what to do, in a clause.
-        certain: whether images are missing or wrong for certain.
+        camera: key of the camera.
+        message: the problem; names the file.
+        remedy: what to do, as a clause.
+        certain: whether images are certain to be missing or wrong.
     """
 
     camera: str
@@ -33,10 +34,11 @@ class Problem:
 
 
 def problems(source: LeRobotSource, only_present: bool = False) -> Iterator[Problem]:
-    """Yields what is wrong with the video files of the source's cameras.
+    """Yield the problems of the video files of the source's cameras.
 
     Args:
-        only_present: pass over files that are missing, of a dataset that is not fetched yet.
+        source: the dataset.
+        only_present: skip missing files, for a dataset that is not fetched yet.
     """
     info = source.info
     for camera in filter(info.is_video, source.cameras):
@@ -50,7 +52,7 @@ def problems(source: LeRobotSource, only_present: bool = False) -> Iterator[Prob
 
 
 def _problem(info: DatasetInfo, camera: str, file: Path, seconds: float, frames: np.ndarray) -> Problem | None:
-    """What is wrong with a video file that holds these frames, the last of which is shown at `seconds`."""
+    """Check a video file that should contain `frames`, the last of them at `seconds` from its start."""
     try:
         container = open_video(file)
     except (OSError, ValueError) as error:
@@ -70,7 +72,7 @@ def _problem(info: DatasetInfo, camera: str, file: Path, seconds: float, frames:
         )
     if abs(start) > half_frame:
         return Problem(camera, f"{file} begins at {start:g} s instead of 0", "encode the camera anew")
-    each = max(round(rate / info.fps), 1)  # frames of the video for one of the dataset
+    each = max(round(rate / info.fps), 1)  # video frames per dataset frame
     if abs(seconds - seconds * each * info.fps / rate) > half_frame and counted != 1:  # a single frame has no rate
         return Problem(
             camera,
@@ -94,7 +96,7 @@ def _problem(info: DatasetInfo, camera: str, file: Path, seconds: float, frames:
 
 
 def _seconds(container: av.container.InputContainer, stream: av.VideoStream, fps: float) -> float | None:
-    """Duration of a video, if its header says it."""
+    """Return the duration of a video in seconds, if its header contains it."""
     if stream.duration is not None:
         return float(stream.duration * stream.time_base)
     if container.duration is not None:

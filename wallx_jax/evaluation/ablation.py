@@ -1,4 +1,4 @@
-"""Does a policy use what it is given? Open loop with one input at a time replaced.
+"""Measure which inputs a policy uses, by open-loop evaluation with one input at a time replaced.
 
 Legend: N frames, A action horizon, D robot dims.
 """
@@ -12,16 +12,21 @@ from wallx_jax.data.processor import Processor
 from wallx_jax.evaluation.openloop import Errors, Recorded, errors
 from wallx_jax.inference.policy import Observation
 
-FOREIGN = "wave at the camera"  # the other instruction, for a dataset that has one only
+FOREIGN = "wave at the camera"  # replacement instruction for datasets with only one
 Change = Callable[[Sequence[Observation]], list[Observation]]
 
 
 def changes(recorded: Recorded, processor: Processor, tasks: Sequence[str], seed: int = 0) -> dict[str, Change]:
-    """{what is replaced: observations -> changed observations}, the unchanged ones first.
+    """Build the ablations of the recorded observations.
 
-    "images noise": independent uniform pixels. "images of another episode": of the frame half of all frames further
-    on, or behind it the first of another episode; left out when all frames are of one episode. "instruction swapped":
-    another task of the dataset, or FOREIGN. "state zeroed": the middle of every dim's range, which the model sees as 0.
+    Returns:
+        {name: observations -> changed observations}, in this order:
+        "nothing": the observations as recorded.
+        "images noise": independent uniform pixels.
+        "images of another episode": those of the frame N / 2 frames ahead (wrapping around), or of the first frame
+            after it that belongs to another episode; absent if all frames are from one episode.
+        "instruction swapped": another task of the dataset, or FOREIGN if there is none.
+        "state zeroed": the middle of every dim's range, which the model sees as 0.
     """
     rng = np.random.default_rng(seed)
 
@@ -49,13 +54,13 @@ def changes(recorded: Recorded, processor: Processor, tasks: Sequence[str], seed
 
 
 def other_task(task: str, tasks: Sequence[str], rng: np.random.Generator) -> str:
-    """One of the dataset's other tasks."""
+    """Draw one of the dataset's other non-empty tasks; FOREIGN if there is none."""
     others = [other for other in tasks if other != task and other.strip()]
     return str(rng.choice(others)) if others else FOREIGN
 
 
 def _elsewhere(recorded: Recorded, row: int) -> int:
-    """A frame of another episode."""
+    """Return the row of a frame from another episode."""
     count = len(recorded)
     return next(
         other
@@ -67,16 +72,24 @@ def _elsewhere(recorded: Recorded, row: int) -> int:
 def from_true_states(
     chunks: np.ndarray, seen: Sequence[Observation], recorded: Recorded, processor: Processor
 ) -> np.ndarray:
-    """Chunks [N, A, D] that a policy predicted for the observations `seen`, carried out where the robot was: actions
-    that are relative to the state are added to the recorded one, not to what replaced it."""
+    """Re-anchor predicted chunks [N, A, D] at the recorded states.
+
+    The policy adds relative actions to the state in `seen`, which an ablation may have replaced; here they are added to
+    the recorded state instead.
+    """
     was, saw = (processor.reference(np.stack([o["state"] for o in each])) for each in (recorded.observations, seen))
     return chunks + (was - saw)[:, None]
 
 
 @dataclass(frozen=True)
 class Effect:
-    """errors: of the predictions with this input replaced. moved: mean absolute change of the predicted actions, over
-    predicted dims, in robot units. ratio: error over the error with nothing replaced."""
+    """Effect of replacing one input.
+
+    Attributes:
+        errors: errors of the predictions with this input replaced.
+        moved: mean absolute change of the predicted actions over predicted dims, in robot units.
+        ratio: mean error divided by the mean error with nothing replaced.
+    """
 
     errors: Errors
     moved: float
@@ -84,7 +97,13 @@ class Effect:
 
 
 def effects(recorded: Recorded, chunks: dict[str, np.ndarray], predicted: np.ndarray) -> dict[str, Effect]:
-    """What each replacement does; `chunks`: predictions [N, A, D] by replacement, with "nothing" among them."""
+    """Compute the effect of each replacement.
+
+    Args:
+        recorded: the recorded frames.
+        chunks: {replacement: predictions [N, A, D]}, including "nothing".
+        predicted: bool [D], dims that the policy predicts.
+    """
     intact = chunks["nothing"]
     base = errors(intact, recorded, predicted)
     found = {}
@@ -96,14 +115,14 @@ def effects(recorded: Recorded, chunks: dict[str, np.ndarray], predicted: np.nda
 
 
 def verdict(effect: Effect, threshold: float = 1.05) -> str:
-    """In words: does replacing this input make predictions worse?"""
+    """Describe whether the policy uses an input, i.e. whether replacing it makes predictions worse."""
     if effect.moved == 0:
         return "has no effect at all"
     return "used" if effect.ratio >= threshold else "hardly used"
 
 
 def table(found: dict[str, Effect]) -> str:
-    """The effects as people read them."""
+    """Format the effects as a text table."""
     width = max(map(len, found))
     lines = [f"{'replaced':{width}}  {'error':>10}  {'x intact':>9}  {'actions move by':>15}"]
     for name, effect in found.items():

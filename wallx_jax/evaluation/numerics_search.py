@@ -1,7 +1,8 @@
-"""Under which numerics does a checkpoint fit its data? Losses and open-loop errors with the same frames and noise.
+"""Find the numerics under which a checkpoint fits its data best, by losses and open-loop errors on the same frames.
 
 Upstream's own default path (causal action tokens, its kernel's rotary layout), transformers and lerobot disagree, and
-nobody has said what the published weights were trained with. It can only be measured.
+it is not documented which one the published weights were trained with. It can only be measured. Frames and noise are
+the same under all combinations.
 """
 
 import itertools
@@ -26,13 +27,19 @@ COMBINATIONS = tuple(
     {"mrope_layout": layout, "action_attention": attention}
     for layout, attention in itertools.product(("qwen", "upstream_cuda"), ("bidirectional", "causal"))
 )
-DECIDES = 2.0  # standard errors by which the best must lead
+DECIDES = 2.0  # the best combination must lead by this many standard errors
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """flow_losses, cross_entropies: one per batch, NaN where the checkpoint has no such loss. open_loop: mean absolute
-    error in robot units."""
+    """Losses and open-loop error under one combination of numerics.
+
+    Attributes:
+        numerics: fields of models.config.Numerics and their values.
+        flow_losses: one per batch; NaN for a FAST checkpoint.
+        cross_entropies: one per batch; NaN for a flow-matching checkpoint.
+        open_loop: mean absolute error in robot units.
+    """
 
     numerics: dict[str, str]
     flow_losses: np.ndarray
@@ -56,7 +63,17 @@ class Measurement:
 
 
 def measure(policy: Policy, batches: Sequence[EvalBatch], recorded: Recorded, steps: int = 10) -> list[Measurement]:
-    """One measurement per combination, on the same batches (with actions and labels) and recorded frames."""
+    """Measure every combination on the same batches and recorded frames.
+
+    Args:
+        policy: the policy to evaluate.
+        batches: batches with actions and labels.
+        recorded: frames for the open-loop error.
+        steps: number of Euler steps of the flow.
+
+    Returns:
+        one measurement per entry of COMBINATIONS.
+    """
     speaks = policy.processor.config.objective == "fast"
     found = []
     for numerics in COMBINATIONS:
@@ -76,7 +93,12 @@ def measure(policy: Policy, batches: Sequence[EvalBatch], recorded: Recorded, st
 
 @dataclass(frozen=True)
 class Decision:
-    """best: the combination with the lowest loss. rivals: others that the data cannot tell from it."""
+    """Outcome of the search.
+
+    Attributes:
+        best: the combination with the lowest loss.
+        rivals: combinations whose loss does not differ significantly from the best.
+    """
 
     best: Measurement
     rivals: list[Measurement]
@@ -89,10 +111,10 @@ class Decision:
 
 
 def decide(found: Sequence[Measurement]) -> Decision:
-    """The combination with the lowest loss (flow loss, or cross-entropy of a FAST checkpoint).
+    """Choose the combination with the lowest loss (flow loss, or cross-entropy for a FAST checkpoint).
 
-    Batches are shared, so combinations are compared batch by batch: a rival is one whose loss is above the best's by
-    less than DECIDES standard errors of the mean difference.
+    Batches are shared, so combinations are compared batch by batch: a rival's loss exceeds the best one's by at most
+    DECIDES standard errors of the mean difference.
     """
     losses = [m.cross_entropies if np.isnan(m.flow_losses).all() else m.flow_losses for m in found]
     best = int(np.argmin([loss.mean() for loss in losses]))
@@ -106,7 +128,7 @@ def decide(found: Sequence[Measurement]) -> Decision:
 
 
 def table(found: Sequence[Measurement]) -> str:
-    """The measurements as people read them."""
+    """Format the measurements as a text table."""
     lines = [
         f"{'mrope_layout':14} {'action_attention':17} {'flow loss':>10} {'cross-entropy':>14} {'open-loop MAE':>14}"
     ]
@@ -121,12 +143,13 @@ def table(found: Sequence[Measurement]) -> str:
 
 
 def write_numerics(folder: Path, numerics: dict[str, str]) -> Path:
-    """Records numerics in the configuration of a checkpoint (metadata.json) or model directory (config.json).
+    """Write numerics to the configuration of a checkpoint (metadata.json) or model directory (config.json), atomically.
 
-    Returns the file that was changed, as a whole or not at all.
+    Returns:
+        the file that was changed.
 
     Raises:
-        ValueError: for a folder of the hub's cache, which all programs share.
+        ValueError: the folder is in the hub's cache, which all programs share.
     """
     file = folder / "config.json"
     if file.is_file():

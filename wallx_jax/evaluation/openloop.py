@@ -1,4 +1,4 @@
-"""Open loop: what a policy would do at recorded frames against what was done there.
+"""Evaluate a policy open loop: compare its predictions at recorded frames with the recorded actions.
 
 Legend: N frames, A action horizon, D robot dims.
 """
@@ -18,10 +18,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Recorded:
-    """Recorded frames as a policy meets them, and what followed.
+    """Recorded frames as policy observations, with the actions that followed.
 
-    observations: one per frame. actions: [N, A, D] robot units, from this frame's on. valid: bool [N, A], within the
-    episode. previous: [N, D], the action before; the frame's own at an episode's first. episodes, frames: int [N].
+    Attributes:
+        observations: one per frame.
+        actions: [N, A, D] in robot units, starting with the frame's own action.
+        valid: bool [N, A], False past the end of the episode.
+        previous: [N, D], the preceding action; for the first frame of an episode, its own.
+        episodes: int [N], episode index of each frame.
+        frames: int [N], index of each frame within its episode.
     """
 
     observations: list[Observation]
@@ -41,11 +46,16 @@ class Recorded:
 
 
 def read(source: LeRobotSource, stride: int, episodes: int | None = None, limit: int | None = None) -> Recorded:
-    """Every `stride`-th frame of each of the first `episodes` episodes of a source; at most `limit` frames, spread
-    evenly. None: all.
+    """Read frames of a source for open-loop evaluation.
+
+    Args:
+        source: where to read from.
+        stride: take every `stride`-th frame of an episode.
+        episodes: number of episodes, the first ones; None: all.
+        limit: maximum number of frames, evenly spread over those selected; None: all.
 
     Raises:
-        ValueError: for a stride below 1, or a source without frames.
+        ValueError: the stride is below 1, or the source has no frames.
     """
     if stride < 1 or not len(source):
         raise ValueError(f"nothing to compare: {len(source)} frames, a stride of {stride}")
@@ -59,7 +69,7 @@ def read(source: LeRobotSource, stride: int, episodes: int | None = None, limit:
 
 
 def collect(samples: Sequence[RawSample], source: LeRobotSource) -> Recorded:
-    """Frames that were read from a source."""
+    """Collect samples that were read from a source."""
     episodes, frames = (np.array([getattr(sample, name) for sample in samples]) for name in ("episode", "frame"))
     return Recorded(
         observations=[
@@ -87,10 +97,18 @@ def predict(
     seed: int = 0,
     max_tokens: int | None = None,
 ) -> np.ndarray:
-    """Action chunks [N, A, D] in batches that all have `batch_size` observations, so that one compilation serves.
+    """Predict action chunks in batches of equal size, so that the policy compiles once.
 
-    NaN where the policy gave no chunk of actions, and in dims that it does not give. The frames have noise of their
-    own, from `seed` on.
+    Args:
+        policy: the policy to evaluate.
+        observations: N observations.
+        batch_size: observations per call.
+        steps: number of Euler steps of the flow.
+        seed: seed of the first observation; the i-th one uses `seed + i`.
+        max_tokens: as in `Policy.predict`.
+
+    Returns:
+        [N, A, D] in robot units; NaN where the policy failed, and in dims that it does not return.
     """
     count, given = len(observations), policy.processor.given
     seeds = _batches(range(seed, seed + count), batch_size)
@@ -107,18 +125,20 @@ def predict(
 
 
 def _batches(rows: Sequence[T], size: int) -> Iterator[list[T]]:
-    """The last batch is filled up from the start."""
+    """Split rows into batches of equal size; the last one is filled up with rows from the start."""
     size = min(size, len(rows))
     for first in range(0, len(rows), size):
         yield [rows[i % len(rows)] for i in range(first, first + size)]
 
 
 def baselines(recorded: Recorded, processor: Processor) -> dict[str, np.ndarray]:
-    """Chunks [N, A, D] of policies that need no model.
+    """Compute the chunks of baseline policies that need no model.
 
-    "hold_still" keeps the state, where state and action have the same dims or an action is relative to it, else the
-    action before; "mean_action" always does the mean of the training actions, which is the mean change of the state
-    where actions are relative to it.
+    Returns:
+        {name: chunks [N, A, D] in robot units}:
+        "hold_still": holds the state where state and action have the same dims or the action is relative to the state,
+            otherwise the previous action.
+        "mean_action": the mean of the training actions; for relative actions, the state plus their mean.
     """
     states = np.stack([o["state"] for o in recorded.observations])
     reference = processor.reference(states)
@@ -134,10 +154,13 @@ def baselines(recorded: Recorded, processor: Processor) -> dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Errors:
-    """Mean absolute errors in robot units over steps inside the episode.
+    """Mean absolute errors in robot units, over steps inside the episode.
 
-    mean: over the dims that the policy predicts. per_dim [D]: NaN where it gives none. per_step [A]. failed: frames
-    without a prediction, which count in none of these.
+    Attributes:
+        mean: mean over the dims that the policy predicts.
+        per_dim: [D]; NaN in dims that the policy does not return.
+        per_step: [A], over predicted dims.
+        failed: number of frames without a prediction; they are excluded from all errors.
     """
 
     mean: float
@@ -155,7 +178,13 @@ class Errors:
 
 
 def errors(chunks: np.ndarray, recorded: Recorded, predicted: np.ndarray) -> Errors:
-    """Compares chunks [N, A, D] with what was done; `predicted` bool [D]: the dims that count in means over dims."""
+    """Compare chunks with the recorded actions.
+
+    Args:
+        chunks: [N, A, D] in robot units.
+        recorded: the recorded frames.
+        predicted: bool [D], dims to include in means over dims.
+    """
     failed = np.isnan(chunks[..., predicted]).any(axis=(1, 2))
     valid = recorded.valid & ~failed[:, None] & np.isfinite(recorded.actions).all(axis=2)
     error = np.where(valid[..., None], np.abs(chunks - recorded.actions), 0.0)
@@ -167,7 +196,7 @@ def errors(chunks: np.ndarray, recorded: Recorded, predicted: np.ndarray) -> Err
 
 
 def report(chunks: np.ndarray, recorded: Recorded, processor: Processor, names: Sequence[str]) -> dict[str, Any]:
-    """Errors of the policy and of the baselines, as JSON holds them."""
+    """Return the errors of the policy and of the baselines as a JSON-serialisable dict."""
     predicted = processor.predicted
     compared: Mapping[str, np.ndarray] = {"policy": chunks, **baselines(recorded, processor)}
     scores = {name: errors(each, recorded, predicted).as_json() for name, each in compared.items()}
@@ -181,5 +210,5 @@ def report(chunks: np.ndarray, recorded: Recorded, processor: Processor, names: 
 
 
 def _number(x: float) -> float | None:
-    """JSON knows no NaN."""
+    """Map non-finite numbers to None, since JSON has no NaN."""
     return float(x) if np.isfinite(x) else None

@@ -1,4 +1,4 @@
-"""Pictures of evaluations, as PNG files. matplotlib comes with the `train` extra.
+"""Plot evaluations and dataset checks to PNG files. matplotlib comes with the `train` extra.
 
 Legend: N frames, A action horizon, D robot dims.
 """
@@ -24,7 +24,16 @@ DPI = 110
 def episode(
     file: Path, recorded: Recorded, chunks: np.ndarray, names: Sequence[str], shown: np.ndarray, title: str
 ) -> None:
-    """One episode: every shown dim's recorded action, and the predicted chunks [N, A, D] over it. `shown`: bool [D]."""
+    """Plot the recorded actions of an episode with the predicted chunks on top, one panel per dim.
+
+    Args:
+        file: PNG file to write.
+        recorded: frames of one episode.
+        chunks: [N, A, D], predicted actions.
+        names: names of the D dims.
+        shown: bool [D], dims to plot.
+        title: title of the figure.
+    """
     dims = np.flatnonzero(shown)
     rows = -(-len(dims) // COLUMNS)
     figure, axes = plt.subplots(rows, COLUMNS, figsize=(4 * COLUMNS, 2.2 * rows), squeeze=False, layout="constrained")
@@ -47,7 +56,14 @@ def episode(
 
 
 def ablation(file: Path, found: dict[str, Effect], names: Sequence[str], shown: np.ndarray) -> None:
-    """Error by replaced input, along the horizon, and by dim relative to intact inputs."""
+    """Plot the error by replaced input, along the horizon, and by dim relative to intact inputs.
+
+    Args:
+        file: PNG file to write.
+        found: {replacement: effect}, including "nothing".
+        names: names of the D dims.
+        shown: bool [D], dims to plot.
+    """
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
     left.barh(list(found), [effect.errors.mean for effect in found.values()])
     left.invert_yaxis()
@@ -68,7 +84,7 @@ def ablation(file: Path, found: dict[str, Effect], names: Sequence[str], shown: 
 
 
 def pictures(file: Path, rows: Sequence[Sequence[tuple[str, np.ndarray]]]) -> None:
-    """Images [h, w, 3] with a title each, a row per sample, pixel by pixel."""
+    """Plot rows of (title, image [h, w, 3]), one row per sample, without interpolation."""
     count = max(map(len, rows))
     figure, axes = plt.subplots(
         len(rows), count, figsize=(3.4 * count, 3 * len(rows)), squeeze=False, layout="constrained"
@@ -83,7 +99,7 @@ def pictures(file: Path, rows: Sequence[Sequence[tuple[str, np.ndarray]]]) -> No
 
 
 def dimensions(file: Path, vectors: Sequence[Vector]) -> None:
-    """A histogram of every dim of the vectors, and where normalisation clamps it."""
+    """Plot a histogram of every dim of the vectors, with the bounds at which normalisation clamps it."""
     rows = [-(-len(vector.names) // COLUMNS) for vector in vectors]
     size = (4 * COLUMNS, 2.2 * sum(rows))
     figure, axes = plt.subplots(sum(rows), COLUMNS, figsize=size, squeeze=False, layout="constrained")
@@ -111,8 +127,16 @@ def dimensions(file: Path, vectors: Sequence[Vector]) -> None:
 def trace(
     file: Path, state: Vector, action: Vector, pairs: Sequence[tuple[int, int]], frames: np.ndarray, title: str
 ) -> None:
-    """State and action over the given frames of an episode. Dims that belong together, `pairs` of (state dim, action
-    dim), share a plot."""
+    """Plot state and action over the frames of an episode.
+
+    Args:
+        file: PNG file to write.
+        state: the dataset's state.
+        action: the dataset's action.
+        pairs: (state dim, action dim) of corresponding dims, which share a panel.
+        frames: indices of the frames in the dataset.
+        title: title of the figure.
+    """
     lone = [(dim, None) for dim in range(len(state.names)) if dim not in [s for s, _ in pairs]]
     lone += [(None, dim) for dim in range(len(action.names)) if dim not in [a for _, a in pairs]]
     panels = [*pairs, *lone]
@@ -135,7 +159,7 @@ def trace(
 
 
 def _shorten(text: str, most: int = 32) -> str:
-    """Keeps the end of a long name, where names of joints differ."""
+    """Shorten a name from the left: joint names differ at the end."""
     return text if len(text) <= most else f"…{text[1 - most :]}"
 
 

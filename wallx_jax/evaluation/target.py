@@ -1,4 +1,4 @@
-"""What is evaluated: a policy, and the episodes that its training did not see."""
+"""Load the target of an evaluation: a policy, and the frames held out from its training."""
 
 import argparse
 import importlib.util
@@ -30,8 +30,14 @@ USER_ERRORS = (ConfigError, CheckpointError, WeightsError, OSError, ValueError, 
 
 @dataclass(frozen=True)
 class EvalTarget:
-    """folder: the checkpoint's step directory or the model directory. held_out: the frames that training did not see;
-    all frames where none were held out."""
+    """A policy and the data to evaluate it on.
+
+    Attributes:
+        policy: the policy to evaluate.
+        info: metadata of the dataset.
+        held_out: the frames held out from training; all frames if none were held out.
+        folder: the checkpoint's step directory, or the model directory.
+    """
 
     policy: Policy
     info: DatasetInfo
@@ -40,7 +46,7 @@ class EvalTarget:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--checkpoint, --dataset, --robot and --config of a script that evaluates something."""
+    """Add --checkpoint, --dataset, --robot and --config to the parser of an evaluation script."""
     parser.add_argument(
         "--checkpoint", required=True, help="run or checkpoint directory, Wall-X model directory or hub repo id"
     )
@@ -52,14 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def output_folder(text: str) -> Path:
-    """The type of an argument that names a folder to write, found to be unusable before anything is computed."""
+    """Parse an argument that names an output folder; reject an unusable one before anything is computed."""
     if why := unusable_folder(text):
         raise argparse.ArgumentTypeError(f"{why}; choose another folder")
     return Path(text).expanduser()
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a script's main; what the user can mend ends it with one line."""
+    """Run a script's main; exit with a one-line message on errors that the user can fix."""
     try:
         main()
     except USER_ERRORS as error:
@@ -67,13 +73,17 @@ def run(main: Callable[[], None]) -> None:
 
 
 def load_eval_target(arguments: argparse.Namespace, numerics: Mapping[str, Any] | None = None) -> EvalTarget:
-    """What the arguments of `add_arguments` name; `numerics`: fields of models.config.Numerics to override.
+    """Load the policy and the data named by the arguments of `add_arguments`.
 
-    A trained checkpoint knows its robot and how its dataset was split. A PyTorch directory, also a converted one, takes
-    both from --config, or from the known mapping of --dataset.
+    A trained checkpoint stores its robot's settings and how its dataset was split. For a model directory without them,
+    as published or as converted, both come from --config, or from the known mapping of --dataset.
+
+    Args:
+        arguments: parsed arguments.
+        numerics: fields of models.config.Numerics to override.
 
     Raises:
-        ValueError, FileNotFoundError, CheckpointError, WeightsError: what is missing or does not fit.
+        ValueError, FileNotFoundError, CheckpointError, WeightsError: something is missing or does not fit.
     """
     folder, is_pytorch = find_model(arguments.checkpoint)
     files = folder if is_pytorch else assets_dir(folder)
@@ -124,13 +134,13 @@ def _open_model_directory(
 
 
 def _held_out(source: LeRobotSource, ratio: float, mode: str, seed: int) -> LeRobotSource:
-    """The frames that training did not see; all where none were held out."""
+    """Select the frames held out from training; all frames if none were held out."""
     frames = split_frames(source.info, ratio, mode, seed)[1]
     return source.select(frames) if len(frames) else source
 
 
 def _read_config(argument: str) -> ConfigDict:
-    """get_config() of a configuration file, "FILE" or "FILE:ARGUMENT"."""
+    """Call get_config() of a configuration file, given as "FILE" or "FILE:ARGUMENT"."""
     file, _, option = argument.partition(":")
     if not Path(file).is_file():
         raise FileNotFoundError(f"no such configuration file: {file}")

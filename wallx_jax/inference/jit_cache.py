@@ -1,4 +1,4 @@
-"""Functions compiled once per shape, for a bounded number of shapes."""
+"""Compile a function once per input shape, keeping a bounded number of programs."""
 
 import functools
 import threading
@@ -12,13 +12,17 @@ from wallx_jax.utils import jax_flags
 
 
 class BoundedJitCache:
-    """`function(*options, *arrays)` under XLA: one program for each combination of options and array shapes.
+    """Jit-compiled `function(*options, *arrays)`, one program per combination of options, shapes and dtypes.
 
-    jax.jit keeps every program for ever. Images of any size and prompts of any length would fill the memory of a server
-    that runs for weeks, so only the `limit` programs used last are kept. Threads may share one.
+    jax.jit never evicts a program. Images of any size and prompts of any length would fill the memory of a server that
+    runs for weeks, so only the `limit` most recently used programs are kept. Safe to share between threads.
+
+    Args:
+        function: called as `function(*options, *arrays)` while tracing.
+        limit: maximum number of programs to keep.
 
     Attributes:
-        compilations: how many programs have been compiled so far.
+        compilations: number of programs compiled so far.
     """
 
     def __init__(self, function: Callable, limit: int = 16):
@@ -29,7 +33,12 @@ class BoundedJitCache:
 
     @jax_flags.ours()
     def __call__(self, options: tuple[Hashable, ...], *arrays: Any) -> Any:
-        """Args: `options`, static arguments that go before the arrays; `arrays`, pytrees of arrays."""
+        """Run the function, compiling it first if no program fits.
+
+        Args:
+            options: static arguments, passed before the arrays.
+            *arrays: pytrees of arrays.
+        """
         leaves, structure = jax.tree.flatten(arrays)
         key = (options, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         with self._lock:

@@ -1,4 +1,4 @@
-"""Opens what a user has: a checkpoint of ours, a Wall-X directory, a Qwen2.5-VL directory, or a hub repository."""
+"""Load policies and VLMs from wallx_jax checkpoints, Wall-X or Qwen2.5-VL directories, and hub repositories."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -31,13 +31,19 @@ from wallx_jax.weights.safetensors_io import WeightsError
 VIEWS = ("face_view", "left_wrist_view", "right_wrist_view")
 RESOLUTION = 256
 HORIZON = 32
-CAMERA = (480, 640)  # frame size that a program is planned for before the first picture comes
-FAST_TOKENS = 256  # room for a chunk in FAST tokens
-LISTED = 5  # parameters named in an error
+CAMERA = (480, 640)  # assumed (height, width) of a frame until the first image arrives
+FAST_TOKENS = 256  # token budget of an action chunk in FAST tokens
+LISTED = 5  # maximum number of parameters named in an error
 
 
 class Model(NamedTuple):
-    """A model, its layers apart (models.scan) and adapters merged, and the directory of its tokenizer and the like."""
+    """A model ready for inference.
+
+    Attributes:
+        config: shapes and numerics.
+        params: parameters with unrolled layers (models.scan) and merged adapters.
+        files: directory of the tokenizer and preprocessing files.
+    """
 
     config: WallXConfig
     params: tree.Tree
@@ -45,7 +51,7 @@ class Model(NamedTuple):
 
 
 def model_config(folder: Path, is_pytorch: bool, numerics: Mapping[str, Any] | None = None) -> WallXConfig:
-    """Shapes and numerics of what `find_model` found; `numerics` override."""
+    """Read the shapes and numerics of a directory returned by `find_model`; `numerics` are overrides."""
     if is_pytorch:
         return read_config(folder, numerics)
     return read_model_config(folder).replace(numerics=numerics or {})
@@ -55,11 +61,16 @@ def model_config(folder: Path, is_pytorch: bool, numerics: Mapping[str, Any] | N
 def load_model(
     path_or_repo: str | Path, *, revision: str | None = None, numerics: Mapping[str, Any] | None = None
 ) -> Model:
-    """Parameters of anything that `find_model` finds; `numerics`: fields of models.config.Numerics to override.
+    """Load a model from anything that `find_model` accepts.
+
+    Args:
+        path_or_repo: path or hub repo id.
+        revision: git revision on the hub.
+        numerics: fields of models.config.Numerics to override.
 
     Raises:
-        FileNotFoundError, CheckpointError, WeightsError: what was looked for, what does not fit, or the parameters that
-            hold NaN or infinity.
+        FileNotFoundError, CheckpointError, WeightsError: the model is missing, does not fit, or has parameters with NaN
+            or infinity; the message names them.
     """
     folder, is_pytorch = find_model(path_or_repo, revision)
     if is_pytorch:
@@ -73,7 +84,7 @@ def load_model(
 
 
 def _check_finite(folder: Path, params: tree.Tree) -> None:
-    """Raises CheckpointError, naming the parameters, if some hold NaN or infinity."""
+    """Raise CheckpointError if any parameters contain NaN or infinity, naming them."""
     flat = tree.flatten(params)
     finite = jax.device_get(jax.jit(lambda leaves: jax.tree.map(lambda x: jnp.isfinite(x).all(), leaves))(flat))
     if broken := [path for path in flat if not finite[path]]:
@@ -84,7 +95,12 @@ def _check_finite(folder: Path, params: tree.Tree) -> None:
 def load_vlm(
     path_or_repo: str | Path, *, revision: str | None = None, numerics: Mapping[str, Any] | None = None
 ) -> VLM:
-    """The vision-language side of a checkpoint of ours, a Wall-X or a Qwen2.5-VL directory or hub repository.
+    """Load the vision-language model of a wallx_jax checkpoint, or of a Wall-X or Qwen2.5-VL directory or hub repo.
+
+    Args:
+        path_or_repo: path or hub repo id.
+        revision: git revision on the hub.
+        numerics: fields of models.config.Numerics to override.
 
     Raises:
         FileNotFoundError, CheckpointError, WeightsError: as `load_model`.
@@ -106,27 +122,28 @@ def load_policy(
     horizon: int | None = None,
     action_tokenizer: str | Path | None = None,
 ) -> Policy:
-    """A policy that acts with a checkpoint of ours (a run directory: its newest one) or with a Wall-X directory.
+    """Load a policy from a wallx_jax checkpoint or a Wall-X directory.
 
-    A trained checkpoint knows its robot; one trained on several datasets asks for `robot`, the name of one of them. A
-    Wall-X directory as published, or converted, does not know it; for it say
+    A trained checkpoint stores its robot's settings; if it was trained on several datasets, `robot` must name one of
+    them. A published or converted Wall-X directory does not store them: give `norm_stats` or `robot`, and where the
+    defaults do not fit, `views`, `resolution`, `horizon` and `action_tokenizer`.
 
     Args:
-        norm_stats: the robot's statistics, or the path of its norm_stats.json; or
-        robot: whose statistics to take from the weights, where those hold some (they list the names if yours is wrong).
-        views: cameras in prompt order; default: VIEWS.
-        resolution: pixels of the longer side that pictures are brought to, as in the training of these weights;
-            default: 256.
-        horizon: actions per chunk; default: 32.
-        action_tokenizer: directory or repo id of the FAST tokenizer of a WALL-OSS-FAST; None acts by flow matching.
-
-    Other args:
+        path_or_repo: path or hub repo id; a run directory stands for its newest checkpoint.
         revision: git revision on the hub.
-        numerics: fields of models.config.Numerics that override the checkpoint's.
+        numerics: fields of models.config.Numerics to override.
+        norm_stats: the robot's statistics, or the path of its norm_stats.json.
+        robot: name of the training dataset (checkpoint trained on several), or of the statistics to use among those
+            stored with the weights (Wall-X directory). A wrong name raises an error that lists the valid ones.
+        views: cameras in prompt order; default: VIEWS.
+        resolution: length in pixels to which the longer side of an image is resized, as in the training of these
+            weights; default: 256.
+        horizon: actions per chunk; default: 32.
+        action_tokenizer: directory or repo id of the FAST tokenizer for WALL-OSS-FAST; None selects flow matching.
 
     Raises:
         FileNotFoundError, CheckpointError, WeightsError: as `load_model`.
-        ValueError: what is missing, or does not fit.
+        ValueError: an argument is missing or does not fit the model.
     """
     folder, is_pytorch = find_model(path_or_repo, revision)
     files = folder if is_pytorch else assets_dir(folder)
@@ -157,12 +174,12 @@ def load_policy(
 
 
 def _with_ids(config: WallXConfig, tokenizer: Tokenizer) -> WallXConfig:
-    """The config with the token ids that the tokenizer gives; config.json does not tell all of them."""
+    """Return the config with the tokenizer's token ids; config.json does not list all of them."""
     return config.replace(tokens=dataclasses.asdict(tokenizer.token_ids()))
 
 
 def read_limits(files: Path) -> images.Limits:
-    """The pixels that a directory's preprocessor_config.json keeps images between."""
+    """Read the smallest and largest image size, in pixels, from a directory's preprocessor_config.json."""
     file = files / "preprocessor_config.json"
     found = read_json_object(file) if file.is_file() else {}
     size = found.get("size") or {}
@@ -183,11 +200,13 @@ def _new_processor(
     horizon: int,
     fast: FastTokenizer | None,
 ) -> Processor:
-    """Preprocessing for a model directory that brings none; sizes and lengths follow the pictures and words given.
+    """Build the preprocessing of a model directory that stores none.
+
+    Image sizes and prompt length are provisional: at inference they follow the images and the instruction.
 
     Raises:
-        ValueError: resolution is -1, horizon is no number of actions, or what `Processor` and `images.target_size`
-            refuse.
+        ValueError: resolution is -1, horizon is not a positive integer, or `Processor` or `images.target_size` rejects
+            its arguments.
     """
     if isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 1:
         raise ValueError(f"horizon = {horizon!r}: give the actions per chunk, 1 or more")
@@ -240,7 +259,7 @@ def _robot_stats(folder: Path, norm_stats: NormStats | str | Path | None, robot:
 
 
 def _upstream_stats(part: Mapping[str, np.ndarray]) -> Stats:
-    """Upstream keeps q01 as "min" and q99 - q01 as "delta", for all channels of the model."""
+    """Convert upstream's statistics: q01 is stored as "min" and q99 - q01 as "delta", for all channels of the model."""
     low = part["min"].astype(np.float64)
     high = low + part["delta"].astype(np.float64)
     return Stats(mean=(low + high) / 2, std=(high - low) / 2, q01=low, q99=high, min=low, max=high)

@@ -1,4 +1,4 @@
-"""Tokens that a model says after a prompt.
+"""Generate tokens autoregressively with one set of parameters.
 
 Legend: B prompts, N new tokens.
 """
@@ -18,13 +18,16 @@ from wallx_jax.utils import tree
 
 
 class LogitsError(ValueError):
-    """The model's logits are not finite, so that it says nothing."""
+    """The model's logits are not finite, so no token can be generated."""
 
 
 class Sampler:
     """Greedy or sampled generation with one set of parameters, compiled once per shape.
 
-    `also_ends`: tokens that end an answer beside <|im_end|>.
+    Args:
+        config: shapes, numerics and token ids of the model.
+        params: parameters of the model.
+        also_ends: tokens that end an answer, in addition to <|im_end|>.
     """
 
     def __init__(self, config: WallXConfig, params: tree.Tree, also_ends: tuple[int, ...] = ()):
@@ -34,7 +37,7 @@ class Sampler:
 
     @property
     def compilations(self) -> int:
-        """Programs compiled so far."""
+        """Number of programs compiled so far."""
         return self._program.compilations
 
     def __call__(
@@ -45,13 +48,17 @@ class Sampler:
         seeds: Sequence[int],
         seconds_per_frame: tuple[float, ...] | None = None,
     ) -> np.ndarray:
-        """int32 [B, N] that continue the prompts of a batch, padding behind the end of each.
+        """Continue the prompts of a batch.
 
         Args:
-            max_tokens: N; it ends earlier when every row has come to its end.
-            temperature: 0 says the likeliest token; above, tokens are drawn from softmax(logits / temperature).
-            seeds: of the drawing, one per prompt; their lowest 32 bits count.
-            seconds_per_frame: per picture of `batch.images`, for videos; see models.positions.
+            batch: the encoded prompts.
+            max_tokens: N; generation stops earlier once every row has its end token.
+            temperature: 0 for greedy decoding; above 0, tokens are sampled from softmax(logits / temperature).
+            seeds: sampling seeds, one per prompt; only their lowest 32 bits are used.
+            seconds_per_frame: one per entry of `batch.images`, for videos; see models.positions.
+
+        Returns:
+            int32 [B, N], padded after the end token of each row.
         """
         options = (settings.whole("max_tokens", max_tokens, 1), seconds_per_frame)
         warmth = settings.warmth(temperature)
@@ -59,10 +66,10 @@ class Sampler:
         return np.asarray(self._program(options, self.params, batch, warmth, words))
 
     def answer(self, tokens: np.ndarray) -> np.ndarray | None:
-        """A row of the result [N] up to its end; None when it has none.
+        """Truncate a row of the result [N] before its end token; None if it has none.
 
         Raises:
-            LogitsError: the model had no answer.
+            LogitsError: the logits of this row were not finite.
         """
         if NOT_FINITE in tokens:
             raise LogitsError("the model's logits are not finite: its weights are damaged, or training has diverged")

@@ -1,4 +1,4 @@
-"""What callers of `predict` and `chat` give, checked; each error names the setting, or the input that it is about."""
+"""Validate the arguments of `predict` and `chat`; each error names the setting or the input at fault."""
 
 import contextlib
 import operator
@@ -13,7 +13,7 @@ HOTTEST = float(np.finfo(np.float32).max)
 
 @contextlib.contextmanager
 def naming(what: str, row: int, count: int) -> Iterator[None]:
-    """ValueErrors inside begin with "`what` `row`: ", where there are several."""
+    """Prefix the message of a ValueError raised inside with "`what` `row`: ", unless `count` is 1."""
     try:
         yield
     except ValueError as error:
@@ -23,10 +23,10 @@ def naming(what: str, row: int, count: int) -> Iterator[None]:
 
 
 def whole(name: str, value: Any, least: int) -> int:
-    """An integer.
+    """Return the value as an int.
 
     Raises:
-        ValueError: it is none, or below `least`.
+        ValueError: the value is not an integer, or is below `least`.
     """
     try:
         number = operator.index(value)
@@ -38,10 +38,14 @@ def whole(name: str, value: Any, least: int) -> int:
 
 
 def seeds(seed: Any, count: int) -> list[int]:
-    """One seed for each of `count` rows, from one for all of them or from as many.
+    """Return one seed for each of `count` rows.
+
+    Args:
+        seed: one seed for all rows, or one for each.
+        count: number of rows.
 
     Raises:
-        ValueError: it is neither, or holds what is no integer of at least 0.
+        ValueError: the number of seeds does not match, or a seed is not an integer of at least 0.
     """
     if isinstance(seed, str | bytes) or not isinstance(seed, Sequence | np.ndarray) or np.shape(seed) == ():
         return [whole("seed", seed, 0)] * count
@@ -51,10 +55,10 @@ def seeds(seed: Any, count: int) -> list[int]:
 
 
 def warmth(temperature: Any) -> np.float32 | None:
-    """What logits are divided by before a token is drawn; None takes the likeliest.
+    """Return the temperature that logits are divided by before sampling; None for greedy decoding.
 
     Raises:
-        ValueError: it is not a finite number of at least 0.
+        ValueError: the temperature is not a finite number of at least 0.
     """
     if not isinstance(temperature, Real) or not 0 <= temperature <= HOTTEST:
         raise ValueError(f"temperature is {temperature!r}; give 0 (the likeliest token) or more")

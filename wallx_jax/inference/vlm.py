@@ -1,4 +1,4 @@
-"""Questions about pictures and videos, answered in words: VQA, chain of thought, whatever the chat template carries."""
+"""Answer questions about images and videos in text: VQA, chain of thought, any conversation in the chat template."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -17,14 +17,21 @@ from wallx_jax.models.config import WallXConfig
 from wallx_jax.models.scan import unstack_layers
 from wallx_jax.utils import tree
 
-PROMPT_STEP = 64  # prompts are padded to a multiple of so many tokens, so that few lengths are compiled
+PROMPT_STEP = 64  # prompts are padded to a multiple of this many tokens, so that few lengths are compiled
 Conversation = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """text and its token ids, without the end token; finished: False when `max_tokens` cut it off. timings_ms:
-    "preprocess", "model" and "total" of the call that gave it, with all answers of that call."""
+    """An answer of the model.
+
+    Attributes:
+        text: the decoded answer.
+        tokens: its token ids, without the end token.
+        finished: False if it was cut off at `max_tokens`.
+        timings_ms: milliseconds for "preprocess", "model" and "total", measured over the whole call with all its
+            answers.
+    """
 
     text: str
     tokens: list[int]
@@ -35,11 +42,14 @@ class Answer:
 class VLM:
     """The vision-language side of a Wall-X or Qwen2.5-VL model.
 
-    Compiles at the first call of a shape (conversations per call, picture sizes, prompt length in steps of
-    PROMPT_STEP, max_tokens) and keeps the programs of the shapes used last.
+    The first call with a new shape (conversations per call, image sizes, prompt length in steps of PROMPT_STEP,
+    max_tokens) compiles a program; the most recently used programs are kept.
 
     Args:
-        limits: pixels that an image is kept between; lower the larger one to save time and memory.
+        config: shapes, numerics and token ids of the model.
+        params: stacked or unrolled parameters.
+        tokenizer: the model's tokenizer.
+        limits: smallest and largest image size in pixels; lower the largest to save time and memory.
     """
 
     def __init__(self, config: WallXConfig, params: tree.Tree, tokenizer: Tokenizer, limits: Limits = IMAGE_LIMITS):
@@ -49,11 +59,11 @@ class VLM:
 
     @property
     def compilations(self) -> int:
-        """Programs compiled so far."""
+        """Number of programs compiled so far."""
         return self._sampler.compilations
 
     def ask(self, question: str, *pictures: Any, **options: Any) -> Answer:
-        """The answer to a question about pictures (uint8 RGB [h, w, 3] or Pillow); options as in `chat`."""
+        """Answer a question about images (uint8 RGB [h, w, 3] or Pillow); options as in `chat`."""
         content = [{"type": "image", "image": picture} for picture in pictures]
         return self.chat([{"role": "user", "content": [*content, {"type": "text", "text": question}]}], **options)
 
@@ -65,20 +75,21 @@ class VLM:
         temperature: float = 0.0,
         seed: int | Sequence[int] = 0,
     ) -> Answer | list[Answer]:
-        """What the assistant says next in a conversation (see data.chat), or in each of a list.
+        """Generate the assistant's next message in a conversation, or in each of a list.
 
         Args:
-            max_tokens: room for the answer.
-            temperature: 0 says the likeliest token; above, tokens are drawn from softmax(logits / temperature).
-            seed: of the drawing: one for all conversations, or one for each. The answer to a conversation does not
-                depend on those beside it.
+            conversation: a list of messages (see data.chat), or a list of such lists.
+            max_tokens: token budget of an answer.
+            temperature: 0 for greedy decoding; above 0, tokens are sampled from softmax(logits / temperature).
+            seed: sampling seed: one for all conversations, or one for each. The answer to a conversation does not
+                depend on the others in the batch.
 
         Raises:
-            ValueError: naming the conversation, message and part that is malformed, or the setting.
-            LogitsError: the model gave no finite numbers.
+            ValueError: a conversation, message, part or setting is malformed; the message names it.
+            LogitsError: the model's logits are not finite.
         """
         start = time.perf_counter()
-        # What is no list of messages is refused as a conversation.
+        # Anything that is not a list of messages is rejected as a malformed conversation.
         single = not isinstance(conversation, Sequence) or not len(conversation) or isinstance(conversation[0], Mapping)
         conversations = [conversation] if single else conversation
         seeds = settings.seeds(seed, len(conversations))
@@ -107,7 +118,7 @@ class VLM:
         return Answer(self.tokenizer.decode(ids, skip_special=True).strip(), ids, finished, timings_ms)
 
     def _batches(self, prompts: Sequence[ChatPrompt]) -> list[tuple[list[int], Batch, tuple[float, ...]]]:
-        """(row numbers, their batch, seconds per frame) for each set of prompts with pictures of the same sizes."""
+        """Group prompts whose images have the same sizes: (row numbers, their batch, seconds per frame) per group."""
         groups: dict[tuple, list[int]] = {}
         for row, prompt in enumerate(prompts):
             key = (tuple(visual.shape for visual in prompt.visuals), prompt.seconds)
@@ -120,7 +131,7 @@ class VLM:
         return batches
 
     def _sample(self, prompt: ChatPrompt, length: int) -> Batch:
-        """A prompt as a batch row, padded on the left; a chat has no state and no actions."""
+        """Return a prompt as a batch row, padded on the left; a chat has no state and no actions."""
         tokens = np.full(length, self.config.tokens.pad, np.int32)
         tokens[length - len(prompt.ids) :] = prompt.ids
         action = self.config.action
