@@ -76,7 +76,7 @@ def default_config() -> OrderedConfig:
     c.numerics.flow_loss = placeholder(str)  # mean over "all" channels (masked ones are 0) or the "valid" ones
     c.numerics.masked_dims = placeholder(
         str
-    )  # channels the robot lacks, during sampling: "drift", or "held" on the way to 0
+    )  # in sampling, channels the robot lacks "drift" or are "held" on a line to 0
     c.numerics.param_dtype = placeholder(str)  # of parameters and optimizer moments: "float32" or "bfloat16"
     c.numerics.compute_dtype = placeholder(str)  # of activations: "float32" or "bfloat16"
     c.numerics.float32_islands = placeholder(bool)  # keep norms and action heads in float32
