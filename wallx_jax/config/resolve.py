@@ -74,9 +74,7 @@ def default_config() -> OrderedConfig:
     c.numerics.action_attention = placeholder(str)  # attention among action tokens: "bidirectional" or "causal"
     c.numerics.mrope_layout = placeholder(str)  # M-RoPE: "qwen" (as transformers) or "upstream_cuda"
     c.numerics.flow_loss = placeholder(str)  # mean over "all" channels (masked ones are 0) or the "valid" ones
-    c.numerics.masked_dims = placeholder(
-        str
-    )  # in sampling, channels the robot lacks "drift" or are "held" on a line to 0
+    c.numerics.masked_dims = placeholder(str)  # sampling of channels the robot lacks: "drift", or "held" on a line to 0
     c.numerics.param_dtype = placeholder(str)  # of parameters and optimizer moments: "float32" or "bfloat16"
     c.numerics.compute_dtype = placeholder(str)  # of activations: "float32" or "bfloat16"
     c.numerics.float32_islands = placeholder(bool)  # keep norms and action heads in float32
@@ -84,8 +82,9 @@ def default_config() -> OrderedConfig:
 
     # Robot
     c.robot_name = placeholder(str)  # upstream's customized_robot_config.name; if set, must equal repo_id
-    # Action groups, in order: {name: number of dims of action_key}, or {name: feature slice} to reorder, drop or join
-    # dims: {"arm": "action[0:6]", "gripper": "action.gripper"}. Do not mix the two in one table.
+    # Action groups, in order: {name: number of dims of action_key}; or {name: feature slice}, "FEATURE[START:STOP]" or
+    # "FEATURE" (all dims), to reorder, drop or join dims: {"arm": "action[0:6]", "gripper": "action.gripper"}. Do not
+    # mix numbers and slices in one table.
     c.dof_config = OrderedConfig()  # empty: one group with all dims of action_key
     c.agent_pos_config = OrderedConfig()  # state groups, likewise with state_key; empty: as dof_config if that fits
     c.predict_action_keys = ()  # dof_config groups to predict, the others are masked; empty: all
@@ -148,7 +147,7 @@ def default_config() -> OrderedConfig:
     c.gradient_accumulation_steps = 1  # micro-batches per update
     c.num_training_steps = placeholder(int)  # steps of the run and of the cosine decay; None: from num_epoch
     # With several datasets, an epoch has as many samples as the datasets have training frames in total.
-    c.num_epoch = 100  # epochs over the training frames; 0: no limit; the run ends at this or num_training_steps
+    c.num_epoch = 100  # epochs over the training frames, if num_training_steps does not end first; 0: no limit
     c.weight_decay = 0.1  # decoupled (AdamW), on every trained parameter as upstream
     c.max_grad_norm = 1.0  # clip gradients to this global norm
     c.flow_loss_weight = 1.0  # weight of the flow loss relative to the cross-entropy

@@ -66,10 +66,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         is_cut_off = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
         what = "it is cut off" if is_cut_off else f"unexpected text at column {error.colno}"
         raise ValueError(f"{path} is not valid JSON (line {error.lineno}: {what}); copy it again") from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError: from the hook, or a huge integer
+    except (ValueError, RecursionError) as error:  # ValueError: from the hook, or a huge integer
         what = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise ValueError(f"{path} is malformed ({what}); copy it again") from None
     if not isinstance(content, dict):
