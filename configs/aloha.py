@@ -1,4 +1,4 @@
-"""Fine-tunes WALL-OSS-FLOW on lerobot/aloha_mobile_cabinet, all 14 dimensions, by flow matching.
+"""Fine-tune WALL-OSS-FLOW on lerobot/aloha_mobile_cabinet (all 14 dimensions) with flow matching.
 
 python -m wallx_jax.train --config=configs/aloha.py --workdir=/data/aloha
 """
@@ -15,6 +15,6 @@ def get_config(arg: str = ""):
     c.agent_pos_config = ALOHA_DOF
     c.predict_action_keys = tuple(ALOHA_DOF)
     c.obs_action_keys = tuple(ALOHA_DOF)
-    c.gradient_accumulation_steps = 32  # as upstream's config_qact.yml
+    c.gradient_accumulation_steps = 32  # as in upstream's config_qact.yml
     c.save_path = "runs/aloha"
     return c

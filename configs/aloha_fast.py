@@ -1,4 +1,4 @@
-"""Fine-tunes WALL-OSS-FAST on lerobot/aloha_mobile_cabinet: all 14 dimensions, actions as FAST text tokens.
+"""Fine-tune WALL-OSS-FAST on lerobot/aloha_mobile_cabinet (all 14 dimensions), with actions as FAST tokens.
 
 python -m wallx_jax.train --config=configs/aloha_fast.py --workdir=/data/aloha_fast
 """
@@ -17,6 +17,6 @@ def get_config(arg: str = ""):
     c.agent_pos_config = ALOHA_DOF
     c.predict_action_keys = tuple(ALOHA_DOF)
     c.obs_action_keys = tuple(ALOHA_DOF)
-    c.gradient_accumulation_steps = 32  # as upstream's config_qact.yml
+    c.gradient_accumulation_steps = 32  # as in upstream's config_qact.yml
     c.save_path = "runs/aloha_fast"
     return c

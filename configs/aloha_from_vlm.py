@@ -1,9 +1,9 @@
-"""Trains from Qwen2.5-VL-3B on lerobot/aloha_mobile_cabinet: the guide's reproduction recipe, global batch 128.
+"""Train from Qwen2.5-VL-3B on lerobot/aloha_mobile_cabinet: the guide's reproduction recipe, global batch size 128.
 
 python -m wallx_jax.train --config=configs/aloha_from_vlm.py:DEVICES --workdir=/data/aloha_from_vlm
 
-DEVICES is the number of devices of the run (1 if left out); batch size and accumulation follow from it. For FAST
-actions instead of flow matching add --config.use_fast_tokenizer=True.
+DEVICES is the number of devices (default 1); batch size and gradient accumulation are derived from it. For FAST actions
+instead of flow matching, add --config.use_fast_tokenizer=True.
 """
 
 import math

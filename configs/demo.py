@@ -1,11 +1,11 @@
-"""The demo: a tiny Wall-X from random weights on the tabletop dataset that scripts/demo_assets.py writes.
+"""Train a tiny, randomly initialized Wall-X on the tabletop dataset that scripts/demo_assets.py writes.
 
-`make demo` does everything; by hand, after its first two steps:
+`make demo` runs the whole demo. To run only the training, after its first two steps:
 
     python -m wallx_jax.train --config=configs/demo.py
 
-It differs from a real run in sizes alone: a large learning rate for a narrow model without pretraining, a short chunk,
-images as small as they come.
+It differs from a real run only in scale: a high learning rate for a narrow model without pretraining, a short action
+chunk, and small images at their recorded size.
 """
 
 from wallx_jax.config import default_config
@@ -18,7 +18,7 @@ def get_config(arg: str = ""):
     c.repo_id = "runs/demo/dataset"
     c.save_path = "runs/demo/run"
     c.camera_views = {"face_view": "cam_high", "left_wrist_view": "cam_left_wrist"}
-    c.resolution.face_view = c.resolution.left_wrist_view = -1  # as recorded
+    c.resolution.face_view = c.resolution.left_wrist_view = -1  # keep the recorded size
     c.dof_config = ALOHA_DOF
     c.agent_pos_config = ALOHA_DOF
     c.action_horizon = 8

@@ -1,8 +1,8 @@
-"""An upstream Wall-X configuration, read as it is.
+"""Train from an unmodified upstream Wall-X YAML configuration.
 
 python -m wallx_jax.train --config=configs/upstream_yaml.py:workspace/lerobot_example/config_qact.yml
 
-Says which of its keys have no meaning here. Every setting can be overridden as usual, e.g. --config.num_epoch=1.
+Prints which of its keys are ignored or changed. Settings can be overridden as usual, e.g. --config.num_epoch=1.
 """
 
 from wallx_jax.config.upstream_yaml import read_upstream_yaml

@@ -1,11 +1,11 @@
-"""Exports a checkpoint to a PyTorch model directory.
+"""Export a checkpoint to a PyTorch model directory.
 
     python convert/export.py --checkpoint runs/aloha --output exported
     python convert/export.py --checkpoint runs/aloha --output exported-vlm --layout qwen2_5_vl --dtype bfloat16
 
---layout wall_x: upstream's (config.json, model.safetensors, tokenizer and processor files, norm_stats.json), which its
-loader and lerobot's wall_x policy read. --layout qwen2_5_vl: the vision-language part alone, for transformers.
-Streams the tensors, compares what it wrote with the checkpoint, and makes OUTPUT appear when it is complete.
+--layout wall_x: upstream's layout (config.json, model.safetensors, tokenizer and processor files, norm_stats.json), as
+read by its loader and by lerobot's wall_x policy. --layout qwen2_5_vl: only the vision-language part, for transformers.
+Tensors are streamed, and the result is compared with the checkpoint. OUTPUT appears only when it is complete.
 """
 
 import argparse

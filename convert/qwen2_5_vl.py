@@ -1,11 +1,12 @@
-"""Converts a Qwen2.5-VL model directory, in the old or the new naming, to a checkpoint.
+"""Convert a Qwen2.5-VL model directory (old or new tensor names) to a checkpoint.
 
     python convert/qwen2_5_vl.py --model Qwen/Qwen2.5-VL-3B-Instruct --output checkpoints/qwen2.5-vl-3b
     python convert/qwen2_5_vl.py --model DIR --output DIR
 
-Streams the tensors, so that memory stays below 2 GiB whatever the model's size. Every piece is read back and compared.
-OUTPUT appears when it is complete; a run that is interrupted leaves nothing that loads. Training
-(--config.pretrained_wallx_path=OUTPUT) initialises the action side; scripts/vqa.py and convert/export.py take it too.
+Tensors are streamed, so memory stays below 2 GiB for any model size, and everything written is read back and compared.
+OUTPUT appears only when it is complete; an interrupted conversion leaves nothing that loads. Training
+from OUTPUT (--config.pretrained_wallx_path=OUTPUT) initializes the action side randomly; scripts/vqa.py and
+convert/export.py also accept OUTPUT.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Compares two models, each a PyTorch directory, a checkpoint or a run: names, shapes, dtypes, values.
+"""Compare the tensor names, shapes, dtypes and values of two models: PyTorch directories, checkpoints or runs.
 
     python convert/verify.py A B
 
-Prints what differs. Exit code 0 if both hold the same numbers (dtypes may differ), 1 if not.
+Prints the differences. The exit code is 0 if all values are equal (dtypes may differ), else 1.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Converts a Wall-X (WALL-OSS) model directory to a checkpoint.
+"""Convert a Wall-X (WALL-OSS) model directory to a checkpoint.
 
     python convert/wall_oss.py --model x-square-robot/wall-oss-flow --output checkpoints/wall-oss-flow
     python convert/wall_oss.py --model DIR --output DIR
 
-Streams the tensors, so that memory stays below 2 GiB whatever the model's size. Every piece is read back and compared.
-OUTPUT appears when it is complete; a run that is interrupted leaves nothing that loads. Training
-(--config.pretrained_wallx_path=OUTPUT), acting and convert/export.py take it.
+Tensors are streamed, so memory stays below 2 GiB for any model size, and everything written is read back and compared.
+OUTPUT appears only when it is complete; an interrupted conversion leaves nothing that loads. Training
+(--config.pretrained_wallx_path=OUTPUT), inference and convert/export.py accept OUTPUT.
 """
 
 import argparse

@@ -1,4 +1,7 @@
-"""Wall-X (WALL-OSS) vision-language-action policies in JAX. `wallx_jax.train.run(config)` trains."""
+"""Wall-X (WALL-OSS) vision-language-action policies in JAX.
+
+To train, call `wallx_jax.train.run(config)`.
+"""
 
 from importlib import import_module
 from typing import Any
@@ -7,7 +10,7 @@ from wallx_jax.utils import extras
 
 __version__ = "0.1.0"
 
-# Looked up on first use, so that importing the package stays light.
+# Imported on first use, so that importing the package stays cheap.
 _EXPORTS = {
     "load_params": "wallx_jax.weights.load",
     "load_policy": "wallx_jax.inference.load",

@@ -1,9 +1,9 @@
-"""Looks at this installation, its devices and, if asked, a checkpoint, and says what is wrong and how to mend it.
+"""Check this installation, its devices and, optionally, a checkpoint; report problems and how to fix them.
 
     python -m wallx_jax.doctor [--platform {cpu,gpu,tpu}] [--checkpoint DIR]
 
-The exit code is 0 when nothing is wrong. `--checkpoint` takes a checkpoint, a run or a PyTorch model directory and
-reads its headers alone.
+The exit code is 0 if there are no problems. `--checkpoint` takes a checkpoint, a run or a PyTorch model directory, of
+which only the headers are read.
 """
 
 import argparse
@@ -36,7 +36,7 @@ LEAST_OPEN_FILES = 1024
 
 
 def look_at_packages(checkup: CheckpointReport) -> None:
-    """Versions, and whether they are those that this package asks for."""
+    """Report package versions, and those that are missing or do not match this package's requirements."""
     version, wanted = importlib.metadata.version, importlib.metadata.requires
     found = {name: _version(name) for name in SHOWN}
     checkup.say("python", f"{platform.python_version()} on {platform.platform()}")
@@ -66,7 +66,7 @@ def look_at_packages(checkup: CheckpointReport) -> None:
 
 
 def look_at_devices(checkup: CheckpointReport, wanted: str | None) -> None:
-    """What JAX computes on. A CPU in place of an accelerator that was asked for is a problem."""
+    """Report the devices that JAX uses; a platform other than `wanted` is a problem (see `devices.require`)."""
     plugins = ", ".join(f"{name} {here}" for name, here in devices.cuda_plugins().items())
     gpus = Counter(devices.nvidia_gpus())
     checkup.say("NVIDIA", ", ".join(f"{count} x {name}" for name, count in gpus.items()) or "no GPU is visible")
@@ -88,7 +88,7 @@ def look_at_devices(checkup: CheckpointReport, wanted: str | None) -> None:
 
 
 def explain_preallocation(checkup: CheckpointReport) -> None:
-    """What JAX takes of a GPU's memory, and which variable decides."""
+    """Report how much GPU memory JAX preallocates, and which environment variable controls it."""
     on = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower() not in ("false", "0")
     share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")
     used = f"{share} (XLA_PYTHON_CLIENT_MEM_FRACTION)" if share else "75%"
@@ -105,7 +105,7 @@ def explain_preallocation(checkup: CheckpointReport) -> None:
 
 
 def look_at_machine(checkup: CheckpointReport) -> None:
-    """Disk, caches, shared memory and open files."""
+    """Report free disk space, caches, CPUs, shared memory and the limit on open files."""
     checkup.say("disk", f"{gib(shutil.disk_usage('.').free)} free here")
     for title, folder, variable in (
         ("hub cache", Path(constants.HF_HUB_CACHE), "HF_HOME"),
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--platform", choices=PLATFORMS, help="what JAX must compute on")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint, run or PyTorch model directory to check")
     arguments = parser.parse_args()
-    logging.disable(logging.CRITICAL)  # JAX and Orbax log what is reported here in one line
+    logging.disable(logging.CRITICAL)  # the report replaces what JAX and Orbax log
     checkup = CheckpointReport()
     look_at_packages(checkup)
     explain_preallocation(checkup)
@@ -145,7 +145,7 @@ def main() -> None:
     look_at_devices(checkup, arguments.platform)
     look_at_machine(checkup)
     if arguments.checkpoint is not None:
-        jax.config.update("jax_platforms", "cpu")  # where devices could not be had, the checkpoint is read all the same
+        jax.config.update("jax_platforms", "cpu")  # read the checkpoint even if the requested devices are missing
         found = inspect_checkpoint(arguments.checkpoint)
         checkup.findings += ["", *found.findings]
         checkup.problems += found.problems

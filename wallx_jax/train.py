@@ -1,18 +1,22 @@
-"""Fine-tunes Wall-X on a LeRobot dataset.
+"""Fine-tune Wall-X on a LeRobot dataset.
 
     python -m wallx_jax.train --config=configs/aloha.py [--config.key=value ...] [--workdir=DIR] [--dry_run]
 
 From Python: `wallx_jax.train.run(config)` with a ConfigDict from `wallx_jax.config.default_config`.
 
-Exit codes: 0 trained to the end; 75 (EX_TEMPFAIL) interrupted by SIGTERM or SIGINT, what was trained is saved, to be
-continued with --config.resume.ckpt=latest; 65 (EX_DATAERR) a sample could not be read in mid-run, saved likewise; 1 or
-2 an error that one line tells. A second signal ends the run at once.
+Exit codes:
+    0: training finished.
+    1, 2: error, reported in one line.
+    65 (EX_DATAERR): a sample could not be read during training; a checkpoint was saved.
+    75 (EX_TEMPFAIL): interrupted by SIGTERM or SIGINT; a checkpoint was saved, continue with
+        --config.resume.ckpt=latest.
+    128 + signal number: ended immediately by a second signal, without saving.
 """
 
 # ruff: noqa: E402
 from wallx_jax.utils import signals
 
-if __name__ == "__main__":  # importing the rest takes seconds, in which Ctrl-C shall not end in a traceback either
+if __name__ == "__main__":  # the imports below take seconds; Ctrl-C must not print a traceback during them
     signals.Watch(signals.end_at_once).__enter__()
 
 import contextlib
@@ -64,36 +68,40 @@ from wallx_jax.utils.files import write_text
 
 logger = logging.getLogger(__name__)
 
-# Files of a model directory that later users of a checkpoint look for beside the tokenizer.
+# Files of a model directory that consumers of a checkpoint expect next to the tokenizer.
 EXTRA_ASSETS = ("preprocessor_config.json", "video_preprocessor_config.json", "generation_config.json",
                 "chat_template.json", "chat_template.jinja")  # fmt: skip
-# What is told in one line: wrong input and settings, and what the machine lacks. Other exceptions are faults of the
-# program, and show where.
+# Exceptions reported in one line: invalid input or settings, and missing resources. All others are bugs and keep their
+# traceback.
 USER_ERRORS = (OSError, ValueError, ImportError, RuntimeError, MemoryError)
 
 
 def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
-    """Trains as configured and returns the directory of the last checkpoint.
+    """Train as configured.
 
-    Everything that can be wrong with configuration, devices, dataset, prompt, model directory or resume is found before
-    any weight is loaded.
+    Configuration, devices, dataset, prompt, model directory and resume settings are all checked before any weights are
+    loaded.
 
     Args:
-        dry_run: stop there, print the plan and return None; nothing is written.
+        config: settings, see `wallx_jax.config.default_config`.
+        dry_run: stop after the checks and print the plan; nothing is written.
+
+    Returns:
+        Directory of the last checkpoint; None for a dry run.
 
     Raises:
-        ConfigError, DeviceError, CheckpointError, WeightsError, FileNotFoundError, ValueError: what is wrong, and the
-            remedy.
+        ConfigError, DeviceError, CheckpointError, WeightsError, FileNotFoundError, ValueError: a check failed; the
+            message gives the remedy.
         NonFiniteError: training diverged.
-        UnreadableData: a sample could not be read in mid-run; a checkpoint has been saved.
-        Interrupted: SIGTERM or SIGINT came while training; a checkpoint has been saved.
+        UnreadableData: a sample could not be read during training; a checkpoint has been saved.
+        Interrupted: SIGTERM or SIGINT arrived during training; a checkpoint has been saved.
     """
     with contextlib.ExitStack() as stack:
         return _run(config, dry_run, stack)
 
 
 def _run(config: ConfigDict, dry_run: bool, stack: contextlib.ExitStack) -> Path | None:
-    """`run`; `stack`: what is to be closed at its end."""
+    """Run `run`; resources to close at the end are registered on `stack`."""
     settings = init.resumable(resolve(config))
     preflight.check_folders(settings)
     distributed.initialize(settings.distributed)
@@ -214,7 +222,7 @@ def _run(config: ConfigDict, dry_run: bool, stack: contextlib.ExitStack) -> Path
     sizes = (global_batch, eval_batch if evaluates else None)
     objective = make_objective(settings, processors[0].tokenizer, [part.name for part in parts])
     steps = compile_steps(settings, origin.config, decay_steps, state, sample, sizes, objective, mesh, progress)
-    distributed.meet()  # some compile longer than others
+    distributed.meet()  # compile times differ between processes
     stop = stack.enter_context(StopRequest(mesh, give_up))
     state = run_loop(
         state, batches, steps, total_steps, global_batch, loop, mesh, held_out, writer, progress, save,
@@ -230,7 +238,7 @@ def _run(config: ConfigDict, dry_run: bool, stack: contextlib.ExitStack) -> Path
 
 
 def write_assets(parts: Sequence[Part], processors: Sequence[Processor], model_files: Path, folder: Path) -> None:
-    """The files that go into every checkpoint: preprocessing, and the model directory's image-processor files."""
+    """Write the files that go into every checkpoint: processors, and EXTRA_ASSETS of the model directory."""
     processors[0].save(folder)
     if len(parts) > 1:
         for part, processor in zip(parts, processors, strict=True):
@@ -241,7 +249,7 @@ def write_assets(parts: Sequence[Part], processors: Sequence[Processor], model_f
 
 
 def make_objective(settings: RunConfig, tokenizer: Tokenizer, datasets: Sequence[str]) -> Objective:
-    """What is trained and measured: the flow loss, or FAST tokens and how many of them are hit."""
+    """Return what to train and measure: flow matching, or FAST tokens as text with their accuracy."""
     loop = settings.loop
     speaks = settings.model.use_fast_tokenizer
     ids = (tokenizer.fast_start, tokenizer.fast_start + tokenizer.fast_size) if speaks else None
@@ -260,9 +268,18 @@ def compile_steps(
     mesh: Mesh,
     progress: Progress,
 ) -> Steps:
-    """Compiles the train step, and the evaluation step where there is held-out data, for this run's shapes.
+    """Compile the train step and, if there is held-out data, the evaluation step for this run's shapes.
 
-    `batch_sizes`: samples of a whole update, and of an evaluation batch (None: no evaluation).
+    Args:
+        settings: the run's configuration.
+        model: architecture and numerics.
+        decay_steps: updates over which the learning rate decays.
+        state: initial train state.
+        sample: one training sample without batch axis, for shapes and dtypes.
+        batch_sizes: (samples per update, samples per evaluation batch); None as the latter: no evaluation.
+        objective: what to train and measure.
+        mesh: devices of the run.
+        progress: displays what is being compiled.
     """
     loop, (train_size, eval_size) = settings.loop, batch_sizes
     train_step = make_train_step(model, settings.optim, decay_steps, objective, loop.seed)
@@ -280,7 +297,8 @@ def compile_steps(
 
 
 def main(config: ConfigDict, dry_run: bool = False) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)  # in place of absl's
+    """Run training as a command: print the configuration, report errors in one line, set the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)  # not absl's
     for library in ("absl", "jax"):
         logging.getLogger(library).setLevel(logging.WARNING)
     with signals.Watch(lambda number: shutdown.leave(f"interrupted by {number.name}", EXIT_CODE)):
@@ -288,7 +306,7 @@ def main(config: ConfigDict, dry_run: bool = False) -> None:
             settings = resolve(config)
             distributed.initialize(settings.distributed)
             with shutdown.together():
-                devices.require(settings.platform)  # before anything else asks JAX for its devices
+                devices.require(settings.platform)  # before anything else initializes JAX's devices
                 if jax.process_index() == 0:
                     print(render(config))
                 else:
@@ -305,7 +323,7 @@ def main(config: ConfigDict, dry_run: bool = False) -> None:
 
 
 def told(error: BaseException) -> str:
-    """What an exception says. JAX adds pages about memory; our own errors may be lists and keep their lines."""
+    """Return the message of an exception, without JAX's pages on memory; our own errors may span several lines."""
     text = str(error).strip()
     if isinstance(error, MemoryError) or text.startswith("RESOURCE_EXHAUSTED"):
         reason = text.splitlines()[0] if text else "no memory left"

@@ -1,4 +1,4 @@
-"""The configuration of a run: every setting with its default, checked and resolved."""
+"""Define, validate and resolve the configuration of a training run."""
 
 from wallx_jax.config.resolve import default_config, flatten, recorded, resolve
 from wallx_jax.utils.errors import ConfigError

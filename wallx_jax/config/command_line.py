@@ -1,4 +1,4 @@
-"""`--config=FILE --config.key=value --workdir=DIR`: flags, one-line errors, and the configuration as text."""
+"""Parse `--config=FILE --config.key=value --workdir=DIR` with one-line errors, and render a configuration as text."""
 
 import ast
 import difflib
@@ -16,19 +16,23 @@ from ml_collections import ConfigDict, config_flags
 from wallx_jax.config.resolve import PER_DATASET, TABLES, default_config, flatten
 from wallx_jax.utils.errors import ConfigError
 
-flags.disclaim_key_flags()  # --config and --workdir are flags of the program that is launched: its --help has them
-_ORDINARY: list[str] = []  # the command line that ml_collections looks at: without settings in tables
+flags.disclaim_key_flags()  # so that the launched program's --help lists --config and --workdir
+_ORDINARY: list[str] = []  # the arguments that ml_collections parses: all but settings in tables
 
 
 class CommandLineError(ValueError):
-    """A wrong command line, in one line."""
+    """An invalid command line, described in one line."""
 
 
 def launch(main: Callable[[ConfigDict], None], needs_config: bool = True) -> None:
-    """Runs `main(config)` for this process's command line; without `needs_config` the config may be None.
+    """Parse this process's command line and run `main(config)`.
 
-    A wrong command line, or settings that `main` refuses with a CommandLineError or ConfigError, end the process with
-    exit code 2 and the message alone.
+    If the command line is invalid, or `main` raises a CommandLineError or ConfigError, print only the message and exit
+    with code 2.
+
+    Args:
+        main: called with the configuration.
+        needs_config: whether --config is required; if not, `main` may be called with None.
     """
     values = flags.FLAGS
     use_any_terminal()
@@ -62,11 +66,18 @@ def launch(main: Callable[[ConfigDict], None], needs_config: bool = True) -> Non
 def parse_config(
     argv: Sequence[str], values: flags.FlagValues, needs_config: bool = True
 ) -> tuple[ConfigDict | None, Sequence[str]]:
-    """The configuration that a command line asks for, and the arguments left over. `needs_config` False: None if it
-    asks for none.
+    """Parse a command line.
+
+    Args:
+        argv: command line, beginning with the program's name.
+        values: flags to parse into.
+        needs_config: whether --config is required.
+
+    Returns:
+        The configuration (None if --config is neither given nor required), and the remaining arguments.
 
     Raises:
-        CommandLineError: for an unknown key, a wrong type, a file that fails or arguments that nobody reads.
+        CommandLineError: an unknown key, a wrong type, a configuration file that fails, or an unexpected argument.
     """
     try:
         argv = values.read_flags_from_files(argv, force_gnu=False)
@@ -76,13 +87,13 @@ def parse_config(
         if config is None and needs_config:
             raise CommandLineError("which configuration? Add --config=FILE, e.g. --config=configs/aloha.py")
         if config is not None and not isinstance(config, ConfigDict):
-            getattr(config, "lock", None)  # stands for a file that could not be read: any access raises why
+            getattr(config, "lock", None)  # a placeholder for a file that failed to load: any access raises the cause
             raise CommandLineError(f"get_config() returned {type(config).__name__}; return a changed default_config()")
         for setting in in_tables:
             _set_in_table(config, *setting)
     except CommandLineError:
         raise
-    except Exception as error:  # flags, ml_collections and the user's file raise whatever they like
+    except Exception as error:  # absl, ml_collections and the user's file may raise anything
         raise CommandLineError(explain(error, argv)) from error
     if rest[1:]:
         raise CommandLineError(f"do not know what {rest[1]!r} is; settings are written --config.key=value")
@@ -92,7 +103,7 @@ def parse_config(
 
 
 def explain(error: Exception, argv: Sequence[str]) -> str:
-    """One line for an exception that parsing the command line raised: what is wrong, and the nearest key."""
+    """Describe an exception from parsing the command line in one line, with the nearest known key."""
     known, settings = flatten(default_config()), _settings(argv)
     for argument, key in settings:
         if key not in known and _table(key) is None:
@@ -101,7 +112,7 @@ def explain(error: Exception, argv: Sequence[str]) -> str:
         return f"no such configuration file: {_config_file(argv)}"
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    # ml_collections puts a whole traceback of the configuration file into the message; its last line is the point.
+    # ml_collections puts the configuration file's whole traceback into the message; its last line has the cause.
     last = lines[-1] if lines else type(error).__name__
     file = _config_file(argv)
     if own := re.findall(rf'File "[^"]*{re.escape(Path(file).name)}", line (\d+)', text):
@@ -115,21 +126,21 @@ def explain(error: Exception, argv: Sequence[str]) -> str:
 
 
 def _settings(argv: Sequence[str]) -> list[tuple[str, str]]:
-    """(argument, key) of each `--config.key`."""
+    """Return (argument, key) for each `--config.key`."""
     matches = [re.fullmatch(r"--?(?:no)?config\.([^=]+)(=.*)?", argument, re.DOTALL) for argument in argv[1:]]
     return [(match[0], match[1]) for match in matches if match]
 
 
 def _table(key: str) -> str | None:
-    """The table that a key is, or is in."""
+    """Return the table that `key` names or belongs to, if any."""
     return next((table for table in TABLES if f"{key}.".startswith(f"{table}.")), None)
 
 
 def _without_tables(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str, str]]]:
-    """Splits off the settings in tables, which may have names that the configuration lacks: ml_collections takes none.
+    """Split off settings in tables, which may add names to the configuration; ml_collections only accepts known keys.
 
     Returns:
-        the rest of the command line; (argument, key, value as text) of each setting in a table.
+        The remaining command line, and (argument, key, value as text) for each setting in a table.
     """
     ordinary, in_tables, rest = [], [], list(argv)
     while rest:
@@ -145,7 +156,7 @@ def _without_tables(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str
 
 
 def _set_in_table(config: ConfigDict, argument: str, key: str, text: str) -> None:
-    """Replaces a whole table, or sets one of its entries, which may be new."""
+    """Replace a whole table, or set one of its entries, which may be new."""
     table = _table(key)
     inside = key[len(table) + 1 :]
     names = inside.split(".") if table == "datasets" else [inside]
@@ -168,12 +179,12 @@ def _set_in_table(config: ConfigDict, argument: str, key: str, text: str) -> Non
         config = config[parent]
     try:
         config[last] = content
-    except ValueError:  # of all texts ConfigDict refuses these alone
+    except ValueError:  # ConfigDict rejects only names with dots
         raise CommandLineError(f"{argument}: a name has a dot; use names without dots") from None
 
 
 def _takes_text(table: str, names: list[str]) -> bool:
-    """Whether an entry is text as it is written, also where it looks like a number."""
+    """Return whether an entry is always a string, even if it looks like a number."""
     if table == "datasets":
         *parents, last = names
         return "camera_views" in parents or (last in PER_DATASET and default_config().get_type(last) is str)
@@ -181,7 +192,7 @@ def _takes_text(table: str, names: list[str]) -> bool:
 
 
 def _literal(text: str) -> Any:
-    """A Python literal, as ml_collections reads tuples; other text is text."""
+    """Parse a Python literal, as ml_collections parses tuples; anything else is a string."""
     try:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError):
@@ -189,14 +200,16 @@ def _literal(text: str) -> Any:
 
 
 def use_any_terminal() -> None:
-    """Makes standard output write what its encoding lacks as escapes: in a C locale a name may fail to print."""
+    """Make stdout escape characters that its encoding lacks: in a C locale, printing a name may fail."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def render(config: ConfigDict) -> str:
-    """Sorted YAML, one `key: value` per line as it would be written after `--config.`; `# *` marks, with its default,
-    each value that differs."""
+    """Render a configuration as sorted YAML, one `key: value` per line, with keys as in `--config.key`.
+
+    A value that differs from its default is marked with `# * default: VALUE`.
+    """
     defaults = flatten(default_config())
     lines = []
     for key, value in sorted(flatten(config).items()):
@@ -218,7 +231,7 @@ def _yaml(value: object) -> str:
 
 
 class _OneLine(yaml.SafeDumper):
-    """Escapes line breaks in texts."""
+    """YAML dumper that escapes line breaks in strings, so that each value takes one line."""
 
     def represent_str(self, text: str) -> yaml.ScalarNode:
         return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
@@ -228,7 +241,7 @@ _OneLine.add_representer(str, _OneLine.represent_str)
 
 
 def _nearest_key(key: str, known: list[str]) -> str:
-    """Compares whole keys and, for `resume_ckpt` or `remat`, the parts after the last dot."""
+    """Suggest the nearest key, comparing whole keys, then last components (`remat` suggests `numerics.remat`)."""
     last = {name.rsplit(".", 1)[-1]: name for name in known}
     close = difflib.get_close_matches(key, known, 1, 0.5) or [
         last[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(last), 1, 0.5)

@@ -1,7 +1,7 @@
-"""A robot's state or action as parts of a dataset's features.
+"""Parse and resolve feature slices, which define a robot's state or action vector in terms of dataset features.
 
-A vector is written "action[0:6],action.gripper": dims 0 to 5 of one feature, then all dims of another. The name of one
-feature is the commonest vector.
+A vector is written as comma-separated slices: "action[0:6],action.gripper" is dims 0 to 5 of one feature, then all dims
+of another. Most vectors are just the name of one feature.
 """
 
 import re
@@ -9,14 +9,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-Features = Mapping[str, Mapping[str, Any]]  # info.json's: {key: {"dtype", "shape", "names"}}
-BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")  # every LeRobot dataset has these
-NUMBER = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)")  # dtypes of a vector's numbers
+Features = Mapping[str, Mapping[str, Any]]  # from info.json: {key: {"dtype", "shape", "names"}}
+BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")  # present in every LeRobot dataset
+NUMBER = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)")  # dtypes that a vector may have
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Dims `start` to `stop` - 1 of a feature; `stop` None: to its end."""
+    """A range of dims of one feature.
+
+    Attributes:
+        feature: name of the feature.
+        start: first dim.
+        stop: one past the last dim; None: to the end of the feature.
+    """
 
     feature: str
     start: int = 0
@@ -27,10 +33,10 @@ class Slice:
 
 
 def parse_slice(text: str) -> Slice:
-    """ "action[0:6]" or "action.gripper".
+    """Parse one slice, "action[0:6]" or "action.gripper".
 
     Raises:
-        ValueError: it is neither, or has no dims.
+        ValueError: the text has neither form, or the slice is empty.
     """
     match = re.fullmatch(r"([^\[\],]+)(?:\[(\d+):(\d+)\])?", text.strip())
     if match is None:
@@ -44,7 +50,7 @@ def parse_slice(text: str) -> Slice:
 
 
 def widths(features: Features) -> dict[str, int]:
-    """{feature: its dims} of the vectors of a dataset, without its bookkeeping."""
+    """Return {feature: number of dims} for a dataset's numeric 1-D features, without BOOKKEEPING."""
     return {
         name: int(feature["shape"][0])
         for name, feature in features.items()
@@ -54,10 +60,10 @@ def widths(features: Features) -> dict[str, int]:
 
 
 def bounded(part: Slice, features: Features) -> Slice:
-    """The slice with its `stop` filled in.
+    """Return the slice with its `stop` filled in.
 
     Raises:
-        ValueError: the dataset has no such vector, or it has fewer dims.
+        ValueError: the dataset has no such 1-D feature, or it has fewer dims.
     """
     known = widths(features)
     if part.feature not in known:
@@ -70,16 +76,16 @@ def bounded(part: Slice, features: Features) -> Slice:
 
 
 def locate(vector: str, features: Features) -> tuple[Slice, ...]:
-    """The parts of a vector, each with its `stop`.
+    """Parse a vector into its slices, each with its `stop` filled in.
 
     Raises:
-        ValueError: as `parse_slice` and `bounded`.
+        ValueError: as in `parse_slice` and `bounded`.
     """
     return tuple(bounded(parse_slice(text), features) for text in vector.split(","))
 
 
 def join(parts: Iterable[Slice], features: Features) -> str:
-    """The vector that has these parts, which have their `stop`, one after the other, in its shortest form."""
+    """Concatenate slices, each with its `stop`, into a vector in its shortest form; the inverse of `locate`."""
     joined: list[Slice] = []
     for part in parts:
         if joined and (joined[-1].feature, joined[-1].stop) == (part.feature, part.start):
@@ -90,7 +96,7 @@ def join(parts: Iterable[Slice], features: Features) -> str:
 
 
 def dim_names(vector: str, features: Features) -> list[str]:
-    """What the dataset calls each dim; where it says nothing its number, with its feature in a joined vector."""
+    """Return a name per dim: the dataset's if it has one, else its index ("FEATURE[INDEX]" with several slices)."""
     parts = locate(vector, features)
     joined = len(parts) > 1
     numbers = (f"{part.feature}[{dim}]" if joined else str(dim) for part in parts for dim in range(*_span(part)))
@@ -98,11 +104,11 @@ def dim_names(vector: str, features: Features) -> list[str]:
 
 
 def own_names(vector: str, features: Features) -> list[str | None]:
-    """What the dataset calls each dim; None where it says nothing."""
+    """Return the dataset's name for each dim; None for dims without a name."""
     named: list[str | None] = []
     for part in locate(vector, features):
         names, count = features[part.feature].get("names"), widths(features)[part.feature]
-        if isinstance(names, Mapping):  # {"motors": [...]}, or {name: number}
+        if isinstance(names, Mapping):  # {"motors": [names]}, or {name: index}
             lists = [value for value in names.values() if isinstance(value, list)]
             names = lists[0] if lists else list(names)
         said = isinstance(names, list) and len(names) == count
@@ -111,7 +117,7 @@ def own_names(vector: str, features: Features) -> list[str | None]:
 
 
 def place(vector: str, dim: int, features: Features) -> str:
-    """Where a dim of a vector is in the dataset: "action[5:6]"."""
+    """Return where one dim of a vector is in the dataset, as a slice such as "action[5:6]"."""
     places = [(part.feature, place) for part in locate(vector, features) for place in range(*_span(part))]
     feature, start = places[dim]
     return f"{feature}[{start}:{start + 1}]"

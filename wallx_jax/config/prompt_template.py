@@ -1,7 +1,7 @@
-"""The words of the prompt around images, instruction and proprioception, which a run may change.
+"""Define and validate the configurable prompt text around images, instruction and proprioception.
 
-The defaults are those that the published Wall-X weights were trained on (wall_x/data/utils.py upstream); a changed
-space changes the token ids. The chat frame (roles, turns, control tokens) is fixed: see data/prompt.py.
+The defaults are what the published Wall-X weights were trained with (wall_x/data/utils.py upstream); even a changed
+space changes the token ids. The chat format (roles, turns, control tokens) is fixed: see data/prompt.py.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ VIEW_NAMES = {
     "top_view": "top view",
 }
 
-# What each text with placeholders must contain, once each; the other texts are taken as they are.
+# Placeholders that each template must contain exactly once; the other texts are used verbatim.
 PLACEHOLDERS = {
     "image": ("{view}", "{image}"),
     "action": ("{images}", "{instruction}", "{proprioception}"),
@@ -29,16 +29,18 @@ PLACEHOLDERS = {
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The texts of a prompt. In those with placeholders, {{ and }} stand for braces.
+    """Prompt texts. In those with placeholders, literal braces are written {{ and }}.
 
-    system: what the system turn says.
-    view_names: words for camera views, as a mapping or pairs; added to VIEW_NAMES and kept as sorted pairs.
-    image: one camera; {view} is its words, {image} its picture.
-    action: the user turn that asks for robot actions; {images} is every camera's `image`.
-    language: the user turn that asks for the next subtask in words.
+    Attributes:
+        system: text of the system turn.
+        view_names: prompt text for each camera view, as a mapping or pairs; added to VIEW_NAMES and stored as sorted
+            pairs.
+        image: text for one camera; {view} is its `view_names` text, {image} its image tokens.
+        action: user turn that asks for robot actions; {images} is the `image` text of all cameras.
+        language: user turn that asks for the next subtask as text.
 
     Raises:
-        ValueError: if `template_errors` finds any.
+        ValueError: `template_errors` finds an invalid text.
     """
 
     system: str = "You are a helpful assistant."
@@ -57,13 +59,12 @@ class PromptTemplate:
             raise ValueError("; ".join(errors))
 
     def view_label(self, view: str) -> str:
-        """The words for a camera view; a view without any keeps its own name."""
+        """Return the prompt text for a camera view; by default the view's own name."""
         return dict(self.view_names).get(view, view)
 
 
 def template_errors(view_names: Mapping[str, str], **texts: str) -> list[str]:
-    """What is wrong with the texts of a template, under the names of the configuration: an entry for each wrong text,
-    with the remedy."""
+    """Return one error with the remedy per invalid text of a template, named by its configuration key."""
     texts |= {f"view_names.{view}": words for view, words in view_names.items()}
     problems = {name: _problems(text, PLACEHOLDERS.get(name)) for name, text in texts.items()}
     return [f"prompt.{name} = {texts[name]!r}: {'; '.join(found)}" for name, found in problems.items() if found]
@@ -91,5 +92,8 @@ def _problems(text: str, placeholders: tuple[str, ...] | None) -> list[str]:
 
 
 def _placeholder(name: str, spec: str, conversion: str | None) -> str:
-    """As it is written: a conversion or a format would change what is inserted, so that none is known."""
+    """Return a placeholder as written, with its conversion and format spec.
+
+    These would change what is inserted, so a placeholder that has one matches none of the known ones.
+    """
     return "{" + name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "") + "}"

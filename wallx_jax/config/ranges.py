@@ -1,4 +1,4 @@
-"""Ranges of numbers as text: "0:50,60" is 0 to 49 and 60, with slices as Python's."""
+"""Parse number ranges such as "0:50,60" (0 to 49, and 60), with slices as in Python."""
 
 import re
 from collections.abc import Sequence
@@ -7,13 +7,13 @@ import numpy as np
 
 
 def parse_ranges(text: str) -> tuple[tuple[int, int | None], ...]:
-    """Parses "START:STOP" and "NUMBER" entries separated by commas; a missing START is 0, a missing STOP is the end.
+    """Parse comma-separated "START:STOP" and "NUMBER" entries; a missing START is 0, a missing STOP is the end.
 
     Returns:
-        (start, stop) of each entry, stop excluded; None for the end.
+        (start, stop) of each entry, with stop exclusive; None for the end.
 
     Raises:
-        ValueError: an entry has another form or holds no number.
+        ValueError: an entry has another form, or its range is empty.
     """
     if not isinstance(text, str):
         raise ValueError(f"{text!r} is no text; write e.g. '0:50,60'")
@@ -33,17 +33,17 @@ def parse_ranges(text: str) -> tuple[tuple[int, int | None], ...]:
 
 
 def select(text: str, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Selects the numbers that lie in the ranges.
+    """Select the numbers that fall within the ranges.
 
     Args:
-        text: as for `parse_ranges`.
-        numbers: int [N], what there is.
+        text: ranges, as for `parse_ranges`.
+        numbers: int [N], the numbers to select from.
 
     Returns:
-        bool [N]: which of the numbers are selected.
+        bool [N], whether each number is selected.
 
     Raises:
-        ValueError: the text does not parse, or a range selects nothing.
+        ValueError: the text does not parse, or a range selects no number.
     """
     numbers = np.asarray(numbers)
     selected = np.zeros(len(numbers), bool)

@@ -1,7 +1,8 @@
-"""Configuration of a training run: every key with its default, and the checks that turn it into a RunConfig.
+"""Define all settings of a training run with their defaults, and validate them into a RunConfig.
 
-`default_config()` is the only place with defaults. Files in configs/ change it, `resolve` checks the result once, and
-nothing below train.py sees a ConfigDict. Names and defaults are those of the Wall-X training guide where it has them.
+`default_config` is the only place that defines defaults. Files in configs/ modify them, `resolve` validates the result
+once, and no code below train.py sees a ConfigDict. Names and defaults follow the Wall-X training guide where it has
+them.
 """
 
 import dataclasses
@@ -35,9 +36,10 @@ from wallx_jax.config.schema import (
 from wallx_jax.models.config import LoraConfig, Numerics
 from wallx_jax.utils.errors import ConfigError, nearest
 
-# Keys whose value is a table with names of the user's own.
+# Keys whose value is a table with user-defined names.
 TABLES = ("dof_config", "agent_pos_config", "camera_views", "resolution", "prompt.view_names", "datasets")
-# What an entry of `datasets` may say besides its weight; and what it does not take over from the first dataset.
+# PER_DATASET: what an entry of `datasets` may set besides its weight. FIRST_ONLY: settings of the first dataset that an
+# entry does not inherit, and their values there.
 PER_DATASET = (
     "repo_id", "dataset_revision", "camera_views", "resolution", "state_key", "action_key", "norm_stats_path",
     "dof_config", "agent_pos_config", "predict_action_keys", "obs_action_keys", "relative_action_keys", "episodes",
@@ -47,10 +49,10 @@ FIRST_ONLY = {"dataset_root": None, "dataset_revision": None, "norm_stats_path":
 
 
 class OrderedConfig(ConfigDict):
-    """A ConfigDict that keeps the order in which keys were written: the order of joints and cameras has a meaning."""
+    """A ConfigDict that preserves insertion order, because the order of joints and cameras matters."""
 
     def __init__(self, initial_dictionary=None, type_safe=True, convert_dict=True, **options):
-        if type(initial_dictionary) is dict:  # tables in tables too
+        if type(initial_dictionary) is dict:  # nested tables too
             initial_dictionary = {
                 key: OrderedConfig(value) if type(value) is dict else value for key, value in initial_dictionary.items()
             }
@@ -58,161 +60,167 @@ class OrderedConfig(ConfigDict):
 
 
 def default_config() -> OrderedConfig:
-    """All keys and their defaults, locked. None means "not given"; what follows from that is said beside the key."""
+    """Return all settings with their defaults, locked. None means "not set"; the comment says what applies then."""
     c = OrderedConfig()
 
-    # Model: a local directory or a hub repo id. WALL-OSS and Qwen2.5-VL are told apart by their tensors.
-    c.pretrained_wallx_path = placeholder(str)  # required
-    c.pretrained_revision = placeholder(str)  # hub branch, tag or commit; None: the default branch
-    c.action_expert_intermediate_size = 2048  # MLP channels of the new action expert, when starting from Qwen2.5-VL
-    c.use_fast_tokenizer = False  # True: actions are FAST text tokens; False: flow matching
-    c.action_tokenizer_path = placeholder(str)  # FAST tokenizer directory or repo id; required with use_fast_tokenizer
-    # Numerics, see models.config.Numerics. None: as the checkpoint says, else the default there.
+    # Model. WALL-OSS and Qwen2.5-VL weights are distinguished by their tensors.
+    c.pretrained_wallx_path = placeholder(str)  # required; local directory or Hub repo id
+    c.pretrained_revision = placeholder(str)  # Hub branch, tag or commit; None: the default branch
+    c.action_expert_intermediate_size = 2048  # MLP width of the new action expert when starting from Qwen2.5-VL
+    c.use_fast_tokenizer = False  # True: autoregressive FAST action tokens; False: flow matching
+    c.action_tokenizer_path = placeholder(str)  # FAST tokenizer, directory or repo id; for use_fast_tokenizer
+    # Numerics, see models.config.Numerics. None: the checkpoint's value if it has one, else the default there.
     c.numerics = OrderedConfig()
-    c.numerics.action_attention = placeholder(str)  # "bidirectional" or "causal" among action tokens
-    c.numerics.mrope_layout = placeholder(str)  # "qwen" or "upstream_cuda"
-    c.numerics.flow_loss = placeholder(str)  # mean over "all" channels or over the "valid" ones
-    c.numerics.masked_dims = placeholder(str)  # channels that the robot lacks "drift" or are "held" while sampling
-    c.numerics.param_dtype = placeholder(str)  # "float32" or "bfloat16", parameters and moments
-    c.numerics.compute_dtype = placeholder(str)  # "float32" or "bfloat16", activations
-    c.numerics.float32_islands = placeholder(bool)  # norms and action heads in float32
-    c.numerics.remat = placeholder(str)  # what the backward pass recomputes: "full", "dots" or "none"
+    c.numerics.action_attention = placeholder(str)  # attention among action tokens: "bidirectional" or "causal"
+    c.numerics.mrope_layout = placeholder(str)  # M-RoPE: "qwen" (as transformers) or "upstream_cuda"
+    c.numerics.flow_loss = placeholder(str)  # mean over "all" channels (masked ones are 0) or the "valid" ones
+    c.numerics.masked_dims = placeholder(str)  # sampling of channels the robot lacks: "drift", or "held" on a line to 0
+    c.numerics.param_dtype = placeholder(str)  # of parameters and optimizer moments: "float32" or "bfloat16"
+    c.numerics.compute_dtype = placeholder(str)  # of activations: "float32" or "bfloat16"
+    c.numerics.float32_islands = placeholder(bool)  # keep norms and action heads in float32
+    c.numerics.remat = placeholder(str)  # rematerialization per layer: "full", "dots" (keep matmul outputs) or "none"
 
     # Robot
-    c.robot_name = placeholder(str)  # upstream's customized_robot_config.name; must equal repo_id when given
-    # {name: what} of the action; empty: all dims of action_key under one name. What: a number of dims, in the order of
-    # action_key; or where they are in the dataset, "FEATURE[START:STOP]" or "FEATURE" (all of it), which may reorder,
-    # drop and join: {"arm": "action[0:6]", "gripper": "action.gripper"}. One or the other throughout a table.
-    c.dof_config = OrderedConfig()
-    c.agent_pos_config = OrderedConfig()  # the same of the state, with state_key
-    c.predict_action_keys = ()  # names in dof_config that are predicted, the others are masked; empty: all
-    c.obs_action_keys = ()  # names in agent_pos_config that the policy sees; empty: all
-    # Names whose actions are trained as the difference from the state at the chunk's start (openpi's delta actions),
-    # which acting adds again.
-    c.relative_action_keys = ()  # in dof_config and, with as many dims, in agent_pos_config; empty: none
+    c.robot_name = placeholder(str)  # upstream's customized_robot_config.name; if set, must equal repo_id
+    # Action groups, in order: {name: number of dims of action_key}; or {name: feature slice}, "FEATURE[START:STOP]" or
+    # "FEATURE" (all dims), to reorder, drop or join dims: {"arm": "action[0:6]", "gripper": "action.gripper"}. Do not
+    # mix numbers and slices in one table.
+    c.dof_config = OrderedConfig()  # empty: one group with all dims of action_key
+    c.agent_pos_config = OrderedConfig()  # state groups, likewise with state_key; empty: as dof_config if that fits
+    c.predict_action_keys = ()  # dof_config groups to predict, the others are masked; empty: all
+    c.obs_action_keys = ()  # agent_pos_config groups the policy observes, the others are masked; empty: all
+    # Groups trained as the difference from the state at the start of the chunk (openpi's delta actions); inference adds
+    # the state back. Each must be in dof_config and, with the same number of dims, in agent_pos_config.
+    c.relative_action_keys = ()  # empty: all actions are absolute
 
     # Dataset: LeRobot v3.0
-    c.repo_id = placeholder(str)  # required; a hub repo id or a local directory
-    c.dataset_root = placeholder(str)  # local directory of repo_id, which then only names the key mapping
-    c.dataset_revision = placeholder(str)  # hub branch, tag or commit; None: the newest v3.0 tag
-    c.download_videos = True  # fetch video files when downloading
-    c.episodes = placeholder(str)  # episodes to use, by episode_index: "0:50,60" is 0 to 49 and 60; None: all
-    c.unreadable_frames = "stop"  # a frame that cannot be decoded ends the run; "skip": another one takes its place
-    c.camera_views = OrderedConfig()  # {view: camera key} in prompt order; empty: the mapping known for repo_id
-    # Features with the state and the action, and their names in norm_stats.json; not used where agent_pos_config or
-    # dof_config say places themselves.
-    c.state_key = placeholder(str)  # None: the mapping known for repo_id, else "observation.state"
-    c.action_key = placeholder(str)  # None: the mapping known for repo_id, else "action"
+    c.repo_id = placeholder(str)  # required; Hub repo id or local directory
+    c.dataset_root = placeholder(str)  # local directory to read instead; repo_id then only selects the key mapping
+    c.dataset_revision = placeholder(str)  # Hub branch, tag or commit; None: the newest v3.0 tag
+    c.download_videos = True  # also download video files
+    c.episodes = placeholder(str)  # episode_index ranges to use: "0:50,60" is 0 to 49, and 60; None: all
+    c.unreadable_frames = "stop"  # on a frame that cannot be decoded: "stop" the run or "skip" to another frame
+    c.camera_views = OrderedConfig()  # {view: camera feature} in prompt order; empty: the known mapping for repo_id
+    # State and action features, also their keys in norm_stats.json; ignored if agent_pos_config or dof_config has
+    # feature slices.
+    c.state_key = placeholder(str)  # None: the known mapping for repo_id, else "observation.state"
+    c.action_key = placeholder(str)  # None: the known mapping for repo_id, else "action"
     views = ("face_view", "left_wrist_view", "right_wrist_view", "move1_view", "move2_view", "top_view", "wall_view")
-    c.resolution = OrderedConfig(dict.fromkeys(views, 256))  # {view: pixels of the longer side}; -1 keeps the size
-    # The prompt, of all datasets; the defaults are the words that Wall-X's weights were trained on. Each placeholder
-    # must be there once; {{ and }} are braces.
+    c.resolution = OrderedConfig(dict.fromkeys(views, 256))  # {view: longer side in pixels}; -1: as recorded
+    # Prompt text of all datasets; the defaults are what the Wall-X weights were trained with. Each placeholder must
+    # occur exactly once; write literal braces as {{ and }}.
     words = PromptTemplate()
     c.prompt = OrderedConfig()
-    c.prompt.system = words.system  # what the system turn says
-    c.prompt.view_names = OrderedConfig(VIEW_NAMES)  # {view: words}, added to these; others keep their own name
-    c.prompt.image = words.image  # one camera: {view} is its words, {image} its picture
-    c.prompt.action = words.action  # asks for actions: {images} of all cameras, {instruction}, {proprioception}
-    c.prompt.language = words.language  # asks for the next subtask in words: {images}, {instruction}
-    c.norm_stats_path = placeholder(str)  # norm_stats.json; None: computed from the dataset's tables
-    # More datasets to mix in: {name: {"repo_id": "...", "weight": 1.0, ...}}. The weight is how many of its samples
-    # there are for one of the first dataset's. An entry may also set, for itself, what PER_DATASET lists; what it does
-    # not set is as for the first, except statistics, which are its own.
+    c.prompt.system = words.system  # system turn
+    c.prompt.view_names = OrderedConfig(VIEW_NAMES)  # {view: text}, added to these; other views use their own name
+    c.prompt.image = words.image  # per camera: {view} is its text, {image} its image tokens
+    c.prompt.action = words.action  # request for actions; placeholders {images}, {instruction}, {proprioception}
+    c.prompt.language = words.language  # request for the next subtask; placeholders {images}, {instruction}
+    c.norm_stats_path = placeholder(str)  # norm_stats.json to use; None: computed from the dataset
+    # Additional datasets: {name: {"repo_id": "...", "weight": 1.0, ...}}. `weight` is the sampling ratio relative to
+    # the first dataset. An entry may also set any key in PER_DATASET; other keys are inherited from the first dataset,
+    # except those in FIRST_ONLY (normalization statistics are always its own).
     c.datasets = OrderedConfig()
-    c.train_test_split = 0.95  # share of the data that is trained on, in (0, 1]
-    c.split_mode = "episode"  # hold out whole "episode"s, or "frame"s of trained episodes as upstream does
-    c.split_seed = 42  # of the frame split
-    c.action_horizon = 32  # future actions per sample, in frames; the first is the current frame's
-    c.max_length = 768  # tokens of prompt and actions together; what does not fit is an error
-    c.max_fast_tokens = 256  # room for FAST tokens within max_length
-    c.augment = OrderedConfig()  # random changes of training images; strengths as openpi's
-    c.augment.enabled = False  # True: drawn anew each time a sample is trained on
-    c.augment.crop = 0.95  # share of the sides that a random window keeps, stretched to the whole; 1: no crop
-    c.augment.rotate_deg = 5.0  # largest angle, either way
-    c.augment.brightness = 0.3  # factor drawn from 1 - x to 1 + x; 0: as it is
-    c.augment.contrast = 0.4  # likewise
-    c.augment.saturation = 0.5  # likewise
-    c.augment.wrist_geometry = False  # crop and rotate wrist views too: their geometry says where the hand is
-    c.frame_cache = placeholder(str)  # directory to keep decoded, resized frames in; None: decode every time
-    c.num_workers = 4  # data processes; 0 reads in the training process
+    c.train_test_split = 0.95  # fraction of the episodes to train on, in (0, 1]
+    c.split_mode = "episode"  # hold out whole "episode"s, or random "frame"s of the trained episodes as upstream does
+    c.split_seed = 42  # for split_mode "frame"
+    c.action_horizon = 32  # actions per chunk, in frames, starting at the current frame
+    c.max_length = 768  # max tokens of prompt plus actions; a longer sample is an error
+    c.max_fast_tokens = 256  # tokens of max_length reserved for FAST actions
+    c.augment = OrderedConfig()  # random augmentation of training images; strengths as in openpi
+    c.augment.enabled = False  # True: augment every training sample
+    c.augment.crop = 0.95  # side of the random crop as a fraction of the image, resized back to full size; 1: no crop
+    c.augment.rotate_deg = 5.0  # max rotation in either direction, degrees
+    c.augment.brightness = 0.3  # x: factor drawn from [1 - x, 1 + x]; 0: off
+    c.augment.contrast = 0.4  # as brightness
+    c.augment.saturation = 0.5  # as brightness
+    c.augment.wrist_geometry = False  # also crop and rotate wrist views, whose geometry encodes the hand's pose
+    c.frame_cache = placeholder(str)  # cache directory for decoded, resized frames; None: decode every time
+    c.num_workers = 4  # data loading processes; 0: load in the training process
 
-    # Optimisation. Steps are optimizer updates.
-    c.optimizer = "adamw"  # or "adafactor", whose second moments are factored: 8 GiB less per moment at the 3B size
-    c.learning_rate = 9e-5  # peak
-    c.min_lr = 5e-5  # learning_rate at the end of the cosine; other peaks fall to the same share of themselves
-    c.num_warmup_steps = 100  # from 0 to the peak, linear
+    # Optimization. Steps are optimizer updates.
+    c.optimizer = "adamw"  # or "adafactor": factored second moment, no first; saves 8 GiB per moment at 3B
+    c.learning_rate = 9e-5  # peak, after warmup
+    c.min_lr = 5e-5  # learning rate at the end of the cosine decay; other peaks decay by the same factor
+    c.num_warmup_steps = 100  # steps of linear warmup from 0 to the peak
     c.batch_size_per_gpu = 8  # samples per device and micro-batch
     c.gradient_accumulation_steps = 1  # micro-batches per update
-    c.num_training_steps = placeholder(int)  # end of run and cosine; None: num_epoch decides
-    # An epoch of several datasets has as many samples as they have frames together.
-    c.num_epoch = 100  # passes over the training frames; 0: no limit; with num_training_steps, whichever ends first
-    c.weight_decay = 0.1  # on every parameter, as upstream
-    c.max_grad_norm = 1.0  # global norm that gradients are clipped to
-    c.flow_loss_weight = 1.0  # factor of the flow loss beside the cross-entropy
-    c.mask_padded_actions = False  # leave actions past the episode's end out of the flow loss; upstream trains them
+    c.num_training_steps = placeholder(int)  # steps of the run and of the cosine decay; None: from num_epoch
+    # With several datasets, an epoch has as many samples as the datasets have training frames in total.
+    c.num_epoch = 100  # epochs over the training frames, if num_training_steps does not end first; 0: no limit
+    c.weight_decay = 0.1  # decoupled (AdamW), on every trained parameter as upstream
+    c.max_grad_norm = 1.0  # clip gradients to this global norm
+    c.flow_loss_weight = 1.0  # weight of the flow loss relative to the cross-entropy
+    c.mask_padded_actions = False  # exclude actions past the end of the episode from the flow loss; upstream does not
     c.action_expert_learning_rate = placeholder(float)  # peak for the action expert; None: learning_rate
-    c.learning_rates = ()  # other peaks, "PATTERN=RATE": a regular expression found in a parameter's path; first match
-    c.freeze_vlm = False  # train the action side only
-    c.train_action_expert_only = False  # upstream's second name for the same
-    c.train_action_heads = True  # with one of these two: also the action heads, which upstream freezes
-    c.stochastic_rounding = True  # bfloat16 parameters and moments round up or down at random; False: to the nearest
-    c.ema_decay = placeholder(float)  # checkpoints hold this moving average of what is trained, to act with; None: none
-    c.lora = OrderedConfig()  # low-rank adapters, trained in place of the layers that they adapt; see models.lora
-    c.lora.rank = 0  # 0: none
-    c.lora.alpha = 32.0  # their output is multiplied by alpha / rank
-    c.lora.targets = ("decoder/layers/",)  # regular expressions for the paths of the linear layers that get one
-    c.max_nonfinite_steps = 10  # skipped updates that stop the run
-    c.seed = 42  # of initialisation, sample order and noise
+    c.learning_rates = ()  # peaks by parameter path, "REGEX=RATE"; the first match applies
+    c.freeze_vlm = False  # train only the action expert and the action heads
+    c.train_action_expert_only = False  # upstream's alias of freeze_vlm
+    c.train_action_heads = True  # False: freeze the action heads too, as upstream (needs freeze_vlm or lora.rank)
+    c.stochastic_rounding = True  # of bfloat16 parameters and moments; False: round to nearest
+    c.ema_decay = placeholder(float)  # keep a moving average of trained parameters for inference, e.g. 0.999; None: off
+    c.lora = OrderedConfig()  # low-rank adapters, trained instead of the layers that they adapt; see models.lora
+    c.lora.rank = 0  # rank of the adapters; 0: no adapters
+    c.lora.alpha = 32.0  # adapter outputs are scaled by alpha / rank
+    c.lora.targets = ("decoder/layers/",)  # regular expressions for the paths of the linear layers to adapt
+    c.max_nonfinite_steps = 10  # stop the run after this many skipped (NaN or Inf) updates in total
+    c.seed = 42  # for parameter initialization, sample order and noise
 
     # Devices
-    c.platform = placeholder(str)  # "cpu", "gpu" or "tpu"; None: JAX's choice, but never the CPU beside an NVIDIA GPU
-    # With layers apart compiling grows with depth (at the 3B size out of hand on a GPU), a save holds a second copy of
-    # the state for a moment, and adafactor clips each layer by itself.
-    c.scan_layers = True  # compile one layer and run it over the stack of all; False: each apart, for speed on a CPU
-    c.compile_cache = "auto"  # directory to keep compiled programs in, "auto" (see compile_cache.enable) or "off"
-    # Along each mesh axis; -1 on one of them takes the rest.
+    c.platform = placeholder(str)  # "cpu", "gpu" or "tpu"; None: JAX's choice, but not the CPU of a GPU machine
+    # Unrolled layers make compile time grow with depth (prohibitive on a GPU at the 3B size), each save briefly holds a
+    # second copy of the state, and adafactor clips updates per layer.
+    c.scan_layers = True  # scan over stacked layers; False: unroll them, which is faster on a CPU
+    c.compile_cache = "auto"  # directory for compiled programs, "auto" (see compile_cache.enable) or "off"
+    # Devices along each mesh axis; -1 on at most one axis takes the remaining devices.
     c.mesh = OrderedConfig()
-    c.mesh.data = -1  # copies of the model
-    c.mesh.fsdp = 1  # parameters and optimizer state cut along a width
-    c.mesh.tensor = 1  # heads and MLP width cut
+    c.mesh.data = -1  # data parallelism: copies of the model
+    c.mesh.fsdp = 1  # shards of parameters and optimizer state
+    c.mesh.tensor = 1  # tensor parallelism: shards of attention heads and MLP width
 
-    # Many processes: all three, the same in every process but for its number. None: as JAX_COORDINATOR_ADDRESS,
-    # JAX_NUM_PROCESSES and JAX_PROCESS_ID, SLURM or Open MPI say, else one process.
+    # Multi-process runs: set all three; they are the same in every process except process_id. None: from
+    # JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, SLURM or Open MPI, else a single process.
     c.distributed = OrderedConfig()
     c.distributed.coordinator = placeholder(str)  # "HOST:PORT" of process 0
-    c.distributed.num_processes = placeholder(int)  # of the whole run
-    c.distributed.process_id = placeholder(int)  # from 0
+    c.distributed.num_processes = placeholder(int)  # number of processes of the run
+    c.distributed.process_id = placeholder(int)  # index of this process, from 0
 
-    # Saving, resuming, evaluating, logging
-    c.save_path = placeholder(str)  # required; output directory, --workdir overrides it
-    c.save_interval = 1000  # steps between checkpoints; there is always one at the end
-    c.max_to_keep = 2  # newest checkpoints kept
+    # Checkpoints, resuming, validation, logging. Intervals are in steps (optimizer updates).
+    c.save_path = placeholder(str)  # required; output directory, overridden by --workdir
+    c.save_interval = 1000  # steps between checkpoints; the last step is always saved
+    c.max_to_keep = 2  # number of newest checkpoints to keep
     c.resume = OrderedConfig()
-    # A run that goes on must have the settings that have shaped it as they were, see training.resume.
-    c.resume.ckpt = placeholder(str)  # to continue from; "latest": the newest of save_path, a new run if it has none
-    c.resume.load_ckpt_only = False  # take its weights only: step, optimizer and data start anew
+    # A resumed run must keep the settings that determine its model, data and optimizer state, see training.resume.
+    c.resume.ckpt = placeholder(str)  # checkpoint to resume; "latest": the newest in save_path, or a new run if none
+    c.resume.load_ckpt_only = False  # load only the weights; step, optimizer state and data order start over
     c.eval_interval = 1000  # steps between validations; 0: never
-    c.eval_frames = 256  # held-out frames per validation, of each dataset, spread evenly; all where it has fewer
-    # With this limit the frames, and so the loss, depend on the batch size and the number of devices.
-    c.eval_batches = placeholder(int)  # at most so many batches of these frames; None: as many as it takes
-    c.eval_batch_size_per_gpu = placeholder(int)  # samples per device; None: batch_size_per_gpu
+    c.eval_frames = 256  # held-out frames per dataset and validation, evenly spaced; all if there are fewer
+    # With this limit, the frames and thus the loss depend on batch size and number of devices.
+    c.eval_batches = placeholder(int)  # max batches per dataset and validation; None: only eval_frames limits it
+    c.eval_batch_size_per_gpu = placeholder(int)  # validation samples per device; None: batch_size_per_gpu
     c.log_interval = 10  # steps between log lines
     c.use_wandb = False  # also log to Weights & Biases
-    c.log_project = "wallx_jax"  # its project
-    c.log_name = placeholder(str)  # its run name; None: the last part of save_path
-    c.profile = False  # write a profiler trace
-    c.profile_save_path = placeholder(str)  # None: save_path/profile
-    c.profile_wait_iters = 10  # steps before it
-    c.profile_warmup_iters = 5  # and further steps before it
-    c.profile_active_iters = 2  # steps in the trace
+    c.log_project = "wallx_jax"  # W&B project
+    c.log_name = placeholder(str)  # W&B run name; None: the last component of save_path
+    c.profile = False  # record a JAX profiler trace
+    c.profile_save_path = placeholder(str)  # trace directory; None: save_path/profile
+    c.profile_wait_iters = 10  # steps before the warmup of the trace
+    c.profile_warmup_iters = 5  # steps between the wait and the trace; not recorded either
+    c.profile_active_iters = 2  # steps to record
     return c.lock()
 
 
 def resolve(config: ConfigDict) -> RunConfig:
-    """Checks a configuration and freezes it.
+    """Validate a configuration.
+
+    Args:
+        config: a modified `default_config`.
+
+    Returns:
+        The configuration as frozen dataclasses.
 
     Raises:
-        ConfigError: listing every setting that is wrong.
+        ConfigError: settings are invalid; the message lists all of them.
     """
     given = flatten(config)
     values, errors = _checked(given)
@@ -232,7 +240,7 @@ def resolve(config: ConfigDict) -> RunConfig:
 
 
 def _checked(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Flat values, and everything that is wrong with them."""
+    """Return flat values, with invalid ones replaced by defaults where needed, and all their errors."""
     values, errors = _read(given)
     return values, errors + _value_errors(values) + _relation_errors(values)
 
@@ -290,12 +298,12 @@ def _run_config(v: Mapping[str, Any]) -> RunConfig:
 
 
 def _cameras(v: Mapping[str, Any]) -> Mapping[str, str]:
-    """{view: camera key} in prompt order."""
+    """Return {view: camera key} in prompt order."""
     return v["camera_views"] or KEY_MAPPINGS.get(v["repo_id"], ({},))[0]
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """{"resume.ckpt": value, ...}; the tables of `TABLES` stay together, as ordinary dicts."""
+    """Flatten a configuration to {"resume.ckpt": value, ...}; the tables in TABLES stay whole, as plain dicts."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
@@ -309,17 +317,19 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 
 
 def recorded(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The flat values of a configuration that a checkpoint keeps as JSON. What it does not say was not to be chosen
-    when it was written, and has the default."""
+    """Return the flat values of a configuration stored as JSON in a checkpoint.
+
+    Settings that did not exist when the checkpoint was written have their defaults.
+    """
     return _read({key: tuple(value) if isinstance(value, list) else value for key, value in config.items()})[0]
 
 
 def _plain(value: Any) -> Any:
-    """Tables in tables as ordinary dicts, in their order."""
+    """Convert nested tables to plain dicts, preserving their order."""
     return {key: _plain(inner) for key, inner in value.items()} if isinstance(value, ConfigDict) else value
 
 
-SLIP = 0.85  # likeness (difflib) from which on a name is taken for a misspelt one: a letter or two are wrong
+SLIP = 0.85  # difflib similarity above which a name counts as misspelled: one or two wrong letters
 OPTIMIZERS = ("adamw", "adafactor")
 PLATFORMS = ("cpu", "gpu", "tpu")
 REQUIRED = ("pretrained_wallx_path", "repo_id", "save_path")
@@ -336,8 +346,11 @@ NOT_NEGATIVE = (
 
 
 def _read(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Flat values and what is wrong with their names and types; a wrong value is replaced by its default, so that the
-    checks that follow can go on. ConfigDict itself lets through None, bools for numbers and any table."""
+    """Check names and types of flat values; ConfigDict itself accepts None, bools for numbers and any table.
+
+    Returns:
+        All settings, with values of the wrong type replaced by defaults so that later checks can proceed; and errors.
+    """
     defaults, errors = default_config(), []
     known = flatten(defaults)
     for key in given.keys() - known.keys():
@@ -345,7 +358,7 @@ def _read(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         errors.append(f"{key} = {given[key]!r}: no such setting{hint}")
     values = known | {key: value for key, value in given.items() if key in known}
     for key, default in known.items():
-        if default is None and values[key] == "None":  # how the command line says it of a text
+        if default is None and values[key] == "None":  # a None string setting on the command line
             values[key] = None
         value, kind = values[key], _type(defaults, key)
         if value is None and default is None:
@@ -395,7 +408,7 @@ def _read(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _entry_errors(name: str, entry: Any) -> list[str]:
-    """The form of an entry of `datasets`; what its settings say is checked like the first dataset's."""
+    """Check the keys and the weight of a `datasets` entry; its values are checked like the first dataset's."""
     if not isinstance(entry, Mapping) or not entry.get("repo_id"):
         return [f"datasets.{name} = {entry!r}: expected a table with a repo_id, a hub repo id or local directory"]
     errors = []
@@ -414,7 +427,7 @@ def _entry_errors(name: str, entry: Any) -> list[str]:
 
 
 def _value_errors(v: Mapping[str, Any]) -> list[str]:
-    """Each setting on its own."""
+    """Check each setting individually."""
     errors = [f"{key}: required; set it in the file or with --config.{key}=..." for key in REQUIRED if not v[key]]
     errors += [f"{key} = {v[key]!r}: must be above 0" for key in POSITIVE if v[key] is not None and v[key] <= 0]
     errors += [f"{key} = {v[key]!r}: must not be negative" for key in NOT_NEGATIVE if v[key] < 0]
@@ -498,7 +511,7 @@ def _distributed_errors(processes: Mapping[str, Any]) -> list[str]:
 
 
 def _relation_errors(v: Mapping[str, Any]) -> list[str]:
-    """Settings against each other."""
+    """Check settings against each other."""
     errors = []
     if v["min_lr"] > v["learning_rate"]:
         errors.append(f"min_lr = {v['min_lr']:g} exceeds learning_rate = {v['learning_rate']:g}: lower min_lr")
@@ -536,7 +549,7 @@ def _relation_errors(v: Mapping[str, Any]) -> list[str]:
             f"max_length, or lower {actions}"
         )
 
-    # Without a table of its own the state is named like the action, unless that says places of its own.
+    # Without its own table, the state has the names of the action, unless those are feature slices.
     places = any(isinstance(value, str) for value in v["dof_config"].values())
     names_in = {"dof_config": list(v["dof_config"])}
     names_in["agent_pos_config"] = list(v["agent_pos_config"] or ({} if places else v["dof_config"]))
@@ -571,14 +584,14 @@ def _relation_errors(v: Mapping[str, Any]) -> list[str]:
 
 
 def _nearest_view(view: str, cutoff: float) -> str | None:
-    """The known view whose name or words in the prompt are closest: "front_view" is called "face_view"."""
+    """Return the known view whose name or prompt text is closest: "face_view" for "front_view"."""
     names = {text: name for name, words in VIEW_NAMES.items() for text in (words, name)}
     close = difflib.get_close_matches(view, names, 1, cutoff)
     return names[close[0]] if close else None
 
 
 def _view_name_errors(*datasets: Mapping[str, Any]) -> list[str]:
-    """Words for views that none of the datasets has."""
+    """Report prompt texts for views that no dataset has."""
     known = list(dict.fromkeys([*VIEW_NAMES, *(view for v in datasets for view in _cameras(v))]))
     return [
         f"prompt.view_names.{view} = {words!r}: no camera has this view{nearest(view, known)}; known are {known}"
@@ -597,7 +610,7 @@ def _type(defaults: ConfigDict, key: str) -> type:
 
 
 def _pattern_and_rate(entry: str) -> tuple[str, float]:
-    """ "^vision/=1e-5" -> ("^vision/", 1e-5)."""
+    """Parse "^vision/=1e-5" into ("^vision/", 1e-5)."""
     pattern, _, rate = entry.rpartition("=")
     return pattern, float(rate)
 
@@ -614,10 +627,10 @@ def _is_place(text: str) -> bool:
 
 
 def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The entries "name.*" of flat values."""
+    """Return the entries "name.*" of flat values, without the prefix."""
     return {key[len(name) + 1 :]: value for key, value in values.items() if key.startswith(f"{name}.")}
 
 
 def _build(kind: type, values: Mapping[str, Any], **fields: Any) -> Any:
-    """Dataclass `kind` from `fields`, and the rest from the settings of the same name."""
+    """Build dataclass `kind` from `fields` and, for all other fields, from the settings of the same name."""
     return kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values} | fields)

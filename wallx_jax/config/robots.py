@@ -1,4 +1,4 @@
-"""Datasets and robots that are known by name: which cameras, state and action they have."""
+"""List the cameras and the state and action features of known datasets and robots."""
 
 _ALOHA_CAMERAS = {
     "face_view": "observation.images.cam_high",
@@ -25,7 +25,7 @@ KEY_MAPPINGS: dict[str, tuple[dict[str, str], str, str]] = {
     "robochallenge_aloha": (_ROBOCHALLENGE_CAMERAS, "observation.state", "action"),
 }
 
-# The 14 dimensions of lerobot/aloha_mobile_cabinet's state and action, in their order: the left arm, then the right.
-# (Upstream's example lists 13, without the left waist.)
+# The 14 dimensions of lerobot/aloha_mobile_cabinet's state and action, in dataset order: the left arm, then the right.
+# (Upstream's example lists 13; it lacks the left waist.)
 _JOINTS = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate", "gripper")
 ALOHA_DOF = {f"{side}_{joint}": 1 for side in ("left", "right") for joint in _JOINTS}

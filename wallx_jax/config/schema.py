@@ -1,4 +1,4 @@
-"""A checked configuration as frozen dataclasses: what `wallx_jax.config.resolve` returns and everything else reads."""
+"""Define the validated configuration: the frozen dataclasses that `wallx_jax.config.resolve` returns."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -10,7 +10,16 @@ from wallx_jax.models.config import LoraConfig, Numerics
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where the weights come from. `numerics`: the (field, value) pairs of models.config.Numerics that were set."""
+    """The source of the model's weights and its tokenizer; see `default_config`.
+
+    Attributes:
+        path: local directory or Hub repo id.
+        revision: branch, tag or commit on the Hub; None: the default branch.
+        action_expert_intermediate_size: MLP channels of a new action expert.
+        use_fast_tokenizer: whether actions are FAST tokens instead of flow-matching targets.
+        action_tokenizer_path: FAST tokenizer, local directory or Hub repo id.
+        numerics: (field, value) pairs of models.config.Numerics that the configuration sets.
+    """
 
     path: str
     revision: str | None
@@ -20,14 +29,24 @@ class ModelSource:
     numerics: tuple[tuple[str, Any], ...]
 
     def apply_numerics(self, base: Numerics) -> Numerics:
-        """The checkpoint's (or default) numerics with the configured fields replaced."""
+        """Return `base`, the numerics of the checkpoint or the defaults, with the configured fields replaced."""
         return dataclasses.replace(base, **dict(self.numerics))
 
 
 @dataclass(frozen=True)
 class RobotConfig:
-    """Named groups of dimensions, (name, dims) in the vector's order. `wallx_jax.data.validate.check_dataset` makes one
-    group of all dims of an empty table, and counts the dims where a table says places in the dataset, "action[0:6]"."""
+    """Named groups of state and action dims, in vector order.
+
+    `wallx_jax.data.validate.check_dataset` replaces an empty table by one group of all dims, and feature slices such as
+    "action[0:6]" by their number of dims.
+
+    Attributes:
+        dof: (name, number of dims or feature slice) of each action group.
+        agent_pos: the same for the state.
+        predict_keys: action groups that are predicted; the others are masked. Empty: all.
+        obs_keys: state groups that the policy observes; the others are masked. Empty: all.
+        relative_keys: action groups trained as the difference from the state; each is also a state group.
+    """
 
     dof: tuple[tuple[str, int | str], ...]
     agent_pos: tuple[tuple[str, int | str], ...]
@@ -36,15 +55,15 @@ class RobotConfig:
     relative_keys: tuple[str, ...] = ()
 
     def predicted(self) -> tuple[bool, ...]:
-        """One flag per action dim: is it predicted (True) or masked?"""
+        """Return one flag per action dim: True if it is predicted, False if it is masked."""
         return _used(self.dof, self.predict_keys)
 
     def observed(self) -> tuple[bool, ...]:
-        """One flag per state dim: does the policy see it?"""
+        """Return one flag per state dim: True if the policy observes it, False if it is masked."""
         return _used(self.agent_pos, self.obs_keys)
 
     def relative_to(self) -> tuple[int, ...]:
-        """Per action dim the state dim that it is relative to, or -1; empty where no action is relative."""
+        """Return, per action dim, the state dim that it is relative to, or -1; empty if no action is relative."""
         if not self.relative_keys:
             return ()
         first_of, first = {}, 0
@@ -57,7 +76,13 @@ class RobotConfig:
 
 @dataclass(frozen=True)
 class Camera:
-    """`view` names it in the prompt, `key` in the dataset; `resolution` is the longer side in pixels, -1 keeps it."""
+    """One camera of the robot.
+
+    Attributes:
+        view: name of the view, such as "face_view"; the prompt has its text in `PromptTemplate.view_names`.
+        key: the camera's feature in the dataset.
+        resolution: longer side of the resized image in pixels; -1 keeps the recorded size.
+    """
 
     view: str
     key: str
@@ -66,7 +91,7 @@ class Camera:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Strengths of data.augment; see `default_config`."""
+    """Strengths of the training image augmentations (data.augment); see `default_config`."""
 
     crop: float
     rotate_deg: float
@@ -78,14 +103,19 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The dataset and how it is read; see `default_config`.
-
-    Batch sizes are per device and micro-batch.
+    """The dataset and how to read it; see `default_config` for the fields that are not listed here.
 
     Attributes:
-        root: local directory; None for a dataset on the hub.
-        state_key, action_key: feature slices, see `wallx_jax.config.feature_slices`.
-        augment: None leaves images as they are.
+        repo_id: Hub repo id or local directory.
+        root: local directory; None for a dataset on the Hub.
+        cameras: in prompt order.
+        prompt: prompt texts.
+        state_key: feature slices of the state, see `wallx_jax.config.feature_slices`.
+        action_key: feature slices of the action.
+        action_horizon: A, future actions per sample.
+        augment: None: no augmentation.
+        batch_size: training samples per device and micro-batch.
+        eval_batch_size: validation samples per device.
     """
 
     repo_id: str
@@ -113,13 +143,20 @@ class DataConfig:
 
     @property
     def location(self) -> str:
-        """What to open: the local directory if there is one, else the repo id."""
+        """Where to open the dataset: the local directory if given, else the repo id."""
         return self.root or self.repo_id
 
 
 @dataclass(frozen=True)
 class MixedDataset:
-    """One of several datasets; `weight` is how many of its samples there are for one of the first dataset's."""
+    """An additional dataset of a mixture.
+
+    Attributes:
+        name: name of the dataset in this run.
+        weight: sampling ratio relative to the first dataset (2.0: twice as many samples).
+        data: the dataset and how to read it.
+        robot: its robot.
+    """
 
     name: str
     weight: float
@@ -129,7 +166,11 @@ class MixedDataset:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """See `default_config`."""
+    """Optimizer, learning rates, trainable parameters and adapters; see `default_config`.
+
+    Attributes:
+        learning_rates: (regular expression for parameter paths, peak learning rate); the first match applies.
+    """
 
     learning_rate: float
     min_lr: float
@@ -149,7 +190,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """Length, seeds, intervals (in optimizer updates) and outputs of the run. See `default_config`."""
+    """Length, seed, intervals (in optimizer updates) and outputs of the run; see `default_config`."""
 
     save_path: str
     seed: int
@@ -178,19 +219,31 @@ class LoopConfig:
     profile_active_iters: int
 
     def total_steps(self, frames: int, global_batch: int) -> int:
-        """Updates until the run ends: num_training_steps or num_epoch passes over the training frames, whichever comes
-        first. The last pass is a whole one, so that up to an update more is made."""
+        """Return the number of updates of the run: num_training_steps or num_epoch epochs, whichever ends first.
+
+        Epochs are rounded up to whole updates, so every frame of the last epoch is trained on.
+
+        Args:
+            frames: training frames per epoch.
+            global_batch: samples per update, over all devices and micro-batches.
+        """
         passes = -(-self.num_epoch * max(frames, 1) // global_batch)
         return min(limit for limit in (self.num_training_steps, passes) if limit)
 
     def decay_steps(self, frames: int, global_batch: int) -> int:
-        """Updates over which the learning rate falls: num_training_steps, even where num_epoch ends the run earlier."""
+        """Return the updates over which the learning rate decays: num_training_steps, even if num_epoch ends first."""
         return self.num_training_steps or self.total_steps(frames, global_batch)
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; -1 on one of them takes the rest."""
+    """Number of devices along each mesh axis; -1 on at most one axis takes the remaining devices.
+
+    Attributes:
+        data: data parallelism: copies of the model.
+        fsdp: parameters and optimizer state sharded, see `wallx_jax.training.sharding`.
+        tensor: tensor parallelism: attention heads and MLP width sharded.
+    """
 
     data: int
     fsdp: int
@@ -199,7 +252,13 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Who the processes of a run are. All None: one process, or as the environment says."""
+    """Settings of a multi-process run; all None: taken from the environment, else a single process.
+
+    Attributes:
+        coordinator: "HOST:PORT" of process 0.
+        num_processes: number of processes of the run.
+        process_id: index of this process, from 0.
+    """
 
     coordinator: str | None
     num_processes: int | None
@@ -208,6 +267,21 @@ class DistributedConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
+    """The validated configuration of a training run.
+
+    Attributes:
+        model: source of the weights.
+        robot: state and action dims of the first dataset.
+        data: the first dataset.
+        optim: optimizer.
+        loop: length, intervals and outputs.
+        mesh: device mesh.
+        platform: "cpu", "gpu" or "tpu"; None: JAX's choice.
+        compile_cache: directory, "auto" or "off", see `wallx_jax.utils.compile_cache.enable`.
+        distributed: processes of the run.
+        mixed: the datasets after the first.
+    """
+
     model: ModelSource
     robot: RobotConfig
     data: DataConfig
@@ -217,10 +291,10 @@ class RunConfig:
     platform: str | None
     compile_cache: str
     distributed: DistributedConfig
-    mixed: tuple[MixedDataset, ...] = ()  # datasets after the first
+    mixed: tuple[MixedDataset, ...] = ()
 
     def datasets(self) -> tuple[tuple[str, float, "RunConfig"], ...]:
-        """(name, weight, the run as if it had this dataset alone), the first one first."""
+        """Return (name, weight, the run as if this were its only dataset) for each dataset, in order."""
         first = dataclasses.replace(self, mixed=())
         others = (
             (part.name, part.weight, dataclasses.replace(first, data=part.data, robot=part.robot))
@@ -230,7 +304,7 @@ class RunConfig:
 
 
 def dataset_name(repo_id: str) -> str:
-    """The last part of a repo id or path: what the first of several datasets is called."""
+    """Return the last component of a repo id or path, which names the first dataset of a mixture."""
     return repo_id.rstrip("/").rsplit("/", 1)[-1]
 
 

@@ -1,4 +1,4 @@
-"""Reads the YAML configuration of the PyTorch Wall-X (workspace/lerobot_example/config_qact*.yml) as it is."""
+"""Translate an upstream (PyTorch) Wall-X YAML configuration (workspace/lerobot_example/config_qact*.yml)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from wallx_jax.config.resolve import TABLES, default_config
 from wallx_jax.utils.errors import nearest
 from wallx_jax.utils.files import read_text
 
-# Upstream's key -> ours. Of two that become one, the later wins.
+# Upstream's key -> ours. If two map to the same key, the later one wins.
 MAPPED = {
     key: key
     for key in (
@@ -41,7 +41,7 @@ MAPPED = {
 }  # fmt: skip
 
 _FRAMES = "frames are always read one by one, with action chunks by frame number"
-# Upstream's key -> why it has no setting here.
+# Upstream's key -> why it has no counterpart here.
 WITHOUT_MEANING = {
     "model_type": "WALL-OSS and Qwen2.5-VL weights are told apart by their tensors",
     "qwen_vl_act_config_path": "shapes come from the weights, and action_expert_intermediate_size",
@@ -66,14 +66,14 @@ _ROBOT = "customized_robot_config."
 
 
 def read_upstream_yaml(path: str | Path) -> tuple[ConfigDict, str]:
-    """An upstream configuration file in our terms.
+    """Read an upstream configuration file and translate its keys.
 
     Returns:
-        the configuration, locked, and a report of the keys that changed or have no meaning here.
+        The configuration, locked, and a report of the keys whose meaning changed or that have no counterpart here.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: in one line, with all keys that nobody knows, are written twice, or have a value of a wrong type.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not YAML, or keys are unknown, duplicated or of the wrong type; one line.
     """
     path = Path(path)
     if not path.is_file():
@@ -111,16 +111,16 @@ def read_upstream_yaml(path: str | Path) -> tuple[ConfigDict, str]:
 
 
 def _choose_robot(given: Mapping[str, Any], notes: dict[str, str]) -> dict[str, Any]:
-    """Leaves one description of the robot: upstream's customized one if it is switched on, else dof_config.
+    """Keep only one description of the robot: upstream's customized one if enabled, else dof_config.
 
-    With a customized robot, upstream's dof_config and action keys name the model's own 20 channels, and only for the
-    record: then they say nothing about this robot.
+    With a customized robot, upstream's dof_config and action keys merely record the names of the model's own 20
+    channels; they do not describe this robot.
     """
     given = dict(given)
     if given.get("enable_customized_robot_config") is False:
         return {key: value for key, value in given.items() if not key.startswith(_ROBOT)}
     custom = given.get(f"{_ROBOT}customized_dof_config")
-    if not custom or not isinstance(custom, Mapping):  # of another type: an error when it is assigned
+    if not custom or not isinstance(custom, Mapping):  # a wrong type is reported by _assign
         return given
     state = given.get(f"{_ROBOT}customized_agent_pos_config")
     state = state if state and isinstance(state, Mapping) else custom
@@ -135,7 +135,7 @@ def _choose_robot(given: Mapping[str, Any], notes: dict[str, str]) -> dict[str, 
 
 
 def _assign(config: ConfigDict, target: str, value: Any) -> str | None:
-    """Sets config.target; returns what is wrong instead of raising. YAML 1.1 reads 5e-5 as a string: it is a number."""
+    """Set config.target; return an error instead of raising. Numbers may be strings: YAML 1.1 reads 5e-5 as one."""
     *parents, last = target.split(".")
     for parent in parents:
         config = config[parent]
@@ -158,19 +158,19 @@ _KINDS = {dict: "a table", tuple: "a list", bool: "true or false", int: "a whole
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"data.action_horizon": value}; does not look into the values of keys that are known."""
+    """Flatten a tree to {"data.action_horizon": value}; the values of known keys are kept whole."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and name not in MAPPED and name not in WITHOUT_MEANING:
             flat |= _flatten(value, f"{name}.")
         elif value is not None or not any(other.startswith(f"{name}.") for other in (*MAPPED, *WITHOUT_MEANING)):
-            flat[name] = value  # an empty section, like `resume:` with all its lines commented out, says nothing
+            flat[name] = value  # skips empty sections, such as `resume:` with all its lines commented out
     return flat
 
 
 def _report(path: Path, notes: Mapping[str, str]) -> str:
-    """One block; keys with the same reason share a line."""
+    """Format the notes as one block; keys with the same reason share a line."""
     reasons: dict[str, list[str]] = {}
     for key, reason in notes.items():
         reasons.setdefault(reason, []).append(key)
@@ -179,7 +179,7 @@ def _report(path: Path, notes: Mapping[str, str]) -> str:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Plain YAML, where a key written twice is an error."""
+    """YAML loader that rejects duplicate keys."""
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key) for key, _ in node.value]

@@ -1,6 +1,6 @@
-"""Which devices JAX found, and whether they are the ones that were asked for.
+"""Check that JAX runs on the requested platform.
 
-JAX falls back to the CPU with a log line when it cannot use a GPU; a run would go on a hundred times slower.
+When JAX cannot use a GPU it only logs a line and falls back to the CPU; a run would continue a hundred times slower.
 """
 
 import importlib.metadata
@@ -17,18 +17,22 @@ _ALIASES = {"cuda": "gpu", "rocm": "gpu"}
 
 
 class DeviceError(RuntimeError):
-    """JAX does not have the devices that were asked for; the message is for the user."""
+    """JAX does not have the requested devices; the message is meant for the user."""
 
 
 def require(platform: str | None) -> str:
-    """The platform ("cpu", "gpu" or "tpu") that JAX computes on, once it is the right one.
+    """Return the platform that JAX computes on after checking that it is the requested one.
 
     Args:
-        platform: what is asked for; "cpu" also makes JAX take it, if it has not started yet. None: what JAX_PLATFORMS
-            says, else any, except for the CPU of a machine with an NVIDIA GPU.
+        platform: the requested platform, "cpu", "gpu" or "tpu". "cpu" also selects the CPU, unless JAX has already
+            been initialized. None accepts the platform in JAX_PLATFORMS or, if that is unset, any platform except the
+            CPU of a machine with an NVIDIA GPU.
+
+    Returns:
+        "cpu", "gpu" or "tpu".
 
     Raises:
-        DeviceError: it is another one; the message says why and what helps.
+        DeviceError: JAX uses another platform or cannot start this one; the message gives the cause and the remedy.
     """
     named = jax.config.jax_platforms or ""
     if platform == "cpu":
@@ -37,7 +41,7 @@ def require(platform: str | None) -> str:
     by = f"platform = {platform!r}" if platform else f"JAX_PLATFORMS={named}"
     try:
         found = jax.default_backend()
-    except (RuntimeError, AssertionError) as error:  # the latter where no plugin knows the platform
+    except (RuntimeError, AssertionError) as error:  # AssertionError if no plugin provides the platform
         raise DeviceError(f"{by}: JAX cannot start it ({_line(error)}); {_remedy(asked, found=None)}") from None
     if asked:
         if found != _ALIASES.get(asked, asked):
@@ -53,7 +57,7 @@ def require(platform: str | None) -> str:
 
 
 def nvidia_gpus(proc: Path = Path("/proc/driver/nvidia")) -> list[str]:
-    """Names of the NVIDIA GPUs that the driver, not JAX, knows of; CUDA_VISIBLE_DEVICES="" or -1 hides them all."""
+    """Return the names of the NVIDIA GPUs known to the driver, not to JAX; CUDA_VISIBLE_DEVICES="" or -1 hides all."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return []
     lines = [line for file in sorted(proc.glob("gpus/*/information")) for line in file.read_text("utf-8").splitlines()]
@@ -64,13 +68,13 @@ def nvidia_gpus(proc: Path = Path("/proc/driver/nvidia")) -> list[str]:
     query = [program, "--query-gpu=name", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=SMI_TIMEOUT_S)
-    except (OSError, subprocess.TimeoutExpired):  # a driver that hangs is no reason to hang with it
+    except (OSError, subprocess.TimeoutExpired):  # do not hang if the driver hangs
         return []
     return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
 
 
 def cuda_plugins() -> dict[str, str]:
-    """{package: version} of JAX's CUDA plugins that are installed."""
+    """Return {package: version} of the installed JAX CUDA plugins."""
     found = {}
     for distribution in importlib.metadata.distributions():
         name = distribution.metadata["Name"] or ""
@@ -100,7 +104,7 @@ def _remedy(asked: str, found: str | None) -> str:
 
 
 def _failure() -> str:
-    """Why JAX has no GPU, in its words."""
+    """Return JAX's own error for why it has no GPU."""
     try:
         jax.devices("gpu")
     except RuntimeError as error:

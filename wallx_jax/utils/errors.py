@@ -1,17 +1,17 @@
-"""Errors that users can fix, and how a command reports them."""
+"""Define errors that users can fix, and the hints in their messages."""
 
 import difflib
 from collections.abc import Sequence
 
 
 class ConfigError(ValueError):
-    """One or more wrong settings.
+    """One or more invalid settings.
 
-    The message lists all of them, each with its value and the remedy.
+    The message lists every invalid setting with its value and the remedy.
 
     Attributes:
         errors: one line per setting.
-        offer: what there is to choose from; appended to the message.
+        offer: the available choices (e.g. a dataset's cameras), appended to the message.
     """
 
     def __init__(self, *errors: str, offer: str = ""):
@@ -21,6 +21,6 @@ class ConfigError(ValueError):
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """Returns ' (did you mean "x"?)' for the known name closest to `name`, or an empty string."""
+    """Return ' (did you mean "x"?)' for the known name closest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
     return f' (did you mean "{close[0]}"?)' if close else ""

@@ -1,27 +1,29 @@
-"""What the extras of the package bring along, and the one line that says that they are missing."""
+"""Check that the package's optional dependencies (extras) are installed, and report missing ones in one line."""
 
 import importlib.util
 import sys
 
-# As in pyproject.toml, by the names that are imported.
+# The same packages as in pyproject.toml, by import name.
 PACKAGES = {"train": ("av", "grain", "matplotlib", "pyarrow", "tensorboardX"), "wandb": ("wandb",)}
 
 
 def install(extra: str) -> str:
-    """The command that installs an extra."""
+    """Return the command that installs an extra."""
     return f'pip install "wallx-jax[{extra}]"'
 
 
 def require(extra: str, module: str, doc: str | None = None) -> None:
-    """Called at the top of a module, before the imports that need an extra. Where it is not complete a command ends in
-    one line, and its --help shows what it is for all the same.
+    """Require the packages of an extra; call this at the top of a module, before the imports that need them.
+
+    If a package is missing, a command exits with a one-line error; its --help still prints `doc`.
 
     Args:
+        extra: a key of PACKAGES.
         module: the caller's __name__.
-        doc: the caller's __doc__.
+        doc: the caller's __doc__, which --help prints.
 
     Raises:
-        ModuleNotFoundError: likewise in one line, where the module is imported.
+        ModuleNotFoundError: a package is missing and the module is being imported rather than run.
     """
     missing = [package for package in PACKAGES[extra] if not _is_installed(package)]
     if not missing:
@@ -38,5 +40,5 @@ def require(extra: str, module: str, doc: str | None = None) -> None:
 def _is_installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):  # blocked; or imported without a specification
+    except (ImportError, ValueError):  # import is blocked, or the module has no __spec__
         return package in sys.modules and sys.modules[package] is not None

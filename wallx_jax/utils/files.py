@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all, and small files whose damage is named."""
+"""Write files and directories atomically, and read small files with errors that name the damage."""
 
 import contextlib
 import errno
@@ -14,9 +14,9 @@ from typing import Any, BinaryIO
 
 logger = logging.getLogger(__name__)
 
-LFS_POINTER = b"version https://git-lfs"  # a clone without Git LFS holds these few lines in place of the file
+LFS_POINTER = b"version https://git-lfs"  # in place of the file in a clone without Git LFS
 
-# What helps where a disk refuses what is written, by the operating system's number.
+# Remedies for failed writes, by errno.
 DISK_REMEDIES = {
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room in your quota there",
@@ -28,17 +28,17 @@ DISK_REMEDIES = {
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Tells whether a file is the stub that Git LFS leaves until the content is fetched."""
+    """Return whether a file is the stub that Git LFS leaves until the content is fetched."""
     with path.open("rb") as file:
         return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def read_text(path: Path) -> str:
-    """Reads a small text file, UTF-8 whatever the locale. A byte order mark is skipped.
+    """Read a small text file as UTF-8, regardless of the locale. A byte order mark is skipped.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming the file, if it is empty, a Git LFS pointer or not UTF-8.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is empty, a Git LFS pointer or not UTF-8; the message names it.
     """
     data = path.read_bytes()
     if data.startswith(LFS_POINTER):
@@ -53,10 +53,11 @@ def read_text(path: Path) -> str:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Reads a small JSON file that holds an object.
+    """Read a small JSON file that contains an object.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_text`; it is cut off, has a key twice or holds something else.
+        FileNotFoundError: there is no such file.
+        ValueError: as in `read_text`; or the file is truncated, has a duplicate key or is not a JSON object.
     """
     text = read_text(path)
     try:
@@ -65,7 +66,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         is_cut_off = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
         what = "it is cut off" if is_cut_off else f"unexpected text at column {error.colno}"
         raise ValueError(f"{path} is not valid JSON (line {error.lineno}: {what}); copy it again") from None
-    except (ValueError, RecursionError) as error:  # ValueError: the hook's, or an integer of thousands of digits
+    except (ValueError, RecursionError) as error:  # ValueError: from the hook, or a huge integer
         what = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise ValueError(f"{path} is malformed ({what}); copy it again") from None
     if not isinstance(content, dict):
@@ -74,10 +75,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An `object_pairs_hook` of json.loads, which by itself takes the last of several values.
+    """Build a dict from pairs with unique keys: an `object_pairs_hook` for json.loads, which keeps the last duplicate.
 
     Raises:
-        ValueError: a key is there more than once.
+        ValueError: a key occurs more than once.
     """
     content = dict(pairs)
     if len(content) < len(pairs):
@@ -90,8 +91,10 @@ _JSON_TYPES = {list: "array", str: "string", int: "number", float: "number", boo
 
 
 def unusable_folder(path: str | Path) -> str | None:
-    """Says why files cannot be written into a folder `path`, which need not exist yet; None if they can. Tried with a
-    temporary folder in it, or in the one that it would be made in."""
+    """Return why files cannot be written to the directory `path`, which need not exist yet; None if they can.
+
+    Tested by creating a temporary directory in `path` or, if it does not exist, in its nearest existing parent.
+    """
     path = Path(path).expanduser().absolute()
     try:
         existing = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
@@ -106,10 +109,11 @@ def unusable_folder(path: str | Path) -> str | None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """`with atomic_file(path) as file:` writes bytes that appear at `path` only when the block has succeeded.
+    """Open a binary file for writing that appears at `path` only if the `with` block succeeds.
 
     Raises:
-        OSError: it cannot be written, with the remedy: the system's own error names no file, or the temporary one.
+        OSError: the file cannot be written. The message names `path` and the remedy; the operating system's own error
+            names no file, or the temporary one.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -119,7 +123,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
-        with contextlib.suppress(OSError):  # the read-only folder that it could not be made in
+        with contextlib.suppress(OSError):  # read-only directory, where it was never created
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in DISK_REMEDIES and error.filename in (None, str(temporary)):
             raise OSError(f"{path} cannot be written: {error.strerror}; {DISK_REMEDIES[error.errno]}") from error
@@ -127,18 +131,23 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a small text file, UTF-8 whatever the locale, as `atomic_file` does."""
+    """Write a small text file atomically (see `atomic_file`) as UTF-8, regardless of the locale."""
     with atomic_file(path) as file:
         file.write(text.encode())
 
 
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """`with new_directory(path) as partial:` makes a directory at `partial`, which becomes `path` when the block has
-    succeeded. An exception removes it; what a killed process left goes when the same path is written again.
+    """Write a directory that appears at `path` only if the `with` block succeeds.
+
+    The block creates and fills the yielded `partial` path, which is then renamed to `path`. An exception removes it;
+    leftovers of a killed process are removed the next time the same path is written.
+
+    Yields:
+        The temporary path next to `path`.
 
     Raises:
-        FileExistsError: there is something at `path` already, other than an empty directory.
+        FileExistsError: `path` exists and is not an empty directory.
     """
     path = Path(path).expanduser().absolute()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
@@ -160,12 +169,12 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def _beginning_with(path: Path) -> list[Path]:
-    """A path and its neighbours with longer names: Orbax gives a directory its name when that is complete."""
+    """Return the siblings whose names start with `path.name`: Orbax renames a directory only once it is complete."""
     return [other for other in path.parent.iterdir() if other.name.startswith(path.name)]
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the list of a directory's files, is on the disk."""
+    """Flush a file, or a directory's list of entries, to disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

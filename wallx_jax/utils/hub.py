@@ -1,4 +1,4 @@
-"""Hugging Face hub repositories as local folders."""
+"""Resolve and download Hugging Face Hub repositories to local directories."""
 
 import difflib
 import logging
@@ -14,11 +14,11 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 
 Kind = Literal["model", "dataset"]
-# Of a model repository: weights, configs, tokenizer and processor files. No pickles.
+# Files fetched from a model repository: weights, configs, tokenizer and processor files. No pickles.
 MODEL_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.jinja")
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?", re.ASCII)
-RUNS = "runs"  # where our commands write unless told otherwise
-DOWNLOADS = 8  # files at a time
+RUNS = "runs"  # default output directory of our commands
+DOWNLOADS = 8  # concurrent file downloads
 
 
 def resolve(
@@ -27,43 +27,47 @@ def resolve(
     revision: str | None = None,
     patterns: list[str] | None = None,
 ) -> Path:
-    """Returns the folder of a model or dataset.
+    """Return the local directory of a model or dataset, downloading it if necessary.
 
-    A folder that exists is taken as it is (`revision` and `patterns` are the hub's business). Otherwise what
-    `may_be_repo` takes for a repo id is downloaded, or taken from the hub's cache when there is no network.
+    An existing directory is returned as is; `revision` and `patterns` apply only to the Hub. Otherwise a name that
+    `may_be_repo` accepts as a repo id is downloaded, or taken from the Hub cache if there is no network.
 
     Args:
-        kind: which kind of hub repository to look for.
-        revision: branch, tag or commit on the hub.
-        patterns: files to fetch, with wildcards; by default all of a dataset and `MODEL_PATTERNS` of a model.
+        path_or_repo: local directory or repo id.
+        kind: kind of Hub repository.
+        revision: branch, tag or commit on the Hub.
+        patterns: glob patterns of the files to fetch; None: all files of a dataset, `MODEL_PATTERNS` of a model.
 
     Raises:
-        FileNotFoundError: in one line: what was looked for, where, why it failed, and where to put it.
-        OSError: the hub's cache cannot be written.
+        FileNotFoundError: not found; one line with what was looked for, where, why it failed, and the remedy.
+        OSError: the Hub cache cannot be written.
     """
     name = str(path_or_repo)
     path = Path(name).expanduser()
-    if name and path.is_dir():  # Path("") would be the working directory
+    if name and path.is_dir():  # Path("") is the working directory
         return path
     if path.is_file():
         raise FileNotFoundError(f"{kind} {name!r} is a file; give the folder that holds it")
     if not may_be_repo(name, kind):
         raise FileNotFoundError(f"{kind} folder {name!r} does not exist{_hint(name, path, kind)}")
 
-    import huggingface_hub  # here, so that local folders need not wait for it
+    import huggingface_hub  # imported here because it is slow, and local directories do not need it
 
     if patterns is None and kind == "model":
         patterns = list(MODEL_PATTERNS)
     try:
         found = huggingface_hub.snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns)
-    except Exception as error:  # a dozen kinds, from two HTTP libraries, each with a page of traceback
+    except Exception as error:  # a dozen exception types from two HTTP libraries, each with a page-long traceback
         raise _unwritable_cache(error) or _not_found(name, kind, revision, error) from None
     return Path(found)
 
 
 def may_be_repo(name: str, kind: Kind) -> bool:
-    """Whether a name can mean a repository of the hub: "name" or "owner/name", but no path into a folder that is here,
-    unless the hub's cache has that repository. `runs/NAME`, where our commands write, never does."""
+    """Return whether a name may be a Hub repo id: "name" or "owner/name".
+
+    A path into an existing local directory is a repo id only if the Hub cache has that repository. `runs/NAME`, where
+    our commands write, never is.
+    """
     if not REPO_ID.fullmatch(name):
         return False
     owner, _, rest = name.partition("/")
@@ -73,7 +77,7 @@ def may_be_repo(name: str, kind: Kind) -> bool:
 
 
 def _hint(name: str, path: Path, kind: Kind) -> str:
-    """What is there in place of a path that does not exist."""
+    """Return a hint for a path that does not exist: its nearest existing parent, and similar names there."""
     if "://" in name:
         return ": write a repository of the hub as OWNER/NAME"
     if not name:
@@ -93,29 +97,30 @@ def _hint(name: str, path: Path, kind: Kind) -> str:
 
 
 def _fetch_command(name: str, kind: Kind, revision: str | None = None) -> str:
-    """What puts a repository into the hub's cache."""
+    """Return the command that downloads a repository to the Hub cache."""
     what = " --repo-type dataset" if kind == "dataset" else ""
     return f"hf download {name}{what}{f' --revision {revision}' if revision else ''}"
 
 
 def _cache_folder(repo_id: str, kind: Kind) -> Path:
-    """Where the hub's client keeps a repository."""
+    """Return the directory of a repository in the Hub cache."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE) / f"{kind}s--{repo_id.replace('/', '--')}"
 
 
 def fetch_files(repo_id: str, kind: Kind, commit: str, names: Sequence[str]) -> None:
-    """Fetches files of a repository into the hub's cache, with a progress bar. An interrupted download goes on where it
-    was.
+    """Fetch files of a repository to the Hub cache with a progress bar; an interrupted download resumes.
 
     Args:
+        repo_id: repository on the Hub.
+        kind: kind of repository.
         commit: the commit whose snapshot the files belong to.
         names: paths in the repository.
 
     Raises:
-        FileNotFoundError: in one line, the first file that cannot be fetched, and why.
-        OSError: the hub's cache cannot be written.
+        FileNotFoundError: a file cannot be fetched; one line that names the first such file and the cause.
+        OSError: the Hub cache cannot be written.
     """
     import huggingface_hub
 
@@ -138,15 +143,15 @@ def fetch_files(repo_id: str, kind: Kind, commit: str, names: Sequence[str]) -> 
 
 
 def newest_version(repo_id: str, kind: Kind, newest: Version) -> str | None:
-    """Returns the git tag (or branch) of the newest version that can be read: of `newest`'s major number, at most that.
+    """Return the git tag (or branch) of the newest readable version: same major version as `newest`, and no newer.
 
-    Without a network the tags in the hub's cache are taken.
+    Without a network, the refs in the Hub cache are used.
 
     Returns:
-        its name, such as "v3.0"; None if no tag is a version.
+        The tag, such as "v3.0"; None if no tag is a version.
 
     Raises:
-        FileNotFoundError: there is no such repository, or it has versions, but none that can be read; names them.
+        FileNotFoundError: there is no such repository, or none of its versions can be read; the message lists them.
     """
     versions = {}
     for name in _refs(repo_id, kind):
@@ -169,16 +174,16 @@ def newest_version(repo_id: str, kind: Kind, newest: Version) -> str | None:
 
 
 def _refs(repo_id: str, kind: Kind) -> list[str]:
-    """Names of a repository's branches and tags, from the hub or else from its cache."""
+    """Return the names of a repository's branches and tags, from the Hub or, failing that, from its cache."""
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
         refs = huggingface_hub.HfApi().list_repo_refs(repo_id, repo_type=kind)
         return [ref.name for ref in (*refs.branches, *refs.tags)]
-    except errors.RepositoryNotFoundError as error:  # also when it is gated
+    except errors.RepositoryNotFoundError as error:  # raised for gated repositories too
         raise _not_found(repo_id, kind, None, error) from None
-    except Exception:  # no network, in the words of whichever HTTP library
+    except Exception:  # no network; the exception type depends on the HTTP library
         folder = _cache_folder(repo_id, kind) / "refs"
         return [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()]
 
@@ -194,7 +199,7 @@ def _not_found(name: str, kind: Kind, revision: str | None, error: Exception) ->
 
 
 def _unwritable_cache(error: BaseException | None) -> OSError | None:
-    """The error to raise if a fetch failed because of a file here, which only the client's cache can be."""
+    """Return the error to raise if a fetch failed on a local file, which can only be in the Hub cache; else None."""
     from huggingface_hub import constants
 
     while error is not None:
@@ -208,7 +213,7 @@ def _unwritable_cache(error: BaseException | None) -> OSError | None:
 
 
 def _reason(error: Exception) -> str:
-    """Which of the usual reasons it was; an unusual one in the client's own first line."""
+    """Describe the common causes of a failed fetch; for any other, return the client's own message, shortened."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.GatedRepoError):

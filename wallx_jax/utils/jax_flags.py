@@ -1,7 +1,7 @@
-"""JAX's global switches, as the programs of this package are written for.
+"""Run the package's code under JAX's default global flags.
 
-A program that acts with a policy may have set them for arithmetic of its own: 64-bit numbers, strict promotion, another
-random generator. JAX reads them while it traces a function, so ours would compute something else there, or stop.
+A program that embeds a policy may have changed these flags for its own computations: 64-bit types, strict promotion,
+another random number generator. JAX reads them while tracing, so our functions would compute something else, or fail.
 """
 
 import contextlib
@@ -12,9 +12,9 @@ import jax
 
 @contextlib.contextmanager
 def ours() -> Iterator[None]:
-    """JAX's defaults, in this thread and until the block ends; as a decorator, while the function runs or is traced.
+    """Set JAX's default flags in this thread within the `with` block or, as a decorator, while the function runs.
 
-    The precision of matrix products and the default device stay the caller's choice.
+    Matmul precision and the default device stay as the caller set them.
     """
     with (
         jax.enable_x64(False),

@@ -1,4 +1,4 @@
-"""Entries of a config.json, checked against the dataclass fields that they fill."""
+"""Check the entries of a config.json against the dataclass fields that they fill."""
 
 import dataclasses
 import json
@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin
 
-MOST = 2**31 - 1  # of a size
-LEAST = {"rank": 0, "fullatt_block_indexes": 0}  # of whole numbers, where it is not 1
+MOST = 2**31 - 1  # largest size accepted
+LEAST = {"rank": 0, "fullatt_block_indexes": 0}  # smallest accepted integer of a field, where it is not 1
 
 
 def section(owner: Mapping[str, Any], name: str, errors: list[str], prefix: str = "") -> Mapping[str, Any]:
-    """An object in an object, empty where there is none; another value is added to `errors`."""
+    """Return the nested object `owner[name]`, or {} if it is absent; report a value of another type in `errors`."""
     value = owner.get(name)
     if value is None or isinstance(value, Mapping):
         return value or {}
@@ -20,7 +20,7 @@ def section(owner: Mapping[str, Any], name: str, errors: list[str], prefix: str 
 
 
 def field_errors(kind: type, values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What is wrong with the values that fill fields of the dataclass `kind`. null is as not given."""
+    """Return one error per value that does not fit its field of the dataclass `kind`. null counts as absent."""
     return [
         f"{prefix}{field.name} is {json.dumps(values[field.name])}; expected {expected}"
         for field in dataclasses.fields(kind)
@@ -30,8 +30,14 @@ def field_errors(kind: type, values: Mapping[str, Any], prefix: str = "") -> lis
 
 
 def mismatch(value: Any, kind: Any, least: int = 1) -> str | None:
-    """What was expected, if a value is none of the type of a dataclass field: bool, a whole number from `least` on, a
-    number above 0, or a list of those or of strings. Other types are not looked at."""
+    """Return what was expected if a value does not fit the type of a dataclass field, else None.
+
+    Args:
+        value: value from the JSON file.
+        kind: type of the field: bool, int (at least `least`), float (above 0), str, or a tuple of these. Other types
+            are not checked.
+        least: smallest accepted integer.
+    """
     if kind is bool:
         return None if isinstance(value, bool) else "true or false"
     if kind in (int, int | None):

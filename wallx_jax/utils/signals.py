@@ -1,9 +1,9 @@
-"""SIGTERM and SIGINT, reacted to at once, whatever the main thread is doing.
+"""Handle SIGTERM and SIGINT immediately, whatever the main thread is doing.
 
-Python runs a signal's handler in the main thread and between two of its instructions: not while XLA compiles or a
-collective waits, and anywhere inside a library, which may take a KeyboardInterrupt for an error of its own. A `Watch`
-reacts in a thread instead, which the signal wakes through a pipe. Imports the standard library alone, so that a command
-can be watched while it imports the rest.
+Python runs signal handlers in the main thread, between two bytecode instructions: not while XLA compiles or a
+collective blocks, but possibly inside a library that mistakes the KeyboardInterrupt for an error of its own. `Watch`
+reacts in a separate thread instead, which the signal wakes through a pipe. This module imports only the standard
+library, so that a command can handle signals while it imports everything else.
 """
 
 import os
@@ -12,18 +12,18 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-EXIT_CODE = os.EX_TEMPFAIL  # 75: nothing is wrong, try again later
+EXIT_CODE = os.EX_TEMPFAIL  # 75: temporary failure, try again later
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Watch:
-    """Calls `react` with each SIGTERM and SIGINT while it is entered; afterwards handlers are as before.
+    """Context manager that calls `react` for each SIGTERM and SIGINT; on exit the previous handlers are restored.
 
-    Signals that were ignored before (nohup) stay ignored. Handlers belong to the main thread: entered in another one
-    this changes nothing. Of several that are entered the innermost reacts.
+    Signals that were ignored before (nohup) stay ignored. Only the main thread can set signal handlers, so entering in
+    another thread has no effect. If several are nested, the innermost reacts.
 
     Args:
-        react: called in a thread of its own, for one signal after the other.
+        react: called with each signal, one at a time, in a separate thread.
     """
 
     def __init__(self, react: Callable[[signal.Signals], None]):
@@ -48,7 +48,7 @@ class Watch:
         if self._pipe is None:
             return
         for number, handler in self._previous.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None: one that Python does not know
+            signal.signal(number, handler or signal.SIG_DFL)  # None: the handler was not installed from Python
         signal.set_wakeup_fd(self._earlier_pipe)
         os.close(self._pipe)
         self._previous, self._pipe = {}, None
@@ -63,15 +63,15 @@ class Watch:
 
 
 def _do_nothing(number: int, frame: FrameType | None) -> None:
-    """The signal has been written to the pipe when Python calls this."""
+    """Ignore the signal: it was already written to the pipe before Python calls this."""
 
 
 def end_at_once(number: signal.Signals) -> None:
-    """Ends the process with one line and EXIT_CODE, when it has nothing that could be lost."""
+    """Exit immediately with one line and EXIT_CODE; for use while there is nothing to lose."""
     say(f"interrupted by {number.name}")
     os._exit(EXIT_CODE)
 
 
 def say(line: str) -> None:
-    """Writes a line to standard error; print may be what a signal has interrupted."""
+    """Write a line to standard error without `print`, which the signal may have interrupted."""
     os.write(2, f"{line}\n".encode())

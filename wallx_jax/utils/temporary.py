@@ -1,4 +1,4 @@
-"""Temporary folders that go when their process ends, however it ends."""
+"""Create temporary directories that are cleaned up even if their process is killed."""
 
 import contextlib
 import fcntl
@@ -13,13 +13,13 @@ LOCK = "lock"
 
 
 class ScratchFolder:
-    """A folder in the system's temporary directory (TMPDIR), removed with this object or when the process ends.
+    """A directory under the system's temporary directory (TMPDIR), removed with this object or at process exit.
 
-    What a killed process left is removed when the next one makes a folder: the owner of a folder holds a lock in it,
-    which the system releases.
+    Directories left by killed processes are removed when the next one is created: each owner locks a file in its
+    directory, and the operating system releases the lock of a process that is gone.
 
     Attributes:
-        path: the folder.
+        path: the directory.
     """
 
     def __init__(self) -> None:
@@ -31,15 +31,15 @@ class ScratchFolder:
 
 
 def _remove(path: Path, handle: int, owner: int) -> None:
-    if os.getpid() == owner:  # and not a fork of it
+    if os.getpid() == owner:  # not a fork of the owner
         shutil.rmtree(path, ignore_errors=True)
         os.close(handle)
 
 
 def _remove_abandoned() -> None:
-    """Removes the folders of processes that are gone."""
+    """Remove the directories of processes that are gone."""
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError):  # in use, another user's, or gone meanwhile
+        with contextlib.suppress(OSError):  # in use, owned by another user, or already removed
             handle = os.open(folder / LOCK, os.O_RDWR)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

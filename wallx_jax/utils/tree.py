@@ -1,7 +1,7 @@
-"""Parameter trees are nested dicts of arrays; a parameter's path is its keys joined by "/".
+"""Flatten, split and merge parameter trees: nested dicts of arrays, addressed by paths of keys joined with "/".
 
-This is the one definition of "parameter path": weight names, sharding rules, learning-rate groups and
-freezing all speak it.
+This is the only definition of a parameter path: weight names, sharding rules, learning-rate groups and freezing all
+use it.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ Tree = dict[str, Any]
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dict -> {"a/b/c": leaf}, in sorted key order."""
+    """Flatten a nested dict to {"a/b/c": leaf}, in sorted key order."""
     flat = {}
     for key in sorted(tree):
         path = f"{prefix}{key}"
@@ -25,7 +25,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> Tree:
-    """{"a/b/c": leaf} -> nested dict; the inverse of `flatten`."""
+    """Build a nested dict from {"a/b/c": leaf}; the inverse of `flatten`."""
     tree: Tree = {}
     for path, leaf in flat.items():
         *parents, last = path.split("/")
@@ -37,18 +37,18 @@ def unflatten(flat: Mapping[str, Any]) -> Tree:
 
 
 def leaves_by_path(pytree: Any) -> dict[str, Any]:
-    """Any pytree -> {"opt_state/0/mu/embed/embedding": leaf}, in the order of jax.tree.leaves."""
+    """Map any pytree to {"opt_state/0/mu/embed/embedding": leaf}, in the order of jax.tree.leaves."""
     paths, _ = jax.tree_util.tree_flatten_with_path(pytree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
 
 
 def map_with_path(function: Callable[[str, Any], Any], tree: Mapping[str, Any]) -> Tree:
-    """Applies `function(path, leaf)` to every leaf."""
+    """Apply `function(path, leaf)` to every leaf."""
     return unflatten({path: function(path, leaf) for path, leaf in flatten(tree).items()})
 
 
 def split(tree: Mapping[str, Any], predicate: Callable[[str], bool]) -> tuple[Tree, Tree]:
-    """(leaves whose path satisfies `predicate`, the others); `merge` undoes it."""
+    """Split a tree into (leaves whose path satisfies `predicate`, the other leaves); `merge` is the inverse."""
     flat = flatten(tree)
     chosen = {path: leaf for path, leaf in flat.items() if predicate(path)}
     rest = {path: leaf for path, leaf in flat.items() if path not in chosen}
@@ -56,5 +56,5 @@ def split(tree: Mapping[str, Any], predicate: Callable[[str], bool]) -> tuple[Tr
 
 
 def merge(a: Mapping[str, Any], b: Mapping[str, Any]) -> Tree:
-    """Joins two trees with disjoint leaves."""
+    """Merge two trees with disjoint leaves."""
     return unflatten(dict(sorted({**flatten(a), **flatten(b)}.items())))
