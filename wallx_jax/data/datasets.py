@@ -78,7 +78,7 @@ def _open(settings: RunConfig, info: DatasetInfo, videos: str) -> LeRobotSource:
 
 
 def in_one_layout(parts: Sequence[Part], processors: Sequence[Processor]) -> tuple[Processor, ...]:
-    """Pad all processors to the longest prompt length, so that one compiled step serves all datasets.
+    """Return the processors with the longest of their prompt lengths, so that one compiled step serves all datasets.
 
     Raises:
         ConfigError: datasets differ in the number or sizes of their images; lists them.

@@ -127,7 +127,7 @@ class FastTokenizer:
         return ours == theirs
 
     def save(self, path: str | Path) -> None:
-        """Write the files that `from_dir` and the original processor class read. Creates the folder `path` if missing."""
+        """Write the files that `from_dir` and the original processor class read, creating the folder if missing."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         self._bpe.save(str(path / "tokenizer.json"))

@@ -42,7 +42,7 @@ class CachedSource:
 
     Raises:
         ValueError: `config` and `source` have different cameras.
-        OSError: the disk has not enough space.
+        OSError: the disk does not have enough space.
     """
 
     def __init__(self, source: LeRobotSource, config: ProcessorConfig, folder: str | Path):
@@ -154,8 +154,10 @@ class CachedSource:
         self._map(f"done_{number}.uint8")[frame] = 1  # last, so that a marked frame is complete
 
     def _files(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yield (file name, shape) of the uint8 arrays: per camera, the images and one byte per frame that is 1 once
-        the frame is cached."""
+        """Yield (file name, shape) of the uint8 arrays.
+
+        Per camera, these are the images and one byte per frame, which is 1 once the frame is cached.
+        """
         frames = self.info.num_frames
         for number, (*_, size) in enumerate(self._layout):
             yield f"camera_{number}.uint8", (frames, *size, 3)
@@ -185,9 +187,9 @@ class CachedSource:
 
 
 def _identity(path: Path) -> tuple[int, int, str]:
-    """Return a file's size, modification time in ns, and content hash, which samples large files at SAMPLES places.
+    """Return a file's size, modification time in ns, and a hash of its content, sampled in pieces for large files.
 
-    The time is not enough, because archives can give all files the same one.
+    The time is not sufficient, because extracting an archive can give all files the same one.
     """
     if not path.is_file():
         return 0, 0, "missing"  # reading one of its frames raises the error
