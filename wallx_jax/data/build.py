@@ -1,4 +1,4 @@
-"""From a checked configuration to what the loop draws from: the processor and the two splits."""
+"""Builds the processor and the training and held-out splits of a checked run configuration."""
 
 import logging
 import shlex
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_fast_tokenizer(run: RunConfig) -> FastTokenizer | None:
-    """The FAST tokenizer of the configuration (local directory or hub repo id); None in flow mode."""
+    """Load the FAST tokenizer of a run from a local directory or hub repo id; return None in flow mode."""
     if not run.model.use_fast_tokenizer:
         return None
     return FastTokenizer.from_dir(hub.resolve(run.model.action_tokenizer_path, kind="model"))
@@ -40,9 +40,12 @@ Source = LeRobotSource | CachedSource | SkipUnreadable
 
 
 def split_sources(run: RunConfig, source: LeRobotSource, config: ProcessorConfig) -> tuple[Source, Source]:
-    """Returns (training frames, held-out frames) of a dataset, read as `run` says; the second may be empty.
+    """Split a dataset into training and held-out frames as configured by `run`.
 
-    With a frame cache it is filled here.
+    If a frame cache is configured, it is filled here.
+
+    Returns:
+        (training frames, held-out frames); the second may be empty.
     """
     data, skip = run.data, run.data.unreadable_frames == "skip"
     frames = split_frames(source.info, data.train_test_split, data.split_mode, data.split_seed)
@@ -55,16 +58,17 @@ def split_sources(run: RunConfig, source: LeRobotSource, config: ProcessorConfig
 
 
 def build_augment(run: RunConfig) -> Augment | None:
-    """Random changes of the training images, if they are switched on."""
+    """Return the augmentation of the training images, or None if it is disabled."""
     data = run.data
     return None if data.augment is None else Augment(data.augment, tuple(camera.view for camera in data.cameras))
 
 
 def load_stats(run: RunConfig, source: LeRobotSource) -> NormStats:
-    """Statistics from norm_stats_path, or computed from the dataset's tables.
+    """Load statistics from norm_stats_path, or compute them from the dataset's tables if it is not set.
 
     Raises:
-        FileNotFoundError, ValueError: the file is not there, or of another robot.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is malformed, or does not fit the dataset or the relative actions of the run.
     """
     data, info, relative_to = run.data, source.info, run.robot.relative_to()
     if data.norm_stats_path is None:
@@ -90,14 +94,20 @@ def load_stats(run: RunConfig, source: LeRobotSource) -> NormStats:
 
 
 def dataset_stats(run: RunConfig, source: LeRobotSource, progress: bool = False) -> NormStats:
-    """Computes statistics of a dataset's state and of what `run` trains of its actions. `progress`: show bars."""
+    """Compute statistics of a dataset's state and of the actions as `run` trains on them.
+
+    Args:
+        run: the configuration.
+        source: all frames of the dataset.
+        progress: whether to show progress bars.
+    """
     return compute_stats(
         source, relative_to=run.robot.relative_to(), horizon=run.data.action_horizon, progress=progress
     )
 
 
 def _report(run: RunConfig, info: DatasetInfo, stats: NormStats, seconds: float) -> str:
-    """What was computed, and the command that writes it to a file."""
+    """Describe the computed statistics, with the command that writes them to a file."""
     command = "python scripts/compute_norm_stats.py"
     if stats.relative_to:
         relative = f", {', '.join(run.robot.relative_keys)} relative to the state over {stats.horizon} steps"
@@ -121,13 +131,22 @@ def build_processor(
     state_dim: int,
     action_dim: int,
 ) -> Processor:
-    """The preprocessing of this run. `state_dim` and `action_dim` are the model's channels.
+    """Build the preprocessing of a run.
 
-    The prompt length is that of the longest instruction that the dataset's frames have.
+    The prompt length is that of the longest instruction among the dataset's frames.
+
+    Args:
+        run: the configuration.
+        source: all frames of the dataset.
+        tokenizer: the text tokenizer.
+        fast: the FAST tokenizer, or None in flow mode.
+        stats: normalisation statistics.
+        state_dim: state channels of the model.
+        action_dim: action channels of the model.
 
     Raises:
-        ConfigError: prompt and actions do not fit max_length.
-        DatasetError: an instruction is empty, or holds control tokens.
+        ConfigError: prompt and actions do not fit into max_length.
+        DatasetError: an instruction is empty or contains control tokens.
     """
     info, cameras = source.info, run.data.cameras
     views = tuple(camera.view for camera in cameras)
@@ -168,8 +187,12 @@ def build_processor(
 
 
 def blank_sample(config: ProcessorConfig, mixed: bool = False) -> Batch:
-    """Zeros in the shapes and dtypes of a sample (no batch axis), to compile for before any data is read. `mixed`: of a
-    run with several datasets."""
+    """Return an all-zero sample (no batch axis), so that the step can be compiled before any data is read.
+
+    Args:
+        config: shapes of the sample.
+        mixed: whether the run has several datasets.
+    """
     actions = np.zeros((config.horizon, config.action_dim), np.float32)
     state = np.zeros(config.state_dim, np.float32)
     return Batch(

@@ -1,4 +1,4 @@
-"""The images of a dataset's cameras by frame, whether they are in videos or in the tables."""
+"""Reads camera images by frame, from videos or from the dataset's tables."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,16 +15,16 @@ from wallx_jax.data.video import VideoReader, check_size, decode_in_order, place
 
 
 class CameraReader:
-    """Reads images of the named cameras; safe to use from threads. A pickled copy opens files of its own.
+    """Reader for the images of the given cameras. Thread-safe; a pickled copy opens its own files.
 
     Args:
         info: the dataset.
-        cameras: keys.
+        cameras: camera keys.
         table: the dataset's tables.
 
     Raises:
-        ValueError: the dataset has no such camera, or it holds depth maps.
-        DatasetError: the spans of a camera's videos contradict the episodes, or a table lacks its images.
+        ValueError: the dataset has no such camera, or its images are depth maps.
+        DatasetError: the time spans of a camera's videos contradict the episodes, or a table lacks its images.
     """
 
     def __init__(self, info: DatasetInfo, cameras: Sequence[str], table: FrameTable):
@@ -48,10 +48,10 @@ class CameraReader:
         self._open()
 
     def read(self, camera: str, frame: int) -> np.ndarray:
-        """Returns the image of a frame, uint8 RGB [H, W, 3].
+        """Return the image of a frame, uint8 RGB [H, W, 3].
 
         Raises:
-            FrameError: naming dataset, episode, frame and file, if it cannot be read or decoded.
+            FrameError: the image cannot be read or decoded; names dataset, episode, frame and file.
         """
         info, file = self._info, self.file_of(camera, frame)
         try:
@@ -61,28 +61,31 @@ class CameraReader:
                 self._table.load(frame)
                 image = self._images.read(file, camera, int(self._table.row[frame]))
             check_size(image, self._sizes[camera])
-        except Exception as error:  # decoders raise what they like
+        except Exception as error:  # decoders raise exceptions of any type
             raise unreadable(camera, file, info.repo_id, info.describe(frame), error) from error
         return image
 
     def file_of(self, camera: str, frame: int) -> Path:
-        """Returns the file that holds the image of a frame, a video or a table."""
+        """Return the video or table file that contains the image of a frame."""
         if camera in self._spans:
             return place_in_video(self._info, camera, self._spans[camera], frame)[0]
         return self._table.file_of(frame)
 
     def read_in_order(self, camera: str, frames: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields (frame, image) of many frames, cheapest in the order of `runs`; raises as `read`."""
+        """Yield (frame, image) for many frames, fastest in the order of `runs`. Raises as `read` does."""
         if camera in self._spans:
             yield from decode_in_order(self._info, camera, frames, self._spans[camera])
         else:
             yield from ((frame, self.read(camera, frame)) for frame in frames.tolist())
 
     def runs(self, camera: str, most: int) -> Iterator[np.ndarray]:
-        """Yields all frames in the order in which a camera's files hold them, int [n], each run in one file.
+        """Yield all frames as runs, int [n], in the order in which a camera's files store them.
+
+        All frames of a run are in one file.
 
         Args:
-            most: frames of a run.
+            camera: camera key.
+            most: maximum number of frames in a run.
         """
         for frames in video_runs(self._info, self._spans[camera]) if camera in self._spans else self._table.runs():
             yield from np.array_split(frames, -(-len(frames) // most))

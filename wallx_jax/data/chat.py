@@ -1,10 +1,11 @@
-"""Conversations with pictures: Qwen's chat template, image and video placeholders, visual inputs.
+"""Encodes conversations with images and videos: Qwen's chat template, visual placeholders and visual inputs.
 
-A conversation is a list of messages as transformers writes them:
+A conversation is a list of messages in the format of transformers:
 
     [{"role": "user", "content": [{"type": "image", "image": rgb}, {"type": "text", "text": "What is this?"}]}]
 
-Pictures are uint8 RGB [h, w, 3] or Pillow; a video is {"type": "video", "video": frames, "fps": frames per second}.
+Images are uint8 RGB [h, w, 3] arrays or Pillow images. A video is
+{"type": "video", "video": frames, "fps": frames per second}.
 """
 
 import re
@@ -21,13 +22,13 @@ from wallx_jax.data.tokenizer import Tokenizer, check_unicode
 
 FRAMES_PER_TOKEN = 2  # Qwen2.5-VL's temporal_patch_size
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
-# Text that would open or close turns and pictures, or stand for a robot's state and actions.
+# Tokens that delimit turns and visual inputs, or stand for a robot's state and actions.
 CONTROL = re.compile(
     r"<\|(?:im_start|im_end|endoftext|vision_start|vision_end|image_pad|video_pad|propri|action|action_token_\d+)\|>"
 )
-FPS_RANGE = (1e-3, 1e3)  # frames per second; time in a video is counted in whole numbers
+FPS_RANGE = (1e-3, 1e3)  # frames per second; time positions in a video are integers
 
-# What Qwen2.5-VL's template does with text, images and videos, for directories that bring none.
+# Equivalent to Qwen2.5-VL's template for text, images and videos; used for tokenizer directories without one.
 TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}"
@@ -46,10 +47,13 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """A conversation ready for the model, up to where the assistant begins.
+    """An encoded conversation, ending where the assistant's turn begins.
 
-    ids: tokens. visuals: uint8 [h, w, 3] per image and [F, h, w, 3] per video, in the order of their placeholders; h
-    and w are multiples of 28. seconds: per visual, of video between two rows of its grid; 0 for an image.
+    Attributes:
+        ids: token ids.
+        visuals: uint8 [h, w, 3] per image and [F, h, w, 3] per video, in the order of their placeholders; h and w are
+            multiples of 28.
+        seconds: per visual, the seconds of video between two temporal rows of its grid; 0 for an image.
     """
 
     ids: list[int]
@@ -60,13 +64,15 @@ class ChatPrompt:
 def encode_chat(
     tokenizer: Tokenizer, conversation: Sequence[Mapping[str, Any]], limits: images.Limits = images.IMAGE_LIMITS
 ) -> ChatPrompt:
-    """Renders, resizes and tokenises a conversation.
+    """Render, resize and tokenise a conversation.
 
     Args:
-        limits: pixels that an image is kept between; more pixels are more tokens. Videos have their own, per frame.
+        tokenizer: the text tokenizer, whose chat template is used if it supports images.
+        conversation: the messages.
+        limits: minimum and maximum pixels of an image; more pixels give more tokens. Video frames use VIDEO_LIMITS.
 
     Raises:
-        ValueError: naming the message and part that is malformed, holds control tokens, or is no picture.
+        ValueError: a message or part is malformed, contains control tokens, or is not an image; the message names it.
     """
     if isinstance(conversation, str) or not isinstance(conversation, Sequence):
         raise ValueError(f"the conversation is a {type(conversation).__name__}; expected a list of messages")
@@ -88,7 +94,7 @@ def encode_chat(
 
 
 def _message(index: int, message: Any) -> dict[str, Any]:
-    """A message whose content is a list of parts."""
+    """Check a message and return it with its content as a list of parts."""
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
         raise ValueError(f"message {index} is {message!r}; expected a dict with 'role' and 'content'")
     role, content = message["role"], message["content"]
@@ -109,14 +115,14 @@ def _message(index: int, message: Any) -> dict[str, Any]:
 
 
 def _parts(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(where, part) in order."""
+    """Yield (description for error messages, part) in order."""
     for i, message in enumerate(messages):
         for j, part in enumerate(message["content"]):
             yield f"message {i}, {part['type']} {j}", part
 
 
 def _video(part: Mapping[str, Any], where: str) -> np.ndarray:
-    """uint8 [F, h, w, 3], F even as the model takes two frames together."""
+    """Return a video as uint8 [F, h, w, 3], with F even because the model merges pairs of frames."""
     video = part["video"]
     if isinstance(video, str) or not isinstance(video, Iterable):
         raise ValueError(f"{where} is {reprlib.repr(video)}; expected its frames (data.video.read_video reads a file)")
@@ -150,7 +156,7 @@ def _check_text(text: Any, where: str) -> None:
 
 
 def _render(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> str:
-    """The conversation as text, by the tokenizer's own template if that knows of images."""
+    """Render the conversation as text, with the tokenizer's own template if that supports images."""
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template  # slow to import
 
@@ -167,7 +173,7 @@ def _render(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> str:
 
 
 def _expand(text: str, visuals: Sequence[np.ndarray]) -> str:
-    """Repeats each placeholder once per token of its picture."""
+    """Repeat each placeholder once per token of its image or video."""
     rest, pieces = text, []
     for visual in visuals:
         pad = VIDEO_PAD if visual.ndim == 4 else IMAGE_PAD

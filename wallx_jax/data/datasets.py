@@ -1,6 +1,6 @@
-"""Several datasets in one run: each with its own cameras, keys and statistics, and all in one layout.
+"""Opens the datasets of a run, each with its own cameras, keys and statistics, and unifies their layout.
 
-The first is the one that the settings describe by themselves; `datasets` names the others.
+The first dataset is described by the run's top-level settings; the setting `datasets` names the others.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ class Part:
     """One dataset of a run.
 
     Attributes:
-        name: what it is called in the run.
-        weight: its samples for one of the first dataset's.
-        settings: as if it were the only one, completed by check_dataset.
+        name: its name in the run.
+        weight: sampling ratio relative to the first dataset.
+        settings: the run's settings as if this were the only dataset, completed by check_dataset.
         source: all of its frames.
     """
 
@@ -39,16 +39,21 @@ class Part:
 
 
 def open_parts(run: RunConfig, videos: Literal["all", "first", "none"] = "all") -> tuple[Part, ...]:
-    """Opens the datasets of a run: reads their metadata, checks each against its settings, fetches the files that are
-    used from the hub where they are missing, and checks the tables.
+    """Open the datasets of a run.
+
+    Reads the metadata, checks each dataset against its settings, fetches missing files from the hub, and checks the
+    tables.
 
     Args:
-        videos: which videos to fetch: all, of each camera the one with the first episode, or none. With
-            download_videos=False none.
+        run: the configuration.
+        videos: which videos to fetch: all, for each camera only the one with the first episode, or none. With
+            download_videos=False none are fetched.
 
     Raises:
-        ConfigError: everything that does not fit, for the datasets after the first with their names.
-        FileNotFoundError, DatasetError: what is missing, or contradicts itself.
+        ConfigError: settings do not fit a dataset; lists all of them, prefixed by the name of each dataset after the
+            first.
+        FileNotFoundError: a file is missing.
+        DatasetError: a dataset is damaged or contradicts itself.
     """
     found, errors, offers = [], [], []
     for number, (name, weight, settings) in enumerate(run.datasets()):
@@ -73,10 +78,10 @@ def _open(settings: RunConfig, info: DatasetInfo, videos: str) -> LeRobotSource:
 
 
 def in_one_layout(parts: Sequence[Part], processors: Sequence[Processor]) -> tuple[Processor, ...]:
-    """The processors with one prompt length, the longest of them: one compiled step serves all datasets.
+    """Return the processors with the longest of their prompt lengths, so that one compiled step serves all datasets.
 
     Raises:
-        ConfigError: pictures of another number or size, with the datasets that differ.
+        ConfigError: datasets differ in the number or sizes of their images; lists them.
     """
     sizes = [processor.config.image_sizes for processor in processors]
     errors = [

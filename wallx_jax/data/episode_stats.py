@@ -1,7 +1,7 @@
-"""Statistics of a LeRobot dataset, by episode and aggregated, with lerobot's definitions.
+"""Computes statistics of a LeRobot dataset, per episode and aggregated, as lerobot defines them.
 
-Statistics are {name: float64 [C]}, with a column for each dimension of the vectors and each channel of the cameras.
-`count` is the number of frames that went into a column.
+Statistics are {name: float64 [C]}, with one column per vector dimension and per camera channel. `count` is the number
+of frames that contribute to a column.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,7 +15,7 @@ Stats = dict[str, np.ndarray]
 
 
 def vector_stats(values: np.ndarray) -> Stats:
-    """Compute the statistics of an episode's vectors over their finite values.
+    """Compute the statistics of an episode's vectors, ignoring values that are not finite.
 
     Quantiles are order statistics (NumPy's "inverted_cdf"), which lerobot approximates with a histogram of 5000 bins.
 
@@ -45,18 +45,18 @@ def vector_stats(values: np.ndarray) -> Stats:
 
 
 class PixelStats:
-    """Statistics of one camera in one episode, in [0, 1], over the same sample of frames and pixels as lerobot's.
+    """Pixel statistics of one camera in one episode, in [0, 1], over the frames and pixels that lerobot samples.
 
-    `std` is exact. lerobot before 0.6 squares pixels in uint8, which overflows.
+    `std` is exact, unlike that of lerobot before 0.6, which squares pixels in uint8 and overflows.
     """
 
     def __init__(self, length: int, height: int, width: int):
-        """Choose the sample.
+        """Choose the frames and pixels to sample.
 
         Args:
-            length: T, frames of the episode.
-            height: H of the frames in pixels.
-            width: W of the frames in pixels.
+            length: T, number of frames in the episode.
+            height: H, height of the frames in pixels.
+            width: W, width of the frames in pixels.
         """
         self.count = max(min(length, 100), min(int(length**0.75), 10_000))
         self.frames = set(np.round(np.linspace(0, length - 1, self.count)).astype(int).tolist())
@@ -64,7 +64,7 @@ class PixelStats:
         self.histogram = np.zeros((3, 256), np.int64)
 
     def observe(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Yield an episode's frames, uint8 [H, W, 3] each, and count the pixels of those in the sample."""
+        """Yield an episode's frames unchanged, uint8 [H, W, 3] each, while accumulating the sampled pixels."""
         for number, frame in enumerate(frames):
             if number in self.frames:
                 sample = frame[:: self.stride, :: self.stride]
@@ -73,7 +73,7 @@ class PixelStats:
             yield frame
 
     def stats(self) -> Stats:
-        """Return the statistics, with a column for each channel."""
+        """Return the statistics, with one column per channel."""
         levels = np.arange(256) / 255
         pixels = self.histogram.sum(axis=1)
         cumulative = self.histogram.cumsum(axis=1)
@@ -93,7 +93,7 @@ class PixelStats:
 
 
 def concatenate(parts: list[Stats]) -> Stats:
-    """Concatenate the columns of several statistics."""
+    """Concatenate several statistics along their columns."""
     return {name: np.concatenate([part[name] for part in parts]) for name in NAMES}
 
 
@@ -106,7 +106,7 @@ def merge(a: Stats, b: Stats) -> Stats:
     divisor = np.where(count, count, np.nan)
 
     def weighted_mean(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        # NaN comes with count 0, and has to leave the sum.
+        # Columns with count 0 are NaN and must not propagate into the sum.
         return (np.nan_to_num(x) * a["count"] + np.nan_to_num(y) * b["count"]) / divisor
 
     mean = weighted_mean(a["mean"], b["mean"])
@@ -121,5 +121,5 @@ def merge(a: Stats, b: Stats) -> Stats:
 
 
 def _rank(quantile: float, count: np.ndarray) -> np.ndarray:
-    """Return the index of a quantile among `count` values in ascending order."""
+    """Return the index of a quantile among `count` values sorted in ascending order."""
     return np.maximum(np.ceil(quantile * count).astype(int) - 1, 0)

@@ -1,4 +1,4 @@
-"""meta/episodes of a LeRobot dataset: the episodes, and which frames each has."""
+"""Reads meta/episodes of a LeRobot dataset: its episodes and their frame ranges."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ EPISODE_COLUMNS = ("episode_index", "length", "dataset_from_index", "dataset_to_
 
 def _episode_files(root: Path) -> list[Path]:
     folder = root / "meta" / "episodes"
-    files = sorted(file for file in folder.glob("*/*.parquet") if not file.name.startswith("."))  # as macOS leaves them
+    files = sorted(file for file in folder.glob("*/*.parquet") if not file.name.startswith("."))  # macOS "._" files
     if not files:
         what = "holds no tables" if folder.is_dir() else "is missing"
         raise FileNotFoundError(f"{folder} {what}; the dataset is not complete, copy it again")
@@ -22,10 +22,15 @@ def _episode_files(root: Path) -> list[Path]:
 
 
 def read_episode_columns(root: Path, columns: Iterable[str]) -> dict[str, np.ndarray]:
-    """Reads columns of meta/episodes, float64 or int64 [all episodes], by ascending episode_index.
+    """Read columns of meta/episodes, in ascending order of episode_index.
+
+    Returns:
+        {column: [all episodes]}, float64 for timestamps and int64 for the others; includes episode_index.
 
     Raises:
-        FileNotFoundError, DatasetError: a file or column is missing, damaged or holds nulls; an episode is there twice.
+        FileNotFoundError: the folder is missing or has no tables.
+        DatasetError: a file is damaged, a column is missing or contains nulls, or an episode_index is negative or
+            appears twice.
     """
     columns = ["episode_index", *columns]
     parts: dict[str, list[np.ndarray]] = {column: [] for column in columns}
@@ -50,14 +55,15 @@ def read_episode_columns(root: Path, columns: Iterable[str]) -> dict[str, np.nda
 
 
 def read_listed_tasks(root: Path, tasks: Mapping[int, str]) -> np.ndarray:
-    """Reads which instructions meta/episodes lists for which episode, where it does.
+    """Read the instructions that meta/episodes lists for each episode, from the files that have the column "tasks".
 
     Args:
-        tasks: {task_index: instruction} of meta/tasks.parquet. What is not among them was reworded there, and is left
-            out.
+        root: the dataset's folder.
+        tasks: {task_index: instruction} of meta/tasks.parquet. Listed instructions that are not among them were
+            reworded there, and are skipped.
 
     Returns:
-        (`episode_index`, `task_index`) of each, int64 [n, 2].
+        Pairs of (`episode_index`, `task_index`), int64 [n, 2].
     """
     numbers: dict[str, list[int]] = {}
     for number, text in tasks.items():
@@ -75,17 +81,19 @@ def read_listed_tasks(root: Path, tasks: Mapping[int, str]) -> np.ndarray:
 
 
 def read_episodes(root: Path, repo_id: str, info: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Reads EPISODE_COLUMNS of all episodes, and checks them against meta/info.json and each other.
+    """Read EPISODE_COLUMNS of all episodes, and check them against meta/info.json and each other.
 
     Args:
-        repo_id: what messages call the dataset.
-        info: what meta/info.json says.
+        root: the dataset's folder.
+        repo_id: name of the dataset in error messages.
+        info: contents of meta/info.json.
 
     Returns:
-        int64 [all episodes] of each column, by ascending episode_index.
+        {column: int64 [all episodes]}, in ascending order of episode_index.
 
     Raises:
-        FileNotFoundError, DatasetError: as `read_episode_columns`; numbers that do not add up.
+        FileNotFoundError: as `read_episode_columns`.
+        DatasetError: as `read_episode_columns`; or lengths, frame ranges and totals are inconsistent.
     """
     table = read_episode_columns(root, EPISODE_COLUMNS[1:])
     numbers, lengths = table["episode_index"], table["length"]

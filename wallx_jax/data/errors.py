@@ -1,4 +1,4 @@
-"""What is wrong with a dataset."""
+"""Defines the errors raised for faulty datasets."""
 
 from pathlib import Path
 
@@ -6,15 +6,15 @@ REWRITE = "write the dataset again"
 
 
 class DatasetError(ValueError):
-    """A dataset is incomplete, damaged or contradicts itself. The message names file, column and rows."""
+    """Raised if a dataset is incomplete, damaged or contradicts itself. The message names file, column and rows."""
 
 
 class FrameError(DatasetError):
-    """A frame cannot be read or decoded. The message names dataset, episode, frame and file."""
+    """Raised if a frame cannot be read or decoded. The message names dataset, episode, frame and file."""
 
 
 def unreadable(camera: str, file: Path, dataset: str, frame: str, error: Exception) -> FrameError:
-    """The error for a frame whose image cannot be read from `file`; `frame` as `DatasetInfo.describe` names it."""
+    """Build the error for an image that cannot be read from `file`; `frame` comes from `DatasetInfo.describe`."""
     reason = " ".join(str(error).replace(str(file), "it").split())[:300]
     return FrameError(
         f"{dataset}: {frame}: {camera} cannot be read from {file} ({type(error).__name__}: {reason}); copy the file "

@@ -1,11 +1,11 @@
-"""FAST action tokens: a chunk of actions -> quantised cosine coefficients -> byte-pair tokens, and back.
+"""Encodes action chunks as FAST tokens (quantised cosine coefficients, then byte-pair encoding) and decodes them.
 
 Pertsch et al. 2025, https://arxiv.org/abs/2501.09747. Reads and writes the files of physical-intelligence/fast
-(processor_config.json and tokenizer.json) and gives the same ids, without running the code that lies beside them.
+(processor_config.json and tokenizer.json) and produces the same ids, without running the code in that repository.
 Legend: N chunks, A action horizon, D action channels.
 
-One chunk becomes one string, in which coefficient (k, d), k the frequency, is the character of code
-round(scale * coefficient) - min_token, frequencies outermost; byte-level BPE turns the string into ids.
+Each chunk becomes one string: coefficient (k, d), with k the frequency, is the character with code point
+round(scale * coefficient) - min_token, frequencies outermost. Byte-level BPE turns the string into ids.
 """
 
 import functools
@@ -21,24 +21,25 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from wallx_jax.data.tokenizer import read_backend
 from wallx_jax.utils.files import read_json_object, write_text
 
-# Where transformers finds the original processor class for a saved directory (`trust_remote_code=True`).
+# Reference by which transformers finds the original processor class (`trust_remote_code=True`).
 _ORIGINAL_CODE = "physical-intelligence/fast--processing_action_tokenizer.UniversalActionProcessor"
 _RANGE_TOLERANCE = 1e-3
 
 
 class FastDecodeError(ValueError):
-    """A token sequence that is not the code of any action chunk of the expected shape."""
+    """Raised for a token sequence that does not decode to an action chunk of the expected shape."""
 
 
 class FastTokenizer:
-    """Action chunks in [-1, 1] <-> ids 0 .. vocab_size - 1. Picklable.
+    """Tokenizer that maps action chunks in [-1, 1] to ids 0 .. vocab_size - 1 and back. Picklable.
 
     Attributes:
-        scale: quantisation steps per unit; decoding is off by at most sqrt(A) / (2 * scale) per value, because each
-            coefficient is off by half a step and the basis is orthonormal.
+        scale: quantisation steps per unit; the decoding error is at most sqrt(A) / (2 * scale) per value, because each
+            coefficient is off by at most half a step and the basis is orthonormal.
         min_token: smallest quantised coefficient that has a character; smaller ones are raised to it.
         vocab_size: size of the id range; the trained vocabulary may be smaller.
-        time_horizon, action_dim: the chunk shape noted in the files, or None; informative only.
+        time_horizon: A of the chunks as noted in the files, or None; informative only.
+        action_dim: D of the chunks as noted in the files, or None; informative only.
     """
 
     def __init__(
@@ -62,11 +63,11 @@ class FastTokenizer:
 
     @classmethod
     def from_dir(cls, path: str | Path) -> "FastTokenizer":
-        """Reads a directory laid out like physical-intelligence/fast. Python files in it are ignored.
+        """Load a directory laid out like physical-intelligence/fast. Python files in it are ignored.
 
         Raises:
-            FileNotFoundError: processor_config.json or tokenizer.json is not there.
-            ValueError: a file cannot be read, or lacks scale, vocab_size or min_token.
+            FileNotFoundError: processor_config.json or tokenizer.json is missing.
+            ValueError: a file is malformed, or scale, vocab_size or min_token is missing or not a number.
         """
         path = Path(path)
         for name in ("processor_config.json", "tokenizer.json"):
@@ -84,17 +85,19 @@ class FastTokenizer:
 
     @classmethod
     def fit(cls, chunks: np.ndarray, vocab_size: int = 2048, scale: float = 10) -> "FastTokenizer":
-        """Trains a vocabulary on action chunks; the same chunks give the same vocabulary.
+        """Train a vocabulary on action chunks, deterministically.
 
-        Unlike the original's `fit`, every chunk in [-1, 1] of at most this horizon can be encoded afterwards, seen or
-        not: coefficients of an orthonormal transform are bounded by sqrt(A), and the alphabet covers that range.
-        Pairs may also merge across the whole chunk, where the original first cuts it as if it were English text.
+        Unlike with the original's `fit`, any chunk in [-1, 1] of at most this horizon can be encoded afterwards, even
+        an unseen one: coefficients of an orthonormal transform are bounded by sqrt(A), and the alphabet covers that
+        range. Merges may also span the whole chunk, whereas the original first splits it like English text.
 
         Args:
             chunks: float [N, A, D] in [-1, 1].
+            vocab_size: maximum number of tokens.
+            scale: quantisation steps per unit.
 
         Raises:
-            ValueError: not such an array, or a vocabulary smaller than the alphabet.
+            ValueError: chunks have another shape or range, or vocab_size is smaller than the alphabet.
         """
         chunks = np.asarray(chunks)
         if chunks.ndim != 3 or 0 in chunks.shape:
@@ -119,12 +122,12 @@ class FastTokenizer:
         return fitted
 
     def codes_like(self, other: "FastTokenizer") -> bool:
-        """Whether both give the same ids for any actions."""
+        """Return whether both tokenizers give the same ids for all actions."""
         ours, theirs = ((x.scale, x.vocab_size, x.min_token, x._bpe.to_str()) for x in (self, other))
         return ours == theirs
 
     def save(self, path: str | Path) -> None:
-        """Writes the files that `from_dir` and the original processor class read into `path`, created if missing."""
+        """Write the files that `from_dir` and the original processor class read, creating the folder if missing."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         self._bpe.save(str(path / "tokenizer.json"))
@@ -137,14 +140,14 @@ class FastTokenizer:
             write_text(path / name, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
     def encode(self, chunk: np.ndarray) -> list[int]:
-        """Ids of one chunk, float [A, D] in [-1, 1].
+        """Encode one chunk, float [A, D] in [-1, 1], as ids.
 
         Coefficients below min_token are raised to it, as in the original (with its -354 this needs a horizon above
-        1253). Computed in float64: ids can differ from the original's where a coefficient lies on a rounding tie.
+        1253). Computed in float64: ids can differ from the original's where a coefficient is on a rounding tie.
 
         Raises:
-            ValueError: another shape, a value that is not finite or outside [-1, 1], or a coefficient that the
-                vocabulary has no symbol for (the original drops it and can never decode the rest).
+            ValueError: the chunk has another shape, a value that is not finite or outside [-1, 1], or a coefficient
+                that has no symbol in the vocabulary (the original drops it and can never decode the rest).
         """
         text = self._text(chunk)
         ids = self._bpe.encode(text, add_special_tokens=False).ids
@@ -156,11 +159,11 @@ class FastTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], horizon: int, dims: int) -> np.ndarray:
-        """The chunk float32 [horizon, dims] that `ids` stand for.
+        """Decode `ids` to a chunk, float32 [horizon, dims].
 
         Raises:
-            FastDecodeError: unknown ids, ids that end inside a symbol, or another number of coefficients than
-                horizon x dims. (The original returns zeros instead, which a robot would carry out.)
+            FastDecodeError: ids are unknown, end inside a multi-byte symbol, or do not decode to horizon x dims
+                coefficients. (The original returns zeros instead, which a robot would execute.)
         """
         ids = [int(index) for index in ids]
         size = self._bpe.get_vocab_size()
@@ -178,7 +181,7 @@ class FastTokenizer:
         return (_dct_matrix(horizon).T @ ((codes + self.min_token) / self.scale)).astype(np.float32)
 
     def _text(self, chunk: np.ndarray) -> str:
-        """One character per quantised coefficient of chunk [A, D]."""
+        """Return one character per quantised coefficient of a chunk [A, D]."""
         chunk = np.asarray(chunk, np.float64)
         if chunk.ndim != 2 or 0 in chunk.shape:
             raise ValueError(f"an action chunk has shape [A, D], not {list(chunk.shape)}")
@@ -193,7 +196,7 @@ class FastTokenizer:
 
 @functools.lru_cache(maxsize=8)
 def _dct_matrix(size: int) -> np.ndarray:
-    """Orthonormal DCT-II, float64 [frequency, time]; its transpose is its inverse."""
+    """Return the orthonormal DCT-II matrix, float64 [frequency, time]; its transpose is its inverse."""
     frequency, time = np.arange(size)[:, None], np.arange(size)
     matrix = math.sqrt(2 / size) * np.cos(np.pi / size * (time + 0.5) * frequency)
     matrix[0] /= math.sqrt(2)

@@ -1,4 +1,4 @@
-"""The files that a run reads of a dataset: which they are, and fetching those that are missing."""
+"""Lists the dataset files that a run reads, and fetches the missing ones from the hub."""
 
 from collections.abc import Sequence
 
@@ -11,17 +11,18 @@ from wallx_jax.utils import hub
 
 
 def fetch(info: DatasetInfo, cameras: Sequence[str] = (), first_only: bool = False) -> None:
-    """Fetches what is missing of a hub dataset: the tables of the used episodes and the videos of the named cameras.
+    """Fetch missing files of a hub dataset: tables of the used episodes and videos of the given cameras.
 
-    Nothing happens for a local dataset.
+    Does nothing for a local dataset.
 
     Args:
-        cameras: keys; cameras whose images are in the tables need nothing more.
-        first_only: of each camera only the video with the first episode.
+        info: the dataset.
+        cameras: camera keys; a camera whose images are in the tables needs no further files.
+        first_only: fetch only the video with the first episode for each camera.
 
     Raises:
         FileNotFoundError: a file cannot be fetched.
-        DatasetError: the metadata does not say where an episode is.
+        DatasetError: the metadata does not locate an episode.
     """
     if info.commit is None:
         return
@@ -31,7 +32,7 @@ def fetch(info: DatasetInfo, cameras: Sequence[str] = (), first_only: bool = Fal
 
 
 def data_files(info: DatasetInfo) -> list[str]:
-    """Lists the table files of the used episodes, as paths below the dataset's folder."""
+    """List the table files of the used episodes, as paths relative to the dataset's folder."""
     columns = ["data/chunk_index", "data/file_index"]
     table = read_episode_columns(info.root, columns)
     rows = np.isin(table["episode_index"], info.episode_numbers)
@@ -40,7 +41,7 @@ def data_files(info: DatasetInfo) -> list[str]:
 
 
 def video_files(info: DatasetInfo, camera: str, first_only: bool = False) -> list[str]:
-    """Lists the video files of the used episodes, as paths below the dataset's folder; none for embedded images."""
+    """List the video files of the used episodes, relative to the dataset's folder; none for images in the tables."""
     if not info.is_video(camera):
         return []
     spans = read_spans(info, camera)

@@ -1,4 +1,4 @@
-"""Decoded, resized frames kept on disk: with them, reading a sample costs no decoding and no resizing."""
+"""Caches decoded, resized frames on disk, so that reading a sample needs no decoding or resizing."""
 
 import contextlib
 import copy
@@ -23,24 +23,26 @@ from wallx_jax.data.metadata import DatasetInfo
 from wallx_jax.data.processor import ProcessorConfig
 from wallx_jax.data.tables import FrameTable
 
-RUN = 256  # frames that a thread decodes at a stretch
-SAMPLES, SAMPLE = 8, 16 * 1024  # of a large file so many pieces of so many bytes are hashed
+RUN = 256  # consecutive frames that a thread decodes per task
+SAMPLES, SAMPLE = 8, 16 * 1024  # number and size in bytes of the pieces hashed of a large file
 
 
 class CachedSource:
-    """A LeRobotSource whose images come resized, from a cache on disk.
+    """LeRobotSource whose images are already resized and come from a cache on disk.
 
-    `fill` decodes the videos from front to back. Frames that are not in the cache are decoded one by one and kept;
-    every process may do that, since two that decode the same frame write the same bytes. The folder's name is a hash of
-    the dataset's files and of the image sizes, so that a changed dataset never meets an old cache.
+    `fill` decodes the videos sequentially. Frames that are not in the cache yet are decoded one by one and added to it.
+    Any process may do so, because two processes that decode the same frame write the same bytes. The name of the cache
+    folder is a hash of the dataset's files and of the image sizes, so that a changed dataset never uses an old cache.
 
     Args:
         source: the frames.
         config: cameras, resolutions and image sizes, in the source's order of cameras.
-        folder: where caches live. The whole file is allocated at once: num_frames x height x width x 3 bytes a camera.
+        folder: parent folder of the caches. The whole file is allocated at once: num_frames x height x width x 3 bytes
+            per camera.
 
     Raises:
-        OSError: there is no room for it.
+        ValueError: `config` and `source` have different cameras.
+        OSError: the disk does not have enough space.
     """
 
     def __init__(self, source: LeRobotSource, config: ProcessorConfig, folder: str | Path):
@@ -55,7 +57,7 @@ class CachedSource:
             for name, shape in self._files():
                 _allocate(self.folder / name, int(np.prod(shape, dtype=np.int64)))
         except OSError:
-            for name in new:  # those of other cameras, which hold nothing yet
+            for name in new:  # files of the other cameras, which are still empty
                 (self.folder / name).unlink(missing_ok=True)
             raise
         self._maps: dict[str, np.ndarray] = {}
@@ -73,19 +75,19 @@ class CachedSource:
         return self.source.table
 
     def select(self, frames: np.ndarray | Sequence[int]) -> "CachedSource":
-        """Returns a source of these frames of the dataset, with the same cache."""
+        """Return a source of these frames of the dataset, with the same cache."""
         other = copy.copy(self)
         other.source = self.source.select(frames)
         return other
 
     def fill(self, skip_unreadable: bool = False) -> None:
-        """Puts every frame of the dataset that is missing into the cache, on all cores and with a progress bar.
+        """Add all missing frames of the dataset to the cache, on all cores and with a progress bar.
 
         Args:
-            skip_unreadable: leave out frames that cannot be decoded.
+            skip_unreadable: whether to leave out frames that cannot be decoded.
 
         Raises:
-            FrameError: naming dataset, episode, frame and file, if one cannot be decoded.
+            FrameError: a frame cannot be decoded; names dataset, episode, frame and file.
         """
         images, todo = self.source.images, []
         for number, (camera, *_) in enumerate(self._layout):
@@ -103,7 +105,7 @@ class CachedSource:
             except FrameError:
                 if not skip_unreadable:
                     raise
-                for frame in frames:  # those that can be read
+                for frame in frames:  # keep the readable ones
                     with contextlib.suppress(FrameError):
                         self._keep_run(number, np.array([frame]))
             return len(frames)
@@ -130,7 +132,7 @@ class CachedSource:
         return self.__dict__ | {"_maps": {}}
 
     def __getitem__(self, i: int) -> RawSample:
-        """Returns the source's i-th frame with images resized and `resized` set; raises as the source does."""
+        """Return the source's i-th frame with resized images and `resized` set. Raises as the source does."""
         frame, images = int(self.source.frames[i]), []
         for number, (camera, *_) in enumerate(self._layout):
             if not self._map(f"done_{number}.uint8")[frame]:
@@ -146,14 +148,16 @@ class CachedSource:
             self._keep(number, frame, image)
 
     def _keep(self, number: int, frame: int, image: np.ndarray) -> None:
-        """Writes a frame into the cache."""
+        """Resize a frame's image and write it into the cache."""
         _, resolution, view, _ = self._layout[number]
         self._map(f"camera_{number}.uint8")[frame] = resize(image, resolution, view)
-        self._map(f"done_{number}.uint8")[frame] = 1  # last: a frame that is marked is whole
+        self._map(f"done_{number}.uint8")[frame] = 1  # last, so that a marked frame is complete
 
     def _files(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """(file, shape) of the uint8 arrays: per camera the images, and one byte per frame that says whether it is
-        there."""
+        """Yield (file name, shape) of the uint8 arrays.
+
+        Per camera, these are the images and one byte per frame, which is 1 once the frame is cached.
+        """
         frames = self.info.num_frames
         for number, (*_, size) in enumerate(self._layout):
             yield f"camera_{number}.uint8", (frames, *size, 3)
@@ -165,7 +169,7 @@ class CachedSource:
         return self._maps[name]
 
     def _fingerprint(self) -> str:
-        """Hash of what the cached images depend on: the files with images, which frames they hold, and the sizes."""
+        """Hash what the cached images depend on: the files with images, the frames in them, and the image sizes."""
         info = self.info
         names = {str(path.relative_to(info.root)) for path in (info.root / "meta" / "episodes").rglob("*.parquet")}
         for camera in self.source.cameras:
@@ -183,10 +187,12 @@ class CachedSource:
 
 
 def _identity(path: Path) -> tuple[int, int, str]:
-    """Size, time of the last change, and a hash of all of a small file or of pieces of a large one: archives set all
-    times alike."""
+    """Return a file's size, modification time in ns, and a hash of its content, sampled in pieces for large files.
+
+    The time is not sufficient, because extracting an archive can give all files the same one.
+    """
     if not path.is_file():
-        return 0, 0, "missing"  # the error comes when a frame of it is read
+        return 0, 0, "missing"  # reading one of its frames raises the error
     status = path.stat()
     digest = hashlib.sha256()
     starts = np.linspace(0, max(status.st_size - SAMPLE, 0), SAMPLES).astype(int)
@@ -198,7 +204,7 @@ def _identity(path: Path) -> tuple[int, int, str]:
 
 
 def _allocate(path: Path, size: int) -> None:
-    """Gives `path` `size` bytes on disk: writing to a mapped file that the disk has no room for kills the process."""
+    """Allocate `size` bytes for `path`, because writing to a memory-mapped file on a full disk kills the process."""
     if path.exists() and path.stat().st_size == size:
         return
     with path.open("ab") as file:

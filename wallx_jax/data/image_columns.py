@@ -1,4 +1,4 @@
-"""Images that a dataset keeps in its tables: encoded bytes, or the path of an image file."""
+"""Reads images from a dataset's tables, stored as encoded bytes or as the path of an image file."""
 
 import io
 import threading
@@ -14,27 +14,27 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from wallx_jax.data import parquet
 from wallx_jax.data.errors import REWRITE, DatasetError
 
-OPEN_TABLES = 16  # files that a reader keeps open
+OPEN_TABLES = 16  # maximum number of files that a reader keeps open
 COLOR_MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")  # 8 bits per channel
 
 
 class ImageColumns:
-    """Images in the rows of table files; safe to use from threads.
+    """Thread-safe reader for the images in table files.
 
     Args:
-        root: folder that the paths of image files are relative to.
+        root: folder to which the paths of image files are relative.
     """
 
     def __init__(self, root: Path):
         self._root, self._lock = root, threading.Lock()
         self._files: OrderedDict[Path, pq.ParquetFile] = OrderedDict()
-        self._groups: dict[str, tuple[Path, int, pa.Array]] = {}  # of each camera the row group that was read last
+        self._groups: dict[str, tuple[Path, int, pa.Array]] = {}  # last row group read, per camera
 
     def read(self, file: Path, camera: str, row: int) -> np.ndarray:
-        """Returns the image in a row of a table file, uint8 RGB [H, W, 3].
+        """Return the image in a row of a table file, uint8 RGB [H, W, 3].
 
         Raises:
-            ValueError, OSError: it is missing or damaged, or no color image.
+            ValueError, OSError: the image is missing, damaged, or not a color image.
         """
         with self._lock:
             value = self._value(file, camera, row)
@@ -60,10 +60,10 @@ class ImageColumns:
 
 
 def check_column(file: Path, camera: str) -> None:
-    """Checks that a table file has images of a camera in every row; mostly its footer tells.
+    """Check that every row of a table file has an image of a camera; reading the file's footer usually suffices.
 
     Raises:
-        DatasetError: it lacks the column, or that holds something else or nulls.
+        DatasetError: the column is missing, does not contain images, or has nulls.
     """
     with parquet.open_parquet(file) as table:
         names = table.schema_arrow.names
@@ -85,7 +85,7 @@ def check_column(file: Path, camera: str) -> None:
 
 
 def linked_files(file: Path, camera: str) -> set[str]:
-    """Returns the paths that a table file gives instead of images, as they stand there."""
+    """Return the image paths that a table file stores in place of image bytes, unchanged."""
     with parquet.open_parquet(file) as table:
         kind = table.schema_arrow.field(camera).type
         if pa.types.is_struct(kind) and not _may_be_null(table.metadata, f"{camera}.bytes"):
@@ -107,7 +107,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _may_be_null(metadata: pq.FileMetaData, leaf: str) -> bool:
-    """Whether a column may hold nulls, by its statistics."""
+    """Return whether a column may contain nulls, judging by its Parquet statistics."""
     paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
     if leaf not in paths:
         return True
@@ -123,17 +123,16 @@ def _bytes_and_path(value: dict | bytes | str | None) -> tuple[bytes | None, str
 
 
 def decode(value: dict | bytes | str | None, root: Path) -> np.ndarray:
-    """Decodes an entry of an image column, uint8 RGB [H, W, 3].
+    """Decode an entry of an image column to uint8 RGB [H, W, 3].
 
-    Grayscale and palette images are converted, an alpha channel is dropped, and a photograph is turned as its EXIF
-    orientation says.
+    Grayscale and palette images are converted, an alpha channel is dropped, and the EXIF orientation is applied.
 
     Args:
-        value: {"bytes": ..., "path": ...} as `datasets` writes it, or the bytes or the path alone.
-        root: folder that a path is relative to.
+        value: {"bytes": ..., "path": ...} as written by `datasets`, or only the bytes or the path.
+        root: folder to which a path is relative.
 
     Raises:
-        ValueError, OSError: it is missing or damaged, or no color image.
+        ValueError, OSError: the image is missing, damaged, or not a color image.
     """
     data, path = _bytes_and_path(value)
     if data is None and path is None:
@@ -145,5 +144,5 @@ def decode(value: dict | bytes | str | None, root: Path) -> np.ndarray:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except UnidentifiedImageError:
         raise ValueError("these bytes are no image" if data is not None else f"{path} is no image") from None
-    except SyntaxError as error:  # what Pillow raises for damaged PNG files
+    except SyntaxError as error:  # Pillow raises it for damaged PNG files
         raise ValueError(f"the image is damaged: {error}") from None

@@ -1,8 +1,8 @@
-"""Camera images to the size that the vision tower sees: the two resizes of upstream's training pipeline.
+"""Resizes camera images for the vision tower, with the two resizes of upstream's training pipeline.
 
-First the longer side goes to a resolution, then both sides to multiples of 28 pixels (a 2 x 2 block of 14-pixel
-patches, which becomes one token), as `smart_resize` of qwen_vl_utils. Pixel values stay uint8; rescaling and patches
-belong to the model.
+The first resize scales the longer side to a given resolution. The second rounds both sides to multiples of 28 pixels (a
+2 x 2 block of 14-pixel patches, which becomes one token), like `smart_resize` of qwen_vl_utils. Pixel values stay
+uint8; the model rescales them and extracts patches.
 """
 
 import math
@@ -17,29 +17,39 @@ MAX_ASPECT = 200
 
 
 class Limits(NamedTuple):
-    """Smallest and largest height x width in pixels after rounding to multiples of 28."""
+    """Bounds on height x width in pixels after rounding to multiples of 28.
+
+    Attributes:
+        smallest: minimum number of pixels.
+        largest: maximum number of pixels.
+    """
 
     smallest: int
     largest: int
 
 
-IMAGE_LIMITS = Limits(4 * FACTOR**2, 16384 * FACTOR**2)  # of qwen_vl_utils and Qwen's preprocessor_config.json
-VIDEO_LIMITS = Limits(128 * FACTOR**2, 768 * FACTOR**2)  # of each frame of a video, as qwen_vl_utils
+IMAGE_LIMITS = Limits(4 * FACTOR**2, 16384 * FACTOR**2)  # from qwen_vl_utils and Qwen's preprocessor_config.json
+VIDEO_LIMITS = Limits(128 * FACTOR**2, 768 * FACTOR**2)  # for each frame of a video, from qwen_vl_utils
 
 
 def target_size(
     height: int, width: int, resolution: int = -1, name: str = "image", limits: Limits = IMAGE_LIMITS
 ) -> tuple[int, int]:
-    """(height, width) in pixels, both multiples of 28, that an image of this size is brought to.
+    """Return the size to which an image is resized.
 
     Args:
+        height: of the original image, in pixels.
+        width: of the original image, in pixels.
         resolution: pixels of the longer side before rounding to multiples of 28; -1 keeps the image's own size.
-        name: of the camera, for messages.
-        limits: between which the product of the sides is kept.
+        name: name of the camera, for error messages.
+        limits: bounds on the product of the returned sides.
+
+    Returns:
+        (height, width) in pixels, both multiples of 28.
 
     Raises:
-        ValueError: a resolution that is neither -1 nor positive, a side below one pixel, or sides whose ratio
-            exceeds 200.
+        ValueError: the resolution is neither -1 nor positive, a side is below one pixel, or the aspect ratio exceeds
+            200.
     """
     return _smart_size(*_scaled_size(height, width, resolution, name), name, limits)
 
@@ -47,21 +57,23 @@ def target_size(
 def resize(
     image: np.ndarray | Image.Image, resolution: int = -1, name: str = "image", limits: Limits = IMAGE_LIMITS
 ) -> np.ndarray:
-    """Both bicubic resizes, through Pillow.
+    """Apply both bicubic resizes with Pillow.
 
     Args:
         image: RGB as uint8 [H, W, 3] or a Pillow image of mode "RGB".
-        resolution, name, limits: as in `target_size`.
+        resolution: as in `target_size`.
+        name: as in `target_size`.
+        limits: as in `target_size`.
 
     Returns:
         uint8 [h, w, 3] with (h, w) = target_size(H, W, resolution, name, limits).
 
     Raises:
-        ValueError: any other kind of image; as `target_size`.
+        ValueError: `image` is anything else or cannot be read; also as `target_size`.
     """
     image = _checked(image, name)
     height, width = _scaled_size(image.height, image.width, resolution, name)
-    # Two resizes are not one: the intermediate picture is rounded to uint8 and loses detail.
+    # Two resizes are not equivalent to one: the intermediate image is rounded to uint8 and loses detail.
     if resolution != -1:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     height, width = _smart_size(height, width, name, limits)
@@ -69,19 +81,23 @@ def resize(
 
 
 def resize_to(image: np.ndarray | Image.Image, size: tuple[int, int], name: str = "image") -> np.ndarray:
-    """One bicubic resize of what `resize` takes to uint8 [*size, 3]; raises as it does."""
+    """Resize an image, as accepted by `resize`, once bicubically to uint8 [*size, 3]. Raises as `resize` does."""
     height, width = size
     return np.array(_checked(image, name).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def size_of(image: np.ndarray | Image.Image, name: str = "image") -> tuple[int, int]:
-    """(height, width) of what `resize` takes; raises as it does."""
+    """Return (height, width) of an image as accepted by `resize`. Raises as `resize` does."""
     image = _checked(image, name)
     return image.height, image.width
 
 
 def grid(height: int, width: int) -> tuple[int, int, int]:
-    """(frames, rows, columns) of patches of a still image whose sides in pixels are multiples of 28."""
+    """Return the patch grid (frames, rows, columns) of a still image.
+
+    Raises:
+        ValueError: a side in pixels is not a positive multiple of 28.
+    """
     if height <= 0 or width <= 0 or height % FACTOR or width % FACTOR:
         raise ValueError(
             f"image size {height}x{width} (height x width) is not in multiples of {FACTOR}; see target_size"
@@ -90,12 +106,12 @@ def grid(height: int, width: int) -> tuple[int, int, int]:
 
 
 def image_token_count(height: int, width: int) -> int:
-    """Tokens that an image of this size takes in the prompt: one per 28 x 28 pixels."""
+    """Return the number of prompt tokens of an image of this size: one per 28 x 28 pixels."""
     return math.prod(grid(height, width)) // 4
 
 
 def _scaled_size(height: int, width: int, resolution: int, name: str) -> tuple[int, int]:
-    """The longer side at `resolution`, the other one truncated; a square counts as portrait, like upstream."""
+    """Scale the longer side to `resolution` and truncate the other; a square counts as portrait, as upstream."""
     if min(height, width) < 1:
         raise ValueError(f"{name}: an image of {height}x{width} (height x width) has no pixels")
     if resolution == -1:
@@ -115,10 +131,10 @@ def _scaled_size(height: int, width: int, resolution: int, name: str) -> tuple[i
 
 
 def _smart_size(height: int, width: int, name: str, limits: Limits) -> tuple[int, int]:
-    """Nearest multiples of 28 whose product lies within the pixel limits, at about the same aspect ratio."""
+    """Return the nearest multiples of 28 within the pixel limits, at about the same aspect ratio."""
     if max(height, width) / min(height, width) > MAX_ASPECT:
         raise ValueError(f"{name}: {height}x{width} (height x width) has an aspect ratio above {MAX_ASPECT}; crop it")
-    # round() takes halves to the even neighbour, which the reference relies on too: 42 pixels -> 2 x 28.
+    # round() rounds halves to even, as the reference does: 42 pixels -> 2 x 28.
     sides = [max(FACTOR, round(side / FACTOR) * FACTOR) for side in (height, width)]
     if math.prod(sides) > limits.largest:
         shrink = math.sqrt(height * width / limits.largest)
@@ -130,7 +146,7 @@ def _smart_size(height: int, width: int, name: str, limits: Limits) -> tuple[int
 
 
 def _checked(image: np.ndarray | Image.Image, name: str) -> Image.Image:
-    """The image as a Pillow RGB image, or an error that says what it is instead."""
+    """Convert to a Pillow RGB image, or raise an error that describes what was given instead."""
     image = _as_pillow(image, name)
     if max(image.size) < PATCH:
         raise ValueError(

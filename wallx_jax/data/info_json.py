@@ -1,4 +1,4 @@
-"""meta/info.json of a LeRobot dataset: format, rate, features and file names, checked."""
+"""Reads and checks meta/info.json of a LeRobot dataset: format version, frame rate, features and file names."""
 
 import importlib.metadata
 import json
@@ -18,14 +18,15 @@ FIELDS = {"codebase_version": str, "fps": (int, float), "features": dict, "total
 
 
 def read_info_json(file: Path, repo_id: str, local: bool) -> dict[str, Any]:
-    """Reads meta/info.json and checks its version, fields and features.
+    """Read meta/info.json and check its version, fields and features.
 
     Args:
-        repo_id: what messages call the dataset.
-        local: whether it is a local folder, which the command to convert an old format then names.
+        file: path of info.json.
+        repo_id: name of the dataset in error messages.
+        local: whether the dataset is a local folder, whose path is then part of the suggested conversion command.
 
     Raises:
-        DatasetError: all that is wrong, with the remedy.
+        DatasetError: the file is invalid; lists all errors, with the remedy.
     """
     try:
         info = read_json_object(file)
@@ -103,8 +104,10 @@ def _name(kind: type | tuple[type, ...]) -> str:
 
 
 def _conversion_command(repo_id: str, root: Path | None) -> str:
-    """What to type to convert a v2.1 dataset with the installed lerobot: the module moved in 0.5, and --root then
-    became the dataset's folder instead of the one around it."""
+    """Return the shell command that converts a v2.1 dataset with the installed lerobot.
+
+    In lerobot 0.5 the module moved, and --root became the dataset's folder instead of its parent.
+    """
     try:
         moved, install = Version(importlib.metadata.version("lerobot")) >= Version("0.5"), ""
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Frames of a LeRobot v3.0 dataset with their action chunks, as a random-access source."""
+"""Provides random access to the frames of a LeRobot v3.0 dataset with their action chunks."""
 
 import copy
 import dataclasses
@@ -22,12 +22,12 @@ class RawSample:
     Attributes:
         images: uint8 RGB [H, W, 3] per camera, in the configured order.
         state: float32 [D], dataset units. NaN values are kept, also in the actions.
-        actions: float32 [A, D], this frame's and the next ones; past the episode's end its last action repeats.
+        actions: float32 [A, D], dataset units, from this frame on; past the episode's end the last action repeats.
         action_is_pad: bool [A], True past the episode's end.
         instruction: the task's text.
         episode: `episode_index`.
-        frame: place in the episode, `frame_index`.
-        resized: whether the images have the model's size already (data.frame_cache).
+        frame: position in the episode, `frame_index`.
+        resized: whether the images already have the model's size (data.frame_cache).
     """
 
     images: tuple[np.ndarray, ...]
@@ -41,25 +41,27 @@ class RawSample:
 
 
 class LeRobotSource:
-    """Random access to the frames of a split (a Grain RandomAccessDataSource).
+    """Random-access source of the frames of a split (a Grain RandomAccessDataSource).
 
-    A pickled copy shares the tables with its original and opens videos of its own.
+    A pickled copy shares the tables with the original and opens its own videos.
 
     Args:
         info: the dataset.
         horizon: A, actions per sample, one per frame.
-        cameras: camera keys, in the order in which the prompt names them.
-        state_key, action_key: vectors, see wallx_jax.config.feature_slices.
+        cameras: camera keys, in the order of the prompt's placeholders.
+        state_key: feature slices of the state, see wallx_jax.config.feature_slices.
+        action_key: feature slices of the action.
         frames: the split's frames, int [n]; None for all.
 
     Attributes:
-        frames: the split's frames; consecutive ones as a range, which takes no memory.
+        frames: the split's frames; consecutive ones are stored as a range, which takes no memory.
         table: the tables of the whole dataset.
         images: the images of the whole dataset.
 
     Raises:
-        ValueError: a key is not in the dataset, listing what it offers, or a frame is out of range.
-        FileNotFoundError, DatasetError: tables or videos contradict the metadata.
+        ValueError: a key is not in the dataset (the message lists its keys), or a frame is out of range.
+        FileNotFoundError: a table file is missing.
+        DatasetError: tables or videos contradict the metadata.
     """
 
     def __init__(
@@ -99,11 +101,11 @@ class LeRobotSource:
 
     @property
     def instructions(self) -> dict[int, str]:
-        """{task_index: instruction} of those that frames of the dataset have."""
+        """Return {task_index: instruction} of the tasks that occur in the dataset's frames."""
         return {number: self.info.tasks[number] for number in sorted(self.table.tasks_used)}
 
     def select(self, frames: np.ndarray | Sequence[int]) -> "LeRobotSource":
-        """Returns a source of these frames of the dataset, which shares tables and open videos with this one."""
+        """Return a source of these frames of the dataset that shares tables and open videos with this one."""
         other = copy.copy(self)
         other._set_frames(frames)
         return other
@@ -112,17 +114,17 @@ class LeRobotSource:
         return len(self.frames)
 
     def __getitem__(self, i: int) -> RawSample:
-        """Returns the i-th frame of the split, with images.
+        """Return the i-th frame of the split, with images.
 
         Raises:
-            FrameError: naming dataset, episode, frame and file, if an image cannot be read or decoded.
+            FrameError: an image cannot be read or decoded; names dataset, episode, frame and file.
         """
         frame = int(self.frames[i])
         images = tuple(self.images.read(camera, frame) for camera in self.cameras)
         return dataclasses.replace(self.low_dim(i), images=images)
 
     def low_dim(self, i: int) -> RawSample:
-        """Returns the same without images (an empty tuple): from the tables alone, nothing is decoded."""
+        """Return the i-th frame without images (an empty tuple), reading only the tables; nothing is decoded."""
         frame = int(self.frames[i])
         episode, place = self.info.locate(frame)
         self.table.load(frame)
@@ -138,13 +140,19 @@ class LeRobotSource:
         )
 
     def locate(self, places: Any) -> tuple[Any, Any, Any]:
-        """Returns of places in the split, one or int [n]: the frame of the dataset, its `episode_index` and its
-        `frame_index`."""
+        """Locate positions of the split in the dataset.
+
+        Args:
+            places: one position or int [n].
+
+        Returns:
+            (frame in the dataset, `episode_index`, `frame_index`), each of the shape of `places`.
+        """
         frames = self.frames.start + places if isinstance(self.frames, range) else self.frames[places]
         episodes, within = self.info.locate(frames)
         return frames, self.info.episode_numbers[episodes], within
 
     def actions_at(self, frames: np.ndarray) -> np.ndarray:
-        """Returns the recorded actions of frames of the dataset (not of the split), float32 [n, D]."""
+        """Return the recorded actions of frames of the dataset (not of the split), float32 [n, D]."""
         self.table.load(frames)
         return self.table.action[frames].astype(np.float32)
