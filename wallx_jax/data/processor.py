@@ -341,8 +341,7 @@ class Processor:
             self.fast.save(directory / "fast")
 
     def save_as(self, directory: str | Path, robot: str) -> None:
-        """Add this robot to a directory with the same tokenizers, by writing its robot-specific files to robots/NAME/.
-        """
+        """Add this robot to a directory with the same tokenizers: write its robot-specific files to robots/NAME/."""
         self._save_robot(Path(directory) / ROBOTS / robot)
 
     def _save_robot(self, directory: Path) -> None:
