@@ -260,8 +260,7 @@ class FrameTable:
         self._write("done", np.array([number]), np.ones((1, 1), np.uint8))  # last: "done" means complete
 
     def _layout(self, feature: str) -> tuple[int, np.dtype]:
-        """Return (dims, dtype) of a feature from meta/info.json; float16 is widened, as the table may be more precise.
-        """
+        """Return (dims, dtype) of a feature from meta/info.json; float16 is widened: the table may be more precise."""
         described = self.info.features[feature]
         dtype = np.dtype(described["dtype"])
         return int(described["shape"][0]), np.dtype(np.float32) if dtype == np.float16 else dtype
