@@ -119,7 +119,7 @@ def matrix(
     try:
         if dtype.kind == "b" and not pc.all(pc.is_in(values.cast(pa.float64()), pa.array([0.0, 1.0]))).as_py():
             raise pa.ArrowInvalid("there are other numbers than 0 and 1")  # Arrow casts any number but 0 to true
-        numbers = values.cast(pa.from_numpy_dtype(dtype)).to_numpy(zero_copy_only=False)  # no copy of the same type
+        numbers = values.cast(pa.from_numpy_dtype(dtype)).to_numpy(zero_copy_only=False)  # no copy if unchanged
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise DatasetError(
             f"{file}: column {column!r} of type {values.type} does not convert to {dtype} ({error}); write {dtype}"

@@ -98,6 +98,7 @@ class DataLoader(Iterator[Batch]):
         return batch
 
     def get_state(self) -> dict[str, int]:
+        """Return the position, in a form that `set_state` accepts."""
         return {"batches_drawn": self._drawn}
 
     def set_state(self, state: dict[str, int]) -> None:

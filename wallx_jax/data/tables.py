@@ -91,6 +91,7 @@ class FrameTable:
         return self._map("unreadable")[:, 0]
 
     def mark_unreadable(self, frame: int) -> None:
+        """Mark a frame as unreadable, visibly to all processes."""
         self._write("unreadable", np.array([frame]), np.ones((1, 1), np.uint8))
 
     def file_of(self, frame: int) -> Path:

@@ -128,12 +128,15 @@ class Tokenizer:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, without adding special tokens."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """Return the text of token ids, optionally without special tokens."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
 
     def token_id(self, token: str) -> int | None:
+        """Return the id of a token, None if the vocabulary lacks it."""
         return self._backend.token_to_id(token)
 
     def added_tokens_in(self, text: str) -> list[str]:
