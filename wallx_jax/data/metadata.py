@@ -1,4 +1,4 @@
-"""What the meta folder of a LeRobot v3.0 dataset says: episodes, instructions, features, and where its files are."""
+"""Reads the meta folder of a LeRobot v3.0 dataset: episodes, instructions, features and the location of its files."""
 
 import dataclasses
 import functools
@@ -20,15 +20,15 @@ from wallx_jax.data.info_json import read_info_json
 from wallx_jax.data.tasks import read_tasks
 from wallx_jax.utils import hub
 
-NEWEST = Version("3.0")  # format of datasets that is read
+NEWEST = Version("3.0")  # newest dataset format that this package reads
 
 
 @dataclass(frozen=True, eq=False)
 class DatasetInfo:
-    """A dataset's metadata, for all of its episodes or for those that were chosen.
+    """Metadata of a dataset, for all of its episodes or for a selection.
 
-    Frames are numbered from 0 to num_frames - 1 through the episodes in the order of `episode_index`; wherever a frame
-    is asked for, this is its number. In the tables it has `first_indices[episode] + frame_index` as its `index`.
+    Frames are numbered from 0 to num_frames - 1 through the episodes in the order of `episode_index`; a `frame`
+    argument is always this number. In the tables a frame's `index` is `first_indices[episode] + frame_index`.
 
     Attributes:
         repo_id: hub repo id, or the name of the local folder.
@@ -39,11 +39,11 @@ class DatasetInfo:
         episode_numbers: int64 [E], `episode_index` of each episode, ascending.
         episode_lengths: int64 [E], frames of each episode.
         first_indices: int64 [E], `index` of each episode's first frame in the tables.
-        data_path: path of a table file below root, with {chunk_index} and {file_index}.
-        video_path: path of a video file below root, with {video_key} too; None without videos.
-        whole: whether these are all of the dataset's episodes.
-        listed_tasks: the instructions that meta/episodes lists, as pairs (`episode_index`, `task_index`), int64 [n, 2].
-        commit: what missing files are fetched with from the hub; None for a local folder.
+        data_path: path template of a table file below root, with {chunk_index} and {file_index}.
+        video_path: path template of a video file below root, with {video_key} as well; None without videos.
+        whole: whether all of the dataset's episodes are included.
+        listed_tasks: int64 [n, 2], pairs (`episode_index`, `task_index`) of the instructions listed in meta/episodes.
+        commit: hub commit from which missing files are fetched; None for a local folder.
     """
 
     repo_id: str
@@ -70,26 +70,33 @@ class DatasetInfo:
 
     @functools.cached_property
     def episode_starts(self) -> np.ndarray:
-        """int64 [E]: the first frame of each episode."""
+        """First frame of each episode, int64 [E]."""
         return np.cumsum(self.episode_lengths) - self.episode_lengths
 
     def locate(self, frames: Any) -> tuple[Any, Any]:
-        """Returns of frames, one or int [n], the episode (0 to E - 1) and the place in it (`frame_index`)."""
+        """Locate frames in their episodes.
+
+        Args:
+            frames: one frame or int [n].
+
+        Returns:
+            The episode (0 to E - 1) and the frame's index within it (`frame_index`), each shaped like `frames`.
+        """
         starts = self.episode_starts
         episodes = np.searchsorted(starts, frames, side="right") - 1
         return episodes, frames - starts[episodes]
 
     def start_of(self, number: Any) -> Any:
-        """Returns the first frame of the episode with this `episode_index`, one or int [n]."""
+        """Return the first frame of the episode with this `episode_index`, one or int [n]."""
         return self.episode_starts[np.searchsorted(self.episode_numbers, number)]
 
     def frames_of(self, number: int) -> np.ndarray:
-        """Returns the frames of the episode with this `episode_index`, int64 [length]."""
+        """Return the frames of the episode with this `episode_index`, int64 [length]."""
         length = self.episode_lengths[np.searchsorted(self.episode_numbers, number)]
         return self.start_of(number) + np.arange(length)
 
     def describe(self, frame: int) -> str:
-        """Names a frame as messages do."""
+        """Return the name of a frame for messages."""
         episode, place = self.locate(frame)
         return f"episode {self.episode_numbers[episode]}, frame {place}"
 
@@ -98,21 +105,25 @@ class DatasetInfo:
         return tuple(key for key, feature in self.features.items() if feature["dtype"] in ("image", "video"))
 
     def is_video(self, camera: str) -> bool:
-        """Tells whether a camera's frames are in video files, rather than images in the tables."""
+        """Return whether a camera's frames are stored in video files rather than as images in the tables."""
         return self.features[camera]["dtype"] == "video"
 
     def check_camera(self, camera: str) -> None:
-        """Raises ValueError if there is no such camera, or if it holds depth maps."""
+        """Check that a camera exists and records color.
+
+        Raises:
+            ValueError: if there is no such camera, or if it records depth maps.
+        """
         if camera not in self.camera_keys:
             raise ValueError(f"{self.repo_id} has no camera {camera!r}; it has {list(self.camera_keys)}")
         if is_depth(self.features[camera]):
             raise ValueError(f"{self.repo_id}: camera {camera!r} holds depth maps; choose a color camera")
 
     def frame_size(self, camera: str) -> tuple[int, int]:
-        """Returns (height, width) of a camera's frames in pixels.
+        """Return (height, width) of a camera's frames in pixels.
 
         Raises:
-            ValueError: as `check_camera`.
+            ValueError: see `check_camera`.
         """
         self.check_camera(camera)
         shape, names = self.features[camera]["shape"], list(self.features[camera].get("names") or ())
@@ -122,10 +133,13 @@ class DatasetInfo:
         return tuple(shape[1:]) if channels_first else tuple(shape[:2])
 
     def parts(self, vector: str) -> tuple[Slice, ...]:
-        """Returns where the dims of a state or action are found; `vector` as in wallx_jax.config.feature_slices.
+        """Return the feature slices of a state or action.
+
+        Args:
+            vector: feature slices as text, see wallx_jax.config.feature_slices.
 
         Raises:
-            ValueError: if the dataset has no such dims; lists the vectors that it has.
+            ValueError: if the dataset has no such dims; the message lists the vectors it has.
         """
         try:
             return feature_slices.locate(vector, self.features)
@@ -133,41 +147,41 @@ class DatasetInfo:
             raise ValueError(f"{self.repo_id}: {error}; it has {list(feature_slices.widths(self.features))}") from None
 
     def dims(self, vector: str) -> int:
-        """Returns the width of a state or action."""
+        """Return the number of dims of a state or action."""
         return sum(part.stop - part.start for part in self.parts(vector))
 
     def dim_names(self, vector: str) -> list[str]:
-        """Returns what the dataset calls the dims of a state or action, their numbers where it has no names."""
+        """Return the dataset's names for the dims of a state or action; a dim without a name gets its number."""
         self.parts(vector)
         return feature_slices.dim_names(vector, self.features)
 
     def data_file(self, chunk: int, file: int) -> str:
-        """Returns the path of a table file below the dataset's folder."""
+        """Return the path of a table file below the dataset's folder."""
         return self.data_path.format(chunk_index=chunk, file_index=file)
 
     def video_file(self, camera: str, chunk: int, file: int) -> str:
-        """Returns the path of a video file below the dataset's folder."""
+        """Return the path of a video file below the dataset's folder."""
         return self.video_path.format(video_key=camera, chunk_index=chunk, file_index=file)
 
 
 def is_depth(feature: Mapping[str, Any]) -> bool:
-    """Tells whether a camera records distances; lerobot has marked that in three places over time."""
+    """Return whether a camera records depth; lerobot has used three different places to mark this over time."""
     info, video_info = feature.get("info") or {}, feature.get("video_info") or {}
     marks = (info.get("is_depth_map"), info.get("video.is_depth_map"), video_info.get("video.is_depth_map"))
     return any(mark is True for mark in marks)
 
 
 def read_info(repo_id_or_path: str | Path, revision: str | None = None, episodes: str | None = None) -> DatasetInfo:
-    """Reads and checks the metadata of a LeRobot v3.0 dataset.
+    """Read and check the metadata of a LeRobot v3.0 dataset.
 
     Args:
-        repo_id_or_path: a local folder, or a hub repo id, which is looked up in lerobot's and the hub's cache and then
-            on the hub. Of a hub dataset only the meta folder is fetched; see `data.fetch`.
-        revision: git revision on the hub; None: the newest tag that this package reads.
-        episodes: which episodes to use, as "0:50,60"; None: all.
+        repo_id_or_path: a local folder or a hub repo id. A repo id is looked up in lerobot's cache, in the hub's cache
+            and then on the hub. Only the meta folder of a hub dataset is fetched; see `data.fetch`.
+        revision: git revision on the hub; None for the newest tag that this package reads.
+        episodes: which episodes to use, e.g. "0:50,60"; None for all.
 
     Raises:
-        FileNotFoundError: in one line, if it is nowhere to be found or the folder is no LeRobot dataset.
+        FileNotFoundError: with a one-line message, if the dataset is not found or the folder is not a LeRobot dataset.
         DatasetError: for another format version (with the command that converts it), damaged files, or metadata that
             contradicts itself.
     """
@@ -204,8 +218,11 @@ def read_info(repo_id_or_path: str | Path, revision: str | None = None, episodes
 
 
 def _find_repo(repo_id: str, revision: str | None) -> tuple[Path, str | None]:
-    """Looks for a dataset in lerobot's own cache, where `lerobot-record` writes, then in the hub's cache, then on the
-    hub. Returns its folder, with the meta files, and the commit if it is the hub's."""
+    """Find a dataset in lerobot's own cache, where `lerobot-record` writes, then in the hub's cache, then on the hub.
+
+    Returns:
+        The dataset's folder with the meta files, and the commit if it comes from the hub.
+    """
     home = Path(os.environ.get("HF_LEROBOT_HOME", Path(constants.HF_HOME) / "lerobot")).expanduser()
     if revision is None and (home / repo_id / "meta" / "info.json").is_file():
         return home / repo_id, None
@@ -217,4 +234,4 @@ def _find_repo(repo_id: str, revision: str | None) -> tuple[Path, str | None]:
         if not hub.REPO_ID.fullmatch(repo_id):
             raise
         raise FileNotFoundError(f"{error} (lerobot's cache {home} has no {repo_id} either)") from None
-    return root, root.name  # the hub's cache names a snapshot's folder after the commit
+    return root, root.name  # the hub's cache names a snapshot's folder after its commit

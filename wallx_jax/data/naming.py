@@ -1,23 +1,30 @@
-"""Do a robot's names of dims mean those that the dataset calls by them? Otherwise another joint would be trained."""
+"""Checks that a robot's dim names agree with the dataset's own names for the same dims.
+
+A mismatch would silently train another joint.
+"""
 
 from collections.abc import Sequence
 
 from wallx_jax.config import feature_slices
 from wallx_jax.data.metadata import DatasetInfo
 
-SEPARATORS = "._-/ "  # between the words of a dim's name
+SEPARATORS = "._-/ "  # between the parts of a dim's name
 
 
 def misplaced(groups: Sequence[tuple[str, int]], vector: str, info: DatasetInfo) -> str | None:
-    """The first name that stands for a dim which the dataset calls by another of the names; None if all fit.
+    """Describe the first name that covers the wrong dims according to the dataset's own dim names.
 
-    A dim is of a name if the dataset calls it that, perhaps with ".pos" or the like behind; of a name for several dims
-    also if it begins with that ("left_waist" is of "left"); and of a name that is of no dim so far, if it is the only
-    one that ends with it ("main_gripper" is of "gripper").
+    Case is ignored. A dim matches a name if the dataset gives it that name, optionally followed by a suffix such as
+    ".pos". A name for several dims also matches dims that begin with it ("left_waist" matches "left"). A name without
+    such a match takes the only dim that ends with it, if there is exactly one ("main_gripper" matches "gripper").
 
     Args:
-        groups: (name, dims) in the order of the vector, all of its dims.
-        vector: a state or action, see wallx_jax.config.feature_slices.
+        groups: (name, number of dims) in the order of the vector, covering all of its dims.
+        vector: feature slices of a state or action, see wallx_jax.config.feature_slices.
+        info: the dataset.
+
+    Returns:
+        The message, or None if all names fit.
     """
     called = feature_slices.own_names(vector, info.features)
     owned, first = {name: _dims_of(name, dims, called) for name, dims in groups}, 0
@@ -38,11 +45,16 @@ def misplaced(groups: Sequence[tuple[str, int]], vector: str, info: DatasetInfo)
 
 
 def mistaken(relative_to: Sequence[int], action: str, state: str, info: DatasetInfo) -> str | None:
-    """The first action dim that is relative to a state of another name, though there is one of its own.
+    """Describe the first action dim that is relative to a state dim of another name although its own name exists there.
 
     Args:
-        relative_to: per action dim the state dim, or -1.
-        action, state: vectors.
+        relative_to: state dim per action dim, or -1.
+        action: feature slices of the action.
+        state: feature slices of the state.
+        info: the dataset.
+
+    Returns:
+        The message, or None if there is no such dim.
     """
     actions, states = feature_slices.own_names(action, info.features), feature_slices.own_names(state, info.features)
     for name, dim in zip(actions, relative_to, strict=False):  # empty where no action is relative
@@ -56,7 +68,7 @@ def mistaken(relative_to: Sequence[int], action: str, state: str, info: DatasetI
 
 
 def _dims_of(name: str, dims: int, called: Sequence[str | None]) -> list[int]:
-    """The dims that `misplaced` takes for those of a name."""
+    """Return the dims that match a name, by the rules in `misplaced`."""
     name, known = name.casefold(), [(dim, text.casefold()) for dim, text in enumerate(called) if text is not None]
     behind = SEPARATORS if dims > 1 else "."
     found = [dim for dim, text in known if text == name or text.startswith(tuple(name + mark for mark in behind))]

@@ -1,4 +1,6 @@
-"""Quantile normalisation of states and actions: one class for training, evaluation and acting; norm_stats.json.
+"""Normalises states and actions by their quantiles, with one class for training, evaluation and inference.
+
+Also reads and writes norm_stats.json.
 
 Legend: D robot dims, C model channels.
 """
@@ -23,6 +25,14 @@ FILE_NAME = "norm_stats.json"
 @dataclass(frozen=True, eq=False)
 class Stats:
     """Per-dimension statistics in robot units, float64 [D] each.
+
+    Attributes:
+        mean: mean.
+        std: standard deviation.
+        q01: 1% quantile.
+        q99: 99% quantile.
+        min: minimum.
+        max: maximum.
 
     Raises:
         ValueError: naming the statistic, if shapes differ, a value is not finite, or one contradicts another.
@@ -59,8 +69,14 @@ class Stats:
 class NormStats:
     """Statistics of a robot's state and action, with the dataset keys they belong to.
 
-    relative_to: per action dim the state dim whose value is taken off before, or -1; empty: none. Statistics of such a
-        dim are of the differences over the next `horizon` steps.
+    Attributes:
+        state: statistics of the state.
+        action: statistics of the action.
+        state_key: dataset key of the state.
+        action_key: dataset key of the action.
+        relative_to: state dim per action dim whose value is subtracted before normalisation, or -1; empty for none. The
+            statistics of such an action dim are those of the differences over the next `horizon` steps.
+        horizon: steps of an action chunk; None where no action is relative.
     """
 
     state: Stats
@@ -71,7 +87,11 @@ class NormStats:
     horizon: int | None = None
 
     def check_relative(self, relative_to: tuple[int, ...], horizon: int) -> None:
-        """Raises ValueError if these are statistics of other differences than of actions `relative_to` the state."""
+        """Check that the action statistics are those of actions `relative_to` the state over `horizon` steps.
+
+        Raises:
+            ValueError: if they were computed from other differences.
+        """
         wanted = (relative_to, horizon if relative_to else None)
         if (self.relative_to, self.horizon) != wanted:
             raise ValueError(
@@ -80,7 +100,7 @@ class NormStats:
             )
 
     def difference(self, other: "NormStats") -> str:
-        """The first number in which these differ from other statistics by more than rounding; empty where none does."""
+        """Describe the first value that differs from other statistics by more than rounding; empty if none does."""
         for part in ("state", "action"):
             ours, theirs = getattr(self, part), getattr(other, part)
             if len(ours) != len(theirs):
@@ -94,15 +114,21 @@ class NormStats:
 
 
 class Normalizer:
-    """q01..q99 -> [-1, 1] with a clamp, zero padding from D dims to C channels, and the way back.
+    """Maps q01..q99 to [-1, 1] with clamping, zero-pads D dims to C channels, and inverts both.
 
-    Where q01 equals q99 (or differs by less than a float32 can show) the range is taken as 1, as upstream does when it
-    normalises, so a constant maps to -1. On the way back a dim that never moved (min equals max) gives its constant
-    whatever the model said, while one that moved in under 1% of the frames, a rare gripper say, is inverted over that
-    range of 1. A file without min and max (upstream's) counts such a dim as constant, as upstream does.
+    Where q01 equals q99, or they differ by less than float32 resolution, the range is taken as 1, as upstream does when
+    normalising, so that a constant maps to -1. In the inverse, a dim that never moved (min equals max) returns its
+    constant regardless of the model's output, while a dim that moved in under 1% of the frames (e.g. a rarely used
+    gripper) is inverted over that range of 1. With a file without min and max (upstream's) such a dim counts as
+    constant, as upstream does.
 
     Args:
         stats: statistics of the D dims.
+        width: C.
+
+    Attributes:
+        stats: as given.
+        dims: D.
         width: C.
 
     Raises:
@@ -118,7 +144,7 @@ class Normalizer:
         self._inverse_span = np.where(_equal(stats.min, stats.max) & _equal(stats.q01, stats.q99), 0.0, self._span)
 
     def normalize(self, x: Any) -> np.ndarray:
-        """Robot units [..., D] -> float32 [..., C] in [-1, 1]; what is not finite and the channels past D become 0.
+        """Map robot units [..., D] to float32 [..., C] in [-1, 1]; non-finite values and the channels past D become 0.
 
         Raises:
             ValueError: if the last axis is not D.
@@ -131,19 +157,24 @@ class Normalizer:
         return self.pad(np.where(np.isfinite(x), np.clip(y, -1, 1), 0.0))
 
     def pad(self, x: Any) -> np.ndarray:
-        """[..., D] values or flags -> float32 [..., C] with zeros after them."""
+        """Zero-pad values or flags [..., D] to float32 [..., C]."""
         x = np.asarray(x, np.float32)
         padded = np.zeros((*x.shape[:-1], self.width), np.float32)
         padded[..., : self.dims] = x
         return padded
 
     def mask(self) -> np.ndarray:
-        """float32 [C]: 1 where the robot has the channel."""
+        """Return a float32 [C] mask that is 1 for the robot's channels."""
         return self.pad(np.ones(self.dims))
 
     def unnormalize(self, x: Any) -> np.ndarray:
-        """Model units [..., C] (or [..., D]) -> float32 robot units [..., D]. Not clamped, as upstream's is not: what
-        float32 cannot hold becomes infinite."""
+        """Map model units [..., C] or [..., D] to float32 robot units [..., D].
+
+        As upstream, this does not clamp: values beyond the range of float32 become infinite.
+
+        Raises:
+            ValueError: if the last axis is neither C nor D.
+        """
         x = np.asarray(x, np.float64)
         if x.shape[-1] not in (self.width, self.dims):
             raise ValueError(f"expected {self.width} channels or {self.dims} dims, got an array of shape {x.shape}")
@@ -152,9 +183,15 @@ class Normalizer:
 
 
 def save_norm_stats(path: str | Path, stats: NormStats) -> None:
-    """Writes upstream's `{"norm_stats": {key: {mean, std, q01, q99}}}`, with min and max added. Where actions are
-    relative to the state there is `"relative_actions": {relative_to, horizon}` beside "norm_stats". The file appears
-    when it is complete."""
+    """Write norm_stats.json atomically.
+
+    The layout is upstream's `{"norm_stats": {key: {mean, std, q01, q99}}}` with min and max added. If actions are
+    relative to the state, `"relative_actions": {relative_to, horizon}` is stored next to "norm_stats".
+
+    Args:
+        path: the file, or an existing folder to put it in.
+        stats: the statistics.
+    """
     rows = {
         key: {f.name: getattr(part, f.name).tolist() for f in dataclasses.fields(part)}
         for key, part in ((stats.state_key, stats.state), (stats.action_key, stats.action))
@@ -169,23 +206,24 @@ def save_norm_stats(path: str | Path, stats: NormStats) -> None:
 def load_norm_stats(
     path: str | Path, state_key: str | None = None, action_key: str | None = None, robot: str | None = None
 ) -> NormStats:
-    """Reads norm_stats.json in either of upstream's layouts, or a LeRobot dataset's meta/stats.json.
+    """Load norm_stats.json in either of upstream's layouts, or a LeRobot dataset's meta/stats.json.
 
-    Upstream's are `{"norm_stats": {key: {mean, std, q01, q99}}}` and `{robot: {key: {min, q01, q99, max, ...}}}`,
-    LeRobot's is `{key: {mean, std, min, max, q01, q99, count, ...}}`. Statistics that a file lacks are filled in: min
-    and max from q01 and q99, mean and std from the middle and half of the range (nothing normalises with those).
+    Upstream's layouts are `{"norm_stats": {key: {mean, std, q01, q99}}}` and `{robot: {key: {min, q01, q99, max,
+    ...}}}`; LeRobot's is `{key: {mean, std, min, max, q01, q99, count, ...}}`. Missing statistics are filled in: min
+    and max from q01 and q99, mean and std from the middle and half of the range (they are not used for normalisation).
 
-    LeRobot's q01 and q99 are the episodes' own, averaged by their length (`aggregate_feature_stats` in its
-    compute_stats.py), so that the range is narrower than that of `compute_stats`; a warning says so.
+    LeRobot's q01 and q99 are per-episode quantiles averaged by episode length (`aggregate_feature_stats` in its
+    compute_stats.py), so their range is narrower than that of `compute_stats`; a warning is logged.
 
     Args:
-        path: the file or the folder that holds it.
-        state_key, action_key: which entries; by default the only one whose name contains "state" or "action".
-        robot: which robot's entries, in the second layout; by default the only one.
+        path: the file, or the folder that contains it.
+        state_key: entry of the state; by default the only one whose name contains "state".
+        action_key: entry of the action; by default the only one whose name contains "action".
+        robot: which robot's entries to use in the second layout; by default the only one.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming the file, if it is damaged; the keys it has, if one is missing; or the bad statistic.
+        ValueError: naming the file if it is damaged, the available keys if one is missing, or the invalid statistic.
     """
     file = _file(path)
     if not file.is_file():
@@ -208,7 +246,7 @@ def load_norm_stats(
 
 
 def _equal(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Where low <= high are the same number as far as float32 data can tell."""
+    """Return where low <= high are equal up to float32 resolution."""
     return high - low <= np.finfo(np.float32).eps * np.maximum(abs(low), abs(high))
 
 
@@ -218,7 +256,7 @@ def _file(path: str | Path) -> Path:
 
 
 def _is_statistics(row: Any) -> bool:
-    """Tells LeRobot's {statistic: numbers} from a robot's {key: {statistic: numbers}}."""
+    """Distinguish LeRobot's {statistic: numbers} (True) from a robot's {key: {statistic: numbers}} (False)."""
     return isinstance(row, Mapping) and isinstance(row.get("mean"), list)
 
 

@@ -1,4 +1,7 @@
-"""Parquet tables whose damage is named: columns as NumPy arrays, without nulls, of the promised width and type."""
+"""Reads parquet columns as NumPy arrays without nulls, of the expected width and dtype.
+
+Errors name the file, the column and the rows that are damaged.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,21 +14,22 @@ import pyarrow.parquet as pq
 from wallx_jax.data.errors import DatasetError
 from wallx_jax.utils.files import is_lfs_pointer
 
-MOST_ROWS = 3  # rows that a message names
+MOST_ROWS = 3  # rows listed in an error message
 
 
 def open_parquet(file: Path) -> pq.ParquetFile:
-    """Opens a parquet file.
+    """Open a parquet file.
 
     Raises:
-        FileNotFoundError: if it is missing.
-        DatasetError: if it is empty, cut off, a Git LFS pointer or no parquet file, or has two columns of one name.
+        FileNotFoundError: if the file is missing.
+        DatasetError: if the file is empty, truncated, a Git LFS pointer or not a parquet file, or has duplicate column
+            names.
     """
     if not file.is_file():
         what = "is a folder, not the table" if file.is_dir() else "is missing"
         raise FileNotFoundError(f"{file} {what}; the dataset is not complete, copy it again")
     try:
-        # Without a read-ahead buffer, which is for remote files and copies what is mapped.
+        # No read-ahead buffer: it is meant for remote files and would copy the mapped memory.
         opened = pq.ParquetFile(file, memory_map=True, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise DatasetError(_unreadable(file, error)) from error
@@ -37,10 +41,16 @@ def open_parquet(file: Path) -> pq.ParquetFile:
 
 
 def read_columns(file: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> pa.Table:
-    """Reads columns of a parquet file, and of the `optional` ones those that it has.
+    """Read columns of a parquet file.
+
+    Args:
+        file: the parquet file.
+        columns: columns that the file must have.
+        optional: columns that are read only if the file has them.
 
     Raises:
-        FileNotFoundError, DatasetError: as `open_parquet`; a column is missing or damaged.
+        FileNotFoundError: if the file is missing.
+        DatasetError: if the file is unreadable (see `open_parquet`), or if a column is missing or damaged.
     """
     with open_parquet(file) as table:
         have = table.schema_arrow.names
@@ -53,10 +63,10 @@ def read_columns(file: Path, columns: Sequence[str], optional: Sequence[str] = (
 
 
 def integers(table: pa.Table, column: str, file: Path) -> np.ndarray:
-    """Returns a column of whole numbers, int64 [n].
+    """Return an integer column, int64 [n].
 
     Raises:
-        DatasetError: nulls, lists or other than whole numbers; names file, column and rows.
+        DatasetError: for nulls, lists or non-integers, naming file, column and rows.
     """
     return matrix(table, column, file, 1, np.dtype(np.int64))[:, 0]
 
@@ -69,19 +79,22 @@ def matrix(
     dtype: np.dtype,
     describe_row: Callable[[int], str] = "row {}".format,
 ) -> np.ndarray:
-    """Returns a column of vectors, or of single numbers where `width` is 1, as `dtype` [n, width].
+    """Return a column of vectors, or of scalars where `width` is 1, as `dtype` [n, width].
 
     Args:
-        width: numbers that every row must have.
-        dtype: what they are converted to. Floats may be rounded, whole numbers must stay exact.
-        describe_row: how a message names a row.
+        table: table that contains the column.
+        column: name of the column.
+        file: file the table was read from, for error messages.
+        width: number of elements that every row must have.
+        dtype: dtype to convert to. Floats may be rounded, integers must stay exact.
+        describe_row: returns the name of a row for error messages.
 
     Raises:
-        DatasetError: null rows or elements, rows of another width, or numbers that do not fit `dtype`; names file,
+        DatasetError: for null rows or elements, rows of another width, or numbers that do not fit `dtype`, naming file,
             column and rows.
     """
     values = table[column].combine_chunks()
-    if isinstance(values.type, pa.BaseExtensionType):  # `datasets` and pyarrow have types of their own for arrays
+    if isinstance(values.type, pa.BaseExtensionType):  # `datasets` and pyarrow define their own array types
         values = values.storage
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
@@ -105,8 +118,8 @@ def matrix(
         raise DatasetError(f"{file}: column {column!r} has single numbers of type {values.type}, not lists of {width}")
     try:
         if dtype.kind == "b" and not pc.all(pc.is_in(values.cast(pa.float64()), pa.array([0.0, 1.0]))).as_py():
-            raise pa.ArrowInvalid("there are other numbers than 0 and 1")  # Arrow takes any but 0 for true
-        numbers = values.cast(pa.from_numpy_dtype(dtype)).to_numpy(zero_copy_only=False)  # the same type is not copied
+            raise pa.ArrowInvalid("there are other numbers than 0 and 1")  # Arrow casts any number but 0 to true
+        numbers = values.cast(pa.from_numpy_dtype(dtype)).to_numpy(zero_copy_only=False)  # no copy if unchanged
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise DatasetError(
             f"{file}: column {column!r} of type {values.type} does not convert to {dtype} ({error}); write {dtype}"

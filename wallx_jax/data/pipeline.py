@@ -1,7 +1,7 @@
-"""From a dataset to batches: the split, the order of the samples, and Grain's readers of it, whose place can be saved.
+"""Turns a dataset into batches: train/validation split, sample order, and Grain loaders with a resumable position.
 
-Batches are formed before the work is dealt out to worker processes, so the order and content of a run depend on the
-seed alone, not on the number of workers.
+Batches are formed before the work is distributed to worker processes, so the order and content of a run depend only on
+the seed, not on the number of workers.
 """
 
 import contextlib
@@ -28,12 +28,19 @@ UPSTREAM_SHARES = (0.95, 0.05)
 def split_frames(
     info: DatasetInfo, ratio: float, mode: Literal["episode", "frame"] = "episode", seed: int = 42
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Frame indices (int64) for training and for validation.
+    """Split a dataset into training and validation frames.
 
-    "episode": the first `ratio` of the episodes train, the others are held out entirely; with more than one episode
-    and ratio < 1 each side gets at least one.
-    "frame": upstream's split. The last episodes are set aside as above and used for nothing; 95% of the frames of the
-    first train, 5% validate, by torch's random_split with `seed`. Neighbours of every validation frame are trained on.
+    Args:
+        info: the dataset.
+        ratio: fraction of the episodes used for training, in (0, 1].
+        mode: "episode" trains on the first `ratio` of the episodes and holds out the others entirely; with more than
+            one episode and ratio < 1 each side gets at least one. "frame" is upstream's split: the last episodes are
+            set aside as above and not used at all; of the remaining frames 95% train and 5% validate, chosen by torch's
+            random_split. Neighbours of every validation frame are then in the training set.
+        seed: seed of the "frame" split.
+
+    Returns:
+        Frame indices for training and for validation, int64 [n] each.
 
     Raises:
         ValueError: for a ratio outside (0, 1] or an unknown mode.
@@ -49,7 +56,7 @@ def split_frames(
     if mode == "frame":
         count = int(info.episode_lengths[:train_episodes].sum())
         order = randperm(count, seed)
-        # random_split floors both shares and gives what is left over to the first, then the second.
+        # random_split floors both sizes and distributes the remainder one by one, starting with the first.
         sizes = [int(count * share) for share in UPSTREAM_SHARES]
         cut = sizes[0] + (count - sum(sizes) + 1) // 2
         return order[:cut], order[cut:]
@@ -57,21 +64,23 @@ def split_frames(
 
 
 class DataLoader(Iterator[Batch]):
-    """Batches of an endless stream of samples, and the place in them, to be saved and restored.
+    """Batches of an endless sample stream, with a position that can be saved and restored.
 
-    The place is the number of batches drawn, and the order of the stream is fixed: a run goes on at its place with any
-    number of workers, and of processes that draw as many samples together.
+    The position is the number of batches drawn, and the order of the stream is fixed: a run resumes at its position
+    with any number of workers, and with any number of processes that together draw the same number of samples.
     """
 
     def __init__(
         self, stream: grain.MapDataset, batch_size: int, num_workers: int = 0, share: int = 0, shares: int = 1
     ):
-        """
+        """Initialize the loader; workers start with the first batch.
+
         Args:
-            stream: what `samples` or `mixed` gives.
+            stream: a stream from `samples` or `mixed`.
             batch_size: samples per batch of this process.
-            num_workers: worker processes; 0 reads ahead in two threads.
-            share, shares: which of how many shares of the samples this process of a multi-host run takes.
+            num_workers: number of worker processes; 0 prefetches in two threads.
+            share: shard index of this process in a multi-host run.
+            shares: number of shards.
         """
         self._batches = stream[share::shares].batch(batch_size, drop_remainder=True, batch_fn=stack_samples)
         self._num_workers = num_workers
@@ -89,25 +98,30 @@ class DataLoader(Iterator[Batch]):
         return batch
 
     def get_state(self) -> dict[str, int]:
+        """Return the position, in a form that `set_state` accepts."""
         return {"batches_drawn": self._drawn}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Raises KeyError when `state` is not what `get_state` gives."""
+        """Restore a position returned by `get_state`; the next batch is read from there.
+
+        Raises:
+            KeyError: if `state` does not come from `get_state`.
+        """
         self.close()
         self._drawn = state["batches_drawn"]
 
     def close(self) -> None:
-        """Ends the workers; the next batch starts others."""
+        """Stop the workers; the next batch starts new ones."""
         if self._reader is not None:
             self._reader.close()
             self._reader = None
 
     def _read_from(self, place: int) -> grain.DatasetIterator:
-        # An element here is a batch: two ahead are enough. Decoding and resizing leave Python's lock to other threads.
+        # An element here is a batch, so prefetching two is enough. Decoding and resizing release the GIL.
         threads = 1 if self._num_workers else 2
         dataset = self._batches[place:].to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=2))
         if self._num_workers:
-            if not flags.FLAGS.is_parsed():  # Grain hands its own absl flags to the workers, also outside of app.run.
+            if not flags.FLAGS.is_parsed():  # Grain passes its absl flags to the workers, even without app.run.
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=BUFFERED)
             dataset = dataset.mp_prefetch(options, worker_init_fn=start_worker)
@@ -115,7 +129,7 @@ class DataLoader(Iterator[Batch]):
 
 
 def shuffled(source: FrameSource, seed: int) -> grain.MapDataset:
-    """The frames in the order in which training meets them, without end; each pass in another order."""
+    """Repeat the frames endlessly in training order, reshuffled for each epoch."""
     return grain.MapDataset.source(source).shuffle(seed=seed).repeat()
 
 
@@ -126,7 +140,14 @@ def samples(
     augment: Augment | None = None,
     dataset: int | None = None,
 ) -> grain.MapDataset:
-    """What `shuffled` gives, as the model is fed it. `dataset`: the number that samples carry in a mixture.
+    """Build the endless stream of training samples of one dataset: shuffled, encoded and optionally augmented.
+
+    Args:
+        source: frames of the training split.
+        processor: encodes each frame.
+        seed: seed of the shuffling and the augmentation.
+        augment: image augmentation; None for none.
+        dataset: index stored in each sample when training on a mixture.
 
     Raises:
         ValueError: if the source is empty.
@@ -138,8 +159,11 @@ def samples(
 
 
 def mixed(streams: Sequence[grain.MapDataset], weights: Sequence[float]) -> grain.MapDataset:
-    """Samples of several endless streams, interleaved as evenly as the weights allow: no chance is involved, so every
-    stretch of the run has its share of each. One stream stays as it is."""
+    """Interleave several endless streams in proportion to their weights.
+
+    The interleaving is deterministic and as even as the weights allow, so every stretch of the run contains each stream
+    in its proportion. A single stream is returned unchanged.
+    """
     return streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, weights)
 
 
@@ -152,15 +176,19 @@ def eval_batches(
     process_count: int = 1,
     dataset: int | None = None,
 ) -> Iterator[EvalBatch]:
-    """Yields every frame once, in a fixed order; batches all have `batch_size` samples, so that one compilation serves.
+    """Yield every frame once, in a fixed order, in batches of constant size so that one compilation serves all.
 
-    The last batch is filled up with its first sample, which is not counted there again. Nor is one that stands for a
+    The last batch is padded with its first sample. Padding is not counted, and neither is a sample that replaces a
     frame that cannot be decoded.
 
     Args:
-        limit: at most so many frames, then spread evenly over the source.
-        process_index, process_count: which share of each batch this process of a multi-host run takes.
-        dataset: the number that samples carry in a mixture.
+        source: frames of the split.
+        processor: encodes each frame.
+        batch_size: samples per batch, over all processes.
+        limit: maximum number of frames, spread evenly over the source; None for all.
+        process_index: shard index of this process in a multi-host run.
+        process_count: number of shards that each batch is split into.
+        dataset: index stored in each sample when training on a mixture.
     """
     places = np.arange(len(source))
     if limit is not None and limit < len(source):
@@ -184,7 +212,12 @@ def eval_batches(
 
 
 class Encode:
-    """RawSample -> Batch row with the number of its dataset, naming the frame when it fails."""
+    """Transform from RawSample to one Batch row; errors name the episode and frame.
+
+    Args:
+        processor: encodes the sample.
+        dataset: index stored in each sample when training on a mixture.
+    """
 
     def __init__(self, processor: Processor, dataset: int | None = None):
         self.processor, self.dataset = processor, dataset

@@ -1,4 +1,4 @@
-"""From one observation to one model sample: the single preprocessing for training, evaluation and acting.
+"""Turns one observation into one model sample: the only preprocessing for training, evaluation and inference.
 
 Legend: T prefix tokens, W label window, A action horizon, C model channels, D robot dims.
 """
@@ -26,29 +26,39 @@ from wallx_jax.data.tokenizer import Tokenizer
 from wallx_jax.utils.files import read_json_object, write_text
 
 FILE_NAME = "processor.json"
-ROBOTS = "robots"  # folder with a folder for each robot of a run with several datasets
-PROMPT_STEP = 32  # tokens by which a prompt longer than training's grows, so that few lengths are compiled
+ROBOTS = "robots"  # folder with one subfolder per robot of a run with several datasets
+PROMPT_STEP = 32  # prompts longer than in training are padded to a multiple of this, so that few lengths are compiled
 
 
 @dataclass(frozen=True)
 class ProcessorConfig:
-    """What fixes a sample's shapes and text.
+    """Layout of a sample: what determines its shapes and its text.
 
-    views: camera names as the prompt knows them ("face_view"), in prompt order; the next three follow the same order.
-    camera_keys: the dataset's camera per view.
-    resolutions: pixels of the longer side per view before rounding to the grid; -1 keeps the size of the dataset's
-        frames, to which other pictures are brought when acting.
-    image_sizes: (height, width) that results, per view.
-    horizon, prompt_length, label_window: A, T, W.
-    state_dim, action_dim: C of the state and of the actions.
-    objective: "flow", or "fast" for actions as text.
-    state_key, action_key: the dataset's features, also the names in norm_stats.json.
-    observed, predicted: one flag per state dim and per action dim; a dim that is off is masked like one the robot
-        lacks. Empty: all on.
-    prompt: the words of the prompt.
-    relative_to: per action dim the state dim that it is relative to, or -1: the model is given, and gives, the
-        difference of the whole chunk from the state at its start. Empty: no dim is relative.
-    state_names, action_names: what the dataset calls each dim; one without a name has its number. Empty: numbers.
+    Attributes:
+        views: camera names used in the prompt ("face_view"), in prompt order; the next three fields follow the same
+            order.
+        camera_keys: the dataset's camera for each view.
+        resolutions: target length of the longer side per view in pixels, before rounding to the grid; -1 keeps the size
+            of the dataset's frames, to which images of other sizes are resized at inference.
+        image_sizes: resulting (height, width) per view.
+        horizon: A.
+        prompt_length: T.
+        label_window: W.
+        state_dim: C of the state.
+        action_dim: C of the actions.
+        objective: "flow" for flow matching, or "fast" for actions as text.
+        state_key: the dataset's state, also its name in norm_stats.json.
+        action_key: the dataset's action, also its name in norm_stats.json.
+        observed: one flag per state dim; a dim that is off is masked like one that the robot lacks. Empty: all on.
+        predicted: one flag per action dim, likewise.
+        prompt: text of the prompt.
+        relative_to: state dim per action dim that it is relative to, or -1. The model's input and output are then the
+            differences of the whole chunk from the state at its start. Empty: no dim is relative.
+        state_names: the dataset's names for the state dims; a dim without a name gets its number. Empty: all numbers.
+        action_names: the dataset's names for the action dims, likewise.
+
+    Raises:
+        ValueError: if the per-view fields differ in length, or the objective is unknown.
     """
 
     views: tuple[str, ...]
@@ -84,25 +94,34 @@ class ProcessorConfig:
 
 
 class Processor:
-    """Holds the tokenizer, the normalisers and the layout. Every error leaves it usable.
+    """Encodes observations and decodes actions with a tokenizer, normalizers and a layout.
 
-    Attributes:
-        observed, predicted: bool [D], which dims of the state the policy sees and which of the action it predicts.
-        relative: bool [D], which dims of the action are relative to the state.
-        given: bool [D], which dims of the action decoding gives, D' of them: those that are predicted, and of the
-            others, which nothing trains, those that hold the state: where they are relative to one of its dims, or
-            have the name of one.
-        names: str [D'], what the dims that decoding gives are called.
+    A Processor remains usable after any error.
 
     Args:
         config: the layout.
-        tokenizer: with the Wall-X tokens added.
-        stats: of this robot.
-        fast: the action tokenizer; needed for objective "fast" only.
+        tokenizer: tokenizer with the Wall-X tokens added.
+        stats: statistics of this robot.
+        fast: the action tokenizer; only needed for objective "fast".
+
+    Attributes:
+        config: the layout.
+        tokenizer: as given.
+        stats: as given.
+        fast: as given.
+        state: normalizer of the state.
+        action: normalizer of the actions.
+        observed: bool [D], state dims that the policy observes.
+        predicted: bool [D], action dims that the policy predicts.
+        relative: bool [D], action dims that are relative to the state.
+        given: bool [D], action dims that decoding returns, D' of them. These are the predicted dims, and those
+            unpredicted (hence untrained) dims that hold the state, because they are relative to one of its dims or
+            share its name.
+        names: str [D'], names of the dims that decoding returns.
 
     Raises:
-        ValueError: if the robot is wider than the model, the statistics are of other differences of actions and state,
-            or the action tokenizer is missing or does not match the vocabulary.
+        ValueError: if the robot is wider than the model, the statistics were computed from other differences of actions
+            and state, or the action tokenizer is missing or does not match the vocabulary.
     """
 
     def __init__(
@@ -155,19 +174,20 @@ class Processor:
         resized: bool = False,
         task: prompt.Task = "action",
     ) -> Batch:
-        """One observation, with the actions that followed when training, -> one sample without batch axis.
+        """Encode one observation, in training with the actions that followed, as one sample without batch axis.
 
         Args:
             images: uint8 RGB [H, W, 3] or PIL, one per view in the configured order.
-            state: [D] robot units.
-            instruction: what to do.
-            actions: [A, D] robot units; not finite where there is no value (masked, channel by channel).
-            action_is_pad: bool [A].
-            resized: the images come from `data.images.resize` already.
-            task: "language" asks for the next subtask in words instead of actions.
+            state: [D] in robot units.
+            instruction: what the robot should do.
+            actions: [A, D] in robot units; None at inference. Non-finite values count as missing and are masked per
+                channel.
+            action_is_pad: bool [A], steps past the episode's end.
+            resized: whether the images have been resized by `data.images.resize` already.
+            task: "action", or "language" to ask for the next subtask as text instead of actions.
 
         Raises:
-            ValueError: naming the field, the value and what was expected; also if the prompt does not fit.
+            ValueError: naming the field, its value and what was expected; also if the prompt does not fit.
         """
         config = self.config
         _check_instruction(instruction)
@@ -195,12 +215,17 @@ class Processor:
         return Batch(pixels, tokens, token_mask, labels, state, state_mask, values, mask, is_pad)
 
     def for_inference(self, images: Sequence[Any], instruction: str, task: prompt.Task = "action") -> "Processor":
-        """The same preprocessing in a layout that holds these images and this instruction.
+        """Return a Processor with the same preprocessing whose layout fits these images and this instruction.
 
-        Training fixes image sizes and prompt length. A robot's cameras or an operator's words may differ: the same
-        rules then give other sizes, and the prompt gets as much room as it needs, in steps of PROMPT_STEP tokens.
-        Padding changes no result. No room is kept for an answer. A view without a rule (resolution -1) keeps the size
-        that it had in training.
+        Training fixes image sizes and prompt length, but a robot's cameras or an operator's instruction may differ. The
+        same rules then yield other image sizes, and the prompt length grows as needed, to a multiple of PROMPT_STEP
+        tokens. Padding does not change the result. No positions are reserved for an answer. A view without a sizing
+        rule (resolution -1) keeps its size from training.
+
+        Args:
+            images: as for `encode`.
+            instruction: as for `encode`.
+            task: as for `encode`.
 
         Raises:
             ValueError: as `encode`.
@@ -241,7 +266,7 @@ class Processor:
     def _text(
         self, instruction: str, actions: np.ndarray | None, task: prompt.Task
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens [T], mask [T] and labels [W]; `actions` normalised [A, C] or None when acting."""
+        """Return tokens [T], mask [T] and labels [W]; `actions` is normalised [A, C], or None at inference."""
         if self.config.objective == "flow" or actions is None:
             return _unanswered(self.tokenizer, instruction, self.config, task)
         config = self.config
@@ -251,18 +276,30 @@ class Processor:
         return prompt.fit(encoded, config.prompt_length, config.label_window)
 
     def reference(self, state: Any) -> np.ndarray:
-        """What is taken off actions before they are normalised, and added afterwards: the state where an action is
-        relative to it, else 0. [..., D of the state] -> float64 [..., D of the action], robot units."""
+        """Return the offset that is subtracted from actions before normalisation and added back when decoding.
+
+        It is the state where an action is relative to it, else 0.
+
+        Args:
+            state: [..., D of the state] in robot units.
+
+        Returns:
+            float64 [..., D of the action] in robot units.
+        """
         state = np.asarray(state, np.float64)
         taken_off = np.zeros((*state.shape[:-1], self.action.dims))
         taken_off[..., self.relative] = state[..., self._reference]
         return taken_off
 
     def decode_actions(self, chunk: Any, state: Any | None = None) -> np.ndarray:
-        """Model units [..., A, C] -> float32 robot units [..., A, D'], of the dims in `given`.
+        """Decode model units [..., A, C] to float32 robot units [..., A, D'] of the dims in `given`.
 
         Args:
-            state: [..., D] robot units, what `encode` was given; needed where actions are relative to it or hold it.
+            chunk: [..., A, C] in model units.
+            state: [..., D] in robot units, as passed to `encode`; required if actions are relative to it or hold it.
+
+        Raises:
+            ValueError: if the state is required but missing, or the chunk has another width.
         """
         actions = self.action.unnormalize(chunk)
         if self.relative.any() or self._holds.any():
@@ -275,11 +312,15 @@ class Processor:
         return actions[..., self.given]
 
     def decode_action_tokens(self, ids: Iterable[int], state: Any | None = None) -> np.ndarray:
-        """Vocabulary ids of `<|action_token_i|>` -> float32 robot units [A, D']; as `decode_actions`.
+        """Decode vocabulary ids of `<|action_token_i|>` to float32 robot units [A, D'].
+
+        Args:
+            ids: ids of one chunk.
+            state: as for `decode_actions`.
 
         Raises:
-            ValueError: for an id that is no action token.
-            FastDecodeError: if the tokens do not make a chunk.
+            ValueError: for an id that is not an action token, or as `decode_actions`.
+            FastDecodeError: if the tokens do not form a chunk.
         """
         if self.fast is None:
             raise ValueError("this checkpoint has no action tokenizer; it was trained with objective 'flow'")
@@ -292,7 +333,7 @@ class Processor:
         return self.decode_actions(chunk, state)
 
     def save(self, directory: str | Path) -> None:
-        """Writes tokenizer files, norm_stats.json, processor.json and fast/: all that `from_dir` needs."""
+        """Write everything that `from_dir` needs: tokenizer files, norm_stats.json, processor.json and fast/."""
         directory = Path(directory)
         self._save_robot(directory)
         self.tokenizer.save(directory)
@@ -300,7 +341,7 @@ class Processor:
             self.fast.save(directory / "fast")
 
     def save_as(self, directory: str | Path, robot: str) -> None:
-        """Adds this robot to a directory with the same tokenizers: what differs goes into robots/NAME/."""
+        """Add this robot to a directory with the same tokenizers: write its robot-specific files to robots/NAME/."""
         self._save_robot(Path(directory) / ROBOTS / robot)
 
     def _save_robot(self, directory: Path) -> None:
@@ -310,11 +351,11 @@ class Processor:
 
     @classmethod
     def from_dir(cls, directory: str | Path, robot: str | None = None) -> "Processor":
-        """Reads what `save` wrote, or with `robot` what `save_as` did.
+        """Load a processor written by `save`, or with `robot` one written by `save_as`.
 
         Raises:
             FileNotFoundError: naming the missing file.
-            ValueError: if processor.json has other fields than this version knows.
+            ValueError: if processor.json has unknown fields or lacks required ones.
         """
         own = Path(directory) if robot is None else Path(directory) / ROBOTS / robot
         config = read_config(own)
@@ -324,10 +365,13 @@ class Processor:
 
 
 def read_config(directory: str | Path) -> ProcessorConfig:
-    """The layout in a directory's processor.json. What it does not say was not to be chosen when it was written.
+    """Read the layout from a directory's processor.json.
+
+    Fields missing from the file did not exist when it was written and take their defaults.
 
     Raises:
-        FileNotFoundError, ValueError: as `Processor.from_dir`.
+        FileNotFoundError: if there is no processor.json.
+        ValueError: as `Processor.from_dir`.
     """
     file = Path(directory) / FILE_NAME
     if not file.is_file():
@@ -341,7 +385,11 @@ def read_config(directory: str | Path) -> ProcessorConfig:
 
 
 def _check_fields(file: Path, given: dict[str, Any], kind: type, prefix: str = "") -> None:
-    """Raises ValueError where a table does not make a `kind`."""
+    """Check that a table has the fields of a dataclass `kind`.
+
+    Raises:
+        ValueError: if fields are unknown or missing.
+    """
     fields = dataclasses.fields(kind)
     unknown = sorted(given.keys() - {f.name for f in fields})
     missing = sorted({f.name for f in fields if f.default is dataclasses.MISSING} - given.keys())
@@ -350,13 +398,13 @@ def _check_fields(file: Path, given: dict[str, Any], kind: type, prefix: str = "
 
 
 def acts_relatively(directory: str | Path) -> bool:
-    """Does a processor directory hold a robot whose actions are relative to the state?"""
+    """Return whether a processor directory contains a robot whose actions are relative to the state."""
     own = [Path(directory), *(Path(directory) / ROBOTS / name for name in robots(directory))]
     return any(read_config(folder).relative_to for folder in own if (folder / FILE_NAME).is_file())
 
 
 def robots(directory: str | Path) -> list[str]:
-    """Whose preprocessing a processor directory holds, by name; empty where there is only one robot, without a name."""
+    """Return the names of the robots in a processor directory; empty for a single, unnamed robot."""
     return sorted(file.parent.name for file in Path(directory).glob(f"{ROBOTS}/*/{FILE_NAME}"))
 
 
@@ -365,7 +413,7 @@ def _prompt_tokens(tokenizer: Tokenizer, instruction: str, config: ProcessorConf
     return len(_encode(tokenizer, instruction, config, task).ids)
 
 
-@functools.lru_cache(maxsize=4096)  # a dataset repeats a few instructions; tokenising costs more than all the rest
+@functools.lru_cache(maxsize=4096)  # a dataset repeats a few instructions; tokenising dominates the cost of encoding
 def _unanswered(
     tokenizer: Tokenizer, instruction: str, config: ProcessorConfig, task: prompt.Task
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -387,10 +435,14 @@ def _encode(
 
 
 def as_numbers(name: str, value: Any) -> np.ndarray:
-    """An array of numbers as float64.
+    """Convert an array-like of numbers to float64.
+
+    Args:
+        name: name of the value, with which an error message begins.
+        value: the numbers.
 
     Raises:
-        ValueError: beginning with `name`, for anything else.
+        ValueError: if `value` is anything but numbers.
     """
     try:
         array = np.asarray(value)
@@ -407,7 +459,7 @@ def _check_instruction(instruction: Any) -> None:
 
 
 def _image(view: str, image: Any, resolution: int, size: tuple[int, int]) -> np.ndarray:
-    """Checked and resized to uint8 [*size, 3]."""
+    """Check an image and resize it to uint8 [*size, 3]; `resolution` None means that it is resized already."""
     resized = image if resolution is None else image_ops.resize(image, resolution, view)
     if resized.shape != (*size, 3):
         raise ValueError(
@@ -418,7 +470,7 @@ def _image(view: str, image: Any, resolution: int, size: tuple[int, int]) -> np.
 
 
 def _flags(name: str, flags: tuple[bool, ...], dims: int) -> np.ndarray:
-    """bool [dims]."""
+    """Return the flags as bool [dims]; all are on if none are given."""
     if flags and len(flags) != dims:
         raise ValueError(f"{name} has {len(flags)} flags, but the norm stats have {dims} dims")
     return np.array(flags or (True,) * dims, bool)
@@ -431,8 +483,10 @@ def _names(name: str, names: tuple[str, ...], dims: int) -> tuple[str, ...]:
 
 
 def _place(name: str, names: tuple[str, ...]) -> int:
-    """Where the only dim of this name is, -1 where there is none. A number is no name: dims are not the same for having
-    the same place."""
+    """Return the index of the only dim with this name, or -1.
+
+    A number is not a name: dims are not the same just because they have the same index.
+    """
     return names.index(name) if names.count(name) == 1 and not name.isdecimal() else -1
 
 
@@ -448,12 +502,16 @@ def required_prompt_length(
     fast_budget: int = 0,
     template: PromptTemplate = prompt.WALLX,
 ) -> int:
-    """Prefix tokens T that the longest of the dataset's instructions needs.
+    """Return T, the number of prefix tokens needed by the longest of the dataset's instructions.
 
     Args:
-        fast_budget: the largest number of action tokens of a chunk, for objective "fast"; the two tokens that close
-            the answer are counted here.
-        template: the words of the prompt.
+        tokenizer: tokenizer with the Wall-X tokens added.
+        tasks: the instructions.
+        views: camera views, as for `prompt.build_prefix`.
+        image_tokens: tokens per image, likewise.
+        fast_budget: maximum number of action tokens per chunk for objective "fast"; the two tokens that close the
+            answer are added here.
+        template: text of the prompt.
     """
     prompts = (prompt.build_prefix(tokenizer, task, views, image_tokens, template=template) for task in tasks)
     longest = max(len(encoded.ids) for encoded in prompts)

@@ -1,7 +1,9 @@
-"""The prompt: a chat around the images, the instruction and the proprioception, and which of it is learnt.
+"""Builds the prompt of a sample and marks which of its tokens are training targets.
 
-Its frame is that of the published Wall-X weights (wall_x/data/utils.py upstream), its words are those of a
-PromptTemplate. Legend: T prefix tokens, W label window.
+The prompt is a chat around the images, the instruction and the proprioception. Its frame is that of the published
+Wall-X weights (wall_x/data/utils.py upstream), its text comes from a PromptTemplate.
+
+Legend: T prefix tokens, W label window.
 """
 
 from collections.abc import Sequence
@@ -19,12 +21,18 @@ FAST_CLOSING_TOKENS = 2  # <|im_end|> and the newline after a FAST answer
 
 Task = Literal["action", "language"]
 WALLX = PromptTemplate()
-"""The words that the published weights were trained on."""
+"""Prompt text that the published weights were trained on."""
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """Ids of one prompt without padding, the label of each (its own id, or -100), and the id to pad with."""
+    """Token ids of one prompt, without padding.
+
+    Attributes:
+        ids: token ids.
+        labels: one per token: its own id if it is a target, else -100.
+        pad: id of the padding token.
+    """
 
     ids: list[int]
     labels: list[int]
@@ -38,7 +46,7 @@ def prompt_text(
     answer: Sequence[int] | str | None = None,
     template: PromptTemplate = WALLX,
 ) -> str:
-    """The prompt as people read it: one `<|image_pad|>` per camera. Arguments as in `build_prefix`."""
+    """Return the prompt as readable text, with one `<|image_pad|>` per camera; see `build_prefix` for the arguments."""
     return _context(instruction, views, [1] * len(views), task, template) + _answer(task, answer)
 
 
@@ -51,25 +59,26 @@ def build_prefix(
     answer: Sequence[int] | str | None = None,
     template: PromptTemplate = WALLX,
 ) -> EncodedPrompt:
-    """Tokenises one sample's prompt.
+    """Tokenise the prompt of one sample.
 
     Args:
-        instruction: what to do, inserted as it is.
+        tokenizer: tokenizer with the Wall-X tokens added.
+        instruction: what the robot should do, inserted verbatim.
         views: camera views in the order of the images, e.g. "face_view".
-        image_tokens: how many `<|image_pad|>` each image takes (`images.image_token_count`).
-        task: "action" asks for robot actions and shows the proprioception; "language" asks for the next subtask.
-        answer: None ends the prompt where the assistant begins: flow matching (the action tokens that follow are
-            implied by the model and not part of the ids) and every generation. FAST token numbers (0 is
-            `<|action_token_0|>`) for task "action" or a text for task "language" are appended as targets.
-        template: the words around all these.
+        image_tokens: number of `<|image_pad|>` per image (`images.image_token_count`).
+        task: "action" asks for robot actions and includes the proprioception; "language" asks for the next subtask.
+        answer: None ends the prompt where the assistant's turn begins; used for flow matching (the action tokens that
+            follow are implied by the model and not part of the ids) and for every generation. FAST token numbers (0 is
+            `<|action_token_0|>`) for task "action", or a text for task "language", are appended as targets.
+        template: text around all of these.
 
     Returns:
         ids and labels. Targets are the FAST tokens, `<|im_end|>` and the newline after it; for a text, the text, a
         newline and `<|im_end|>`.
 
     Raises:
-        ValueError: an empty instruction, control tokens or half a surrogate pair inside the instruction, a view or the
-            answer, an answer that does not suit the task, or FAST tokens that the vocabulary lacks.
+        ValueError: for an empty instruction; control tokens or half a surrogate pair in the instruction, a view or the
+            answer; an answer that does not match the task; or FAST tokens that the vocabulary lacks.
     """
     if len(views) != len(image_tokens):
         raise ValueError(f"{len(views)} views ({', '.join(views)}) but {len(image_tokens)} image token counts")
@@ -88,24 +97,25 @@ def build_prefix(
     if missing := [name for name in needed if getattr(known, name) < 0]:
         raise ValueError(f"the tokenizer has no token for {', '.join(missing)}; call Tokenizer.add_wallx_tokens first")
     context = tokenizer.encode(_context(instruction, views, image_tokens, task, template))
-    # The context ends in a newline and no answer begins with whitespace. Qwen's pre-tokenizer always cuts there, so
-    # encoding the two apart gives the ids of the whole.
+    # The context ends in a newline and no answer begins with whitespace. Qwen's pre-tokenizer always splits there, so
+    # encoding the two separately gives the ids of the whole.
     targets = tokenizer.encode(_answer(task, answer))
     return EncodedPrompt(context + targets, [IGNORE] * len(context) + targets, known.pad)
 
 
 def fit(prompt: EncodedPrompt, length: int, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pads a prompt on the left to the fixed length of the run.
+    """Left-pad a prompt to the fixed length of the run.
 
     Args:
+        prompt: the prompt.
         length: T, prefix tokens.
-        window: W < T, how many of the last positions carry labels.
+        window: W < T, number of trailing positions that carry labels.
 
     Returns:
         tokens int32 [T], mask bool [T] (False at padding), labels int32 [W] (entry j belongs to position T - W + j).
 
     Raises:
-        ValueError: the prompt is longer than T or has targets before the window. Nothing is ever cut off.
+        ValueError: if the prompt is longer than T or has targets before the window. Nothing is ever truncated.
     """
     if not 0 <= window < length:
         raise ValueError(f"label window {window} must be at least 0 and below the prompt length {length}")
@@ -127,7 +137,7 @@ def fit(prompt: EncodedPrompt, length: int, window: int) -> tuple[np.ndarray, np
 def _context(
     instruction: str, views: Sequence[str], image_tokens: Sequence[int], task: Task, template: PromptTemplate
 ) -> str:
-    """Everything up to and including the assistant's header."""
+    """Return the text up to and including the assistant's header."""
     if task not in get_args(Task):
         raise ValueError(f"task is {task!r}; choose one of {', '.join(get_args(Task))}")
     if not instruction.strip():
@@ -148,7 +158,7 @@ def _context(
 
 
 def _answer(task: Task, answer: Sequence[int] | str | None) -> str:
-    """What the assistant says; all of it is target."""
+    """Return the text of the assistant's turn, all of which is a training target."""
     if answer is None:
         return ""
     if isinstance(answer, str) != (task == "language"):
@@ -165,7 +175,7 @@ def _answer(task: Task, answer: Sequence[int] | str | None) -> str:
 
 
 def _check_text(tokenizer: Tokenizer, what: str, text: str) -> None:
-    """Control tokens in free text would open or close turns and images and so corrupt the layout."""
+    """Reject control tokens in free text: they would open or close turns and images and so corrupt the layout."""
     check_unicode(f"the {what}", text)
     if found := tokenizer.added_tokens_in(text):
         raise ValueError(f"the {what} {text!r} contains control tokens: {', '.join(found)}; remove them from the text")

@@ -1,4 +1,4 @@
-"""What the pipeline reads frames from."""
+"""Defines the interface through which the pipeline reads frames."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -11,12 +11,12 @@ from wallx_jax.data.tables import FrameTable
 
 
 class FrameSource(Protocol):
-    """The frames of a split by their place in it: LeRobotSource, and what wraps it.
+    """Random access to the frames of a split by position; implemented by LeRobotSource and its wrappers.
 
     Attributes:
         info: the dataset.
-        frames: the frames of the dataset that the split has, int64 [n] or a range.
-        table: the tables of the whole dataset.
+        frames: frames of the dataset that belong to the split, int64 [n] or a range.
+        table: tables of the whole dataset.
     """
 
     info: DatasetInfo

@@ -1,4 +1,4 @@
-"""Where the episodes of a LeRobot dataset are in its video files."""
+"""Reads where the episodes of a LeRobot dataset are located in its video files."""
 
 from dataclasses import dataclass
 
@@ -13,12 +13,12 @@ COLUMNS = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
 
 @dataclass(frozen=True, eq=False)
 class VideoSpans:
-    """Where the episodes are in the video files of a camera.
+    """Location of each episode in the video files of one camera.
 
     Attributes:
-        chunk: int64 [E].
-        file: int64 [E], within the chunk.
-        start: float64 [E], seconds at which each episode's first frame is shown.
+        chunk: int64 [E], chunk index.
+        file: int64 [E], file index within the chunk.
+        start: float64 [E], time of each episode's first frame in the file, in seconds.
     """
 
     chunk: np.ndarray
@@ -27,10 +27,11 @@ class VideoSpans:
 
 
 def read_spans(info: DatasetInfo, camera: str) -> VideoSpans:
-    """Reads where the episodes are in a camera's videos, and checks that against their lengths and each other.
+    """Read the location of the episodes in a camera's videos and check it for consistency.
 
     Raises:
-        DatasetError: a span is not as long as its episode, or two spans of a file overlap.
+        DatasetError: if an index or time is negative, a span is not as long as its episode, or two spans of a file
+            overlap.
     """
     columns = {column: f"videos/{camera}/{column}" for column in COLUMNS}
     table = read_episode_columns(info.root, columns.values())
@@ -46,7 +47,7 @@ def read_spans(info: DatasetInfo, camera: str) -> VideoSpans:
     numbers, half_frame = info.episode_numbers, 0.5 / info.fps
     where = f"{info.root / 'meta' / 'episodes'}: videos/{camera}/from_timestamp and to_timestamp"
     remedy = f"images would not belong to their states: {REWRITE}, or leave these episodes out (setting `episodes`)"
-    wrong = ~(abs(stop - start - info.episode_lengths / info.fps) < half_frame)  # in this form NaN is wrong
+    wrong = ~(abs(stop - start - info.episode_lengths / info.fps) < half_frame)  # written so that NaN counts as wrong
     if wrong.any():
         row = np.flatnonzero(wrong)[0]
         raise DatasetError(

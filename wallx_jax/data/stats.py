@@ -1,4 +1,4 @@
-"""Exact normalisation statistics from a dataset's table files; no video is touched."""
+"""Computes exact normalisation statistics from a dataset's table files, without reading any video."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,26 +21,28 @@ def compute_stats(
     horizon: int = 1,
     progress: bool = False,
 ) -> NormStats:
-    """Mean, standard deviation, exact 1% and 99% quantiles (linear interpolation), min and max of every dimension.
+    """Compute mean, standard deviation, exact 1% and 99% quantiles, min and max of every dimension.
 
-    Over the frames of the dataset, or of the chosen episodes, each counted once; upstream estimates the same from
-    histograms over action chunks, which counts a frame up to `horizon` times.
+    The quantiles are linearly interpolated. Each frame of the dataset, or of the chosen episodes, is counted once;
+    upstream estimates the same statistics from histograms over action chunks, which count a frame up to `horizon`
+    times.
 
-    Of an action dim that is relative to the state, over the differences action[t + k] - state[t] of all frames t and
-    steps k < horizon that are within the episode. Memory: the state and action columns, and twice the differences of
-    one dim, 8 bytes each.
+    For an action dim that is relative to the state, the statistics are those of the differences action[t + k] -
+    state[t] over all frames t and steps k < horizon that are within the episode. Memory: the state and action columns,
+    plus twice the differences of one dim, at 8 bytes per value.
 
     Args:
-        dataset: a local folder, a repo id, what `read_info` returned, or a source of the whole dataset, whose own keys
-            are then used.
-        state_key, action_key: vectors, see wallx_jax.config.feature_slices.
-        episodes: numbers (`episode_index`) of the episodes to use; None for all.
-        relative_to: per action dim the state dim that it is relative to, or -1; empty: none.
-        horizon: steps of a chunk of actions; of no effect where none is relative.
-        progress: show bars over the table files and the dims.
+        dataset: a local folder, a repo id, a `read_info` result, or a source of the whole dataset, whose own keys are
+            then used.
+        state_key: feature slices of the state, see wallx_jax.config.feature_slices.
+        action_key: feature slices of the action.
+        episodes: `episode_index` of the episodes to use; None for all.
+        relative_to: state dim per action dim that it is relative to, or -1; empty for none.
+        horizon: steps of an action chunk; unused where no action is relative.
+        progress: show progress bars over the table files and the dims.
 
     Raises:
-        ValueError: for a key the dataset does not have, an unknown episode, or an infinite value.
+        ValueError: for a key that the dataset lacks, an unknown episode, or an infinite value.
     """
     if isinstance(dataset, LeRobotSource):
         source = dataset
@@ -79,7 +81,7 @@ def compute_stats(
 
 
 def table(stats: NormStats, info: DatasetInfo) -> str:
-    """The statistics of a dataset as people read them, a line for each dim."""
+    """Format the statistics of a dataset as a readable table, one line per dim."""
     fields = ("mean", "std", "min", "q01", "q99", "max")
     states, actions = info.dim_names(stats.state_key), info.dim_names(stats.action_key)
     relative = [
@@ -100,8 +102,14 @@ def table(stats: NormStats, info: DatasetInfo) -> str:
 
 
 def _differences(actions: np.ndarray, states: np.ndarray, left: np.ndarray, horizon: int) -> np.ndarray:
-    """actions[t + k] - states[t] of one dim, [N] each, in one array for all t and k < horizon within the episode; left
-    int [N]: frames until its end, this one included."""
+    """Return actions[t + k] - states[t] of one dim for all t and k < horizon within the episode, as one array.
+
+    Args:
+        actions: [N].
+        states: [N].
+        left: int [N], frames until the end of the episode, including the current one.
+        horizon: steps of an action chunk.
+    """
     actions, states = actions.astype(np.float64), states.astype(np.float64)
     found = np.empty(np.minimum(left, horizon).sum())
     end = 0
@@ -114,11 +122,14 @@ def _differences(actions: np.ndarray, states: np.ndarray, left: np.ndarray, hori
 
 
 def _stats(what: str, columns: Iterable[np.ndarray], bar: tqdm) -> Stats:
-    """[N] of each dim -> statistics. NaN marks a missing value and is left out; a dim with nothing else gets zeros."""
+    """Compute statistics from one array [N] per dim.
+
+    NaN marks a missing value and is ignored; a dim without any other value gets zeros.
+    """
     rows = []
     for column in columns:
         x = column[~np.isnan(column)].astype(np.float64, copy=False)
-        del column  # the differences of a dim are large: two such arrays are held at a time, no more
+        del column  # the differences of a dim are large: keep at most two such arrays at a time
         if np.isinf(x).any():
             raise ValueError(
                 f"dim {len(rows)} of the {what} has infinite values; scripts/check_dataset.py says in which frames: "

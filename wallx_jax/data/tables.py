@@ -1,6 +1,6 @@
-"""The table files of a dataset: which rows are which frames, and their numbers in memory-mapped arrays.
+"""Maps the rows of a dataset's table files to frames and exposes their values as memory-mapped arrays.
 
-Rows are found by `episode_index` and `frame_index`, wherever they stand.
+Rows are identified by `episode_index` and `frame_index`, regardless of their position.
 """
 
 import contextlib
@@ -28,26 +28,28 @@ REPAIR = "repair the dataset or write it again"
 class FrameTable:
     """State, action and task of every frame.
 
-    A table file is converted when a frame of it is first wanted: its columns go, in the order of the frames, into
+    A table file is converted when one of its frames is first requested: its columns are copied, in frame order, to
     arrays in a temporary folder that all processes map into memory. A pickled copy reads and fills the same arrays, so
     data workers share one copy of the tables.
 
     Args:
         info: the dataset.
-        state, action: the dims of state and action (`DatasetInfo.parts`).
-        check_times: whether a frame's timestamp must be its place in the episode, as videos need it.
+        state: feature slices of the state (`DatasetInfo.parts`).
+        action: feature slices of the action.
+        check_times: whether a frame's timestamp must correspond to its `frame_index`, as videos require.
 
     Attributes:
-        state: float or int [N, D of the state], in dataset units; valid after `load` for the frames that it loaded.
-        action: the same of the action.
-        task: int64 [N], task_index.
-        row: int64 [N], place in the table file.
-        files: the table files with frames.
-        tasks_used: the `task_index` that frames have.
-        unreadable: uint8 [N], 1 for the frames that `mark_unreadable` was called with, in any process.
+        state: float or int [N, D of the state], in dataset units; valid for the frames that `load` has loaded.
+        action: float or int [N, D of the action], likewise.
+        task: int64 [N], `task_index`, likewise.
+        row: int64 [N], row in the table file, likewise.
+        files: the table files that contain frames.
+        tasks_used: every `task_index` that occurs in the frames.
+        unreadable: uint8 [N], 1 for frames passed to `mark_unreadable` in any process.
 
     Raises:
-        FileNotFoundError, DatasetError: the rows are not exactly the frames that meta/episodes lists.
+        FileNotFoundError: see `parquet.open_parquet`.
+        DatasetError: if the rows are not exactly the frames that meta/episodes lists.
     """
 
     def __init__(self, info: DatasetInfo, state: Sequence[Slice], action: Sequence[Slice], check_times: bool = False):
@@ -61,7 +63,7 @@ class FrameTable:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._prepare()  # for all copies
+        self._prepare()  # once, for all copies
         return {k: v for k, v in self.__dict__.items() if k != "_lock"} | {"_scratch": None, "_arrays": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -89,28 +91,30 @@ class FrameTable:
         return self._map("unreadable")[:, 0]
 
     def mark_unreadable(self, frame: int) -> None:
+        """Mark a frame as unreadable, visibly to all processes."""
         self._write("unreadable", np.array([frame]), np.ones((1, 1), np.uint8))
 
     def file_of(self, frame: int) -> Path:
-        """Returns the table file that holds a frame."""
+        """Return the table file that contains a frame."""
         return self.files[self._file_of_episode[self.info.locate(frame)[0]]]
 
     def runs(self) -> Iterator[np.ndarray]:
-        """Yields for each table file its frames in the order of the dataset, int [n]."""
+        """Yield the frames of each table file in the order of the dataset, int [n]."""
         starts, lengths = self.info.episode_starts, self.info.episode_lengths
         for number in range(len(self.files)):
             episodes = np.flatnonzero(self._file_of_episode == number)
             yield np.concatenate([starts[e] + np.arange(lengths[e]) for e in episodes])
 
     def load(self, frames: Any = None, progress: bool = False) -> None:
-        """Makes the attributes valid for these frames, one or int [n]; None: for all.
+        """Load frames, so that the array attributes are valid for them.
 
         Args:
-            progress: show a bar over the files.
+            frames: one frame or int [n]; None for all.
+            progress: show a progress bar over the files.
 
         Raises:
-            DatasetError: nulls, rows of another width, numbers of another type.
-            OSError: there is no room in the temporary directory.
+            DatasetError: for nulls, rows of another width, or numbers of another type.
+            OSError: if the temporary directory is full.
         """
         done = self._map("done")[:, 0]
         wanted = range(len(self.files)) if frames is None else self._file_of_episode[self.info.locate(frames)[0]]
@@ -123,7 +127,7 @@ class FrameTable:
                 bar.update()
 
     def read(self, column: str) -> np.ndarray:
-        """Reads a column of single numbers that is none of the attributes, float64 [N]."""
+        """Read a column of scalars that is not one of the attributes, float64 [N]."""
         values = np.empty(self.info.num_frames)
         for path in self.files:
             frames = self._frames_of(path)
@@ -132,8 +136,11 @@ class FrameTable:
         return values
 
     def _find_rows(self) -> tuple[list[Path], np.ndarray, set[int]]:
-        """The table files with frames, the number of each episode's file, and the tasks that are used; checks the keys
-        of every row."""
+        """Find the table file of each episode, checking the keys of every row.
+
+        Returns:
+            The table files that contain frames, the index of each episode's file int32 [E], and the tasks in use.
+        """
         info = self.info
         paths = [path for path in _files_of(info.root, info.data_path) if _may_hold(path, info)]
         files: list[Path] = []
@@ -167,21 +174,24 @@ class FrameTable:
         return files, file_of_episode, tasks_used
 
     def _frames_of(self, path: Path) -> np.ndarray:
-        """The frame in each row of a file, int64 [n]; -1 where its episode is not used."""
+        """Return the frame in each row of a file, int64 [n]; -1 where its episode is not used."""
         return self._read_keys(path)[0]
 
     def _read_keys(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the frame in each row of a file, int64 [n], -1 where its episode is not used; and the tasks that the
-        others have, int64 [tasks].
+        """Read and check the keys of a table file.
+
+        Returns:
+            The frame in each row, int64 [n], -1 where its episode is not used; and the tasks of the rows in use, int64
+            [tasks].
 
         Raises:
-            DatasetError: keys that contradict each other or the metadata.
+            DatasetError: if keys contradict each other or the metadata.
         """
         info = self.info
         columns, optional = ([*KEYS, "timestamp"], []) if self._check_times else (KEYS, ["timestamp"])
         table = parquet.read_columns(path, columns, optional)
         number, place, index, task = (parquet.integers(table, key, path) for key in KEYS)
-        # Rows of an episode mostly stand together: what is the same for all of them is looked up once.
+        # Rows of an episode are mostly adjacent, so per-episode values are looked up once per run of rows.
         runs = np.flatnonzero(np.r_[len(number) > 0, np.diff(number) != 0])
         counts = np.diff(runs, append=len(number))
         episode = np.minimum(np.searchsorted(info.episode_numbers, number[runs]), info.num_episodes - 1)
@@ -216,7 +226,7 @@ class FrameTable:
         if "timestamp" in table.column_names:
             time = parquet.matrix(table, "timestamp", path, 1, np.dtype(np.float64))[:, 0]
         if self._check_times:
-            off = ~(abs(time - place / info.fps) < 0.5 / info.fps)  # in this form NaN is off
+            off = ~(abs(time - place / info.fps) < 0.5 / info.fps)  # written so that NaN counts as off
             refuse(off, "timestamp", time, f"frame_index / {info.fps:g} fps, its time in the video,")
         else:
             order = np.lexsort((place, number))
@@ -226,7 +236,7 @@ class FrameTable:
         return np.where(used, of_rows(info.episode_starts) + place, -1), np.unique(task[used])
 
     def _convert(self, number: int) -> None:
-        """Copies a table file's columns into the arrays."""
+        """Copy the columns of a table file to the arrays."""
         path, info = self.files[number], self.info
         frames = self._frames_of(path)
         rows = np.flatnonzero(frames >= 0)
@@ -248,16 +258,16 @@ class FrameTable:
         }
         for name, column in columns.items():
             self._write(name, frames[rows], column[rows])
-        self._write("done", np.array([number]), np.ones((1, 1), np.uint8))  # last: what is marked is whole
+        self._write("done", np.array([number]), np.ones((1, 1), np.uint8))  # last: "done" means complete
 
     def _layout(self, feature: str) -> tuple[int, np.dtype]:
-        """(dims, dtype) of a feature, as meta/info.json says; half precision is widened, the table may have more."""
+        """Return (dims, dtype) of a feature from meta/info.json; float16 is widened: the table may be more precise."""
         described = self.info.features[feature]
         dtype = np.dtype(described["dtype"])
         return int(described["shape"][0]), np.dtype(np.float32) if dtype == np.float16 else dtype
 
     def _shapes(self) -> dict[str, tuple[int, int, np.dtype]]:
-        """(rows, columns, dtype) of the arrays."""
+        """Return (rows, columns, dtype) of each array."""
 
         def dtype(parts: Sequence[Slice]) -> np.dtype:
             return np.result_type(*(self._layout(part.feature)[1] for part in parts))
@@ -276,7 +286,7 @@ class FrameTable:
         }
 
     def _prepare(self) -> None:
-        """Makes the folder with empty arrays, which take no room before they are written to."""
+        """Create the folder with empty arrays; they are sparse files, which take no space until written to."""
         with self._lock:
             if self._folder is not None:
                 return
@@ -291,12 +301,14 @@ class FrameTable:
             self._prepare()
             rows, width, dtype = self._shapes()[name]
             mapped = np.memmap(self._folder / name, dtype, "r", shape=(rows, width))
-            self._arrays[name] = np.asarray(mapped)  # whose slices are ordinary arrays
+            self._arrays[name] = np.asarray(mapped)  # so that slices are ordinary arrays
         return self._arrays[name]
 
     def _write(self, name: str, rows: np.ndarray, values: np.ndarray) -> None:
-        """Writes rows (int [n], ascending) of an array. Through the file: a full disk would kill a process that writes
-        to mapped memory."""
+        """Write rows (int [n], ascending) of an array.
+
+        This writes to the file, because writing to mapped memory on a full disk would kill the process.
+        """
         _, width, dtype = self._shapes()[name]
         values = np.ascontiguousarray(values, dtype)
         starts = np.r_[0, np.flatnonzero(np.diff(rows) != 1) + 1, len(rows)]
@@ -326,27 +338,39 @@ class _TaskLists:
         self._pairs = np.unique(self._pair(episodes, tasks))
 
     def contradict(self, episodes: np.ndarray, tasks: np.ndarray) -> np.ndarray:
-        """Tells which rows, given by `episode_index` and `task_index` (int [n]), have a task that is not listed for
-        their episode, bool [n]; where nothing is listed none has."""
+        """Return which rows have a task that is not listed for their episode, bool [n].
+
+        Args:
+            episodes: `episode_index` of each row, int [n].
+            tasks: `task_index` of each row, int [n].
+
+        Returns:
+            The flags; False for every row of an episode without a list.
+        """
         runs = np.flatnonzero(np.r_[len(tasks) > 0, (np.diff(episodes) != 0) | (np.diff(tasks) != 0)])
         counts, episodes, tasks = np.diff(runs, append=len(tasks)), episodes[runs], tasks[runs]
         wrong = np.isin(episodes, self._episodes) & ~np.isin(self._pair(episodes, tasks), self._pairs)
         return np.repeat(wrong, counts)
 
     def _pair(self, episodes: np.ndarray, tasks: np.ndarray) -> np.ndarray:
-        """A number for each pair, made of places rather than of the numbers themselves, which may be large."""
+        """Return a unique number per pair, built from ranks because the numbers themselves may be large."""
         return np.searchsorted(self._episodes, episodes) * len(self._tasks) + np.searchsorted(self._tasks, tasks)
 
 
 def _files_of(root: Path, template: str) -> list[Path]:
-    """The files below a folder that are called as "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet" says."""
+    """Return the files below a folder that match a path template.
+
+    Args:
+        root: the folder.
+        template: e.g. "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet".
+    """
     pieces = re.split(r"\{[^{}]*\}", template)
     named = re.compile(r"\d+".join(map(re.escape, pieces)))
     return sorted(path for path in root.glob("*".join(pieces)) if named.fullmatch(str(path.relative_to(root))))
 
 
 def _may_hold(path: Path, info: DatasetInfo) -> bool:
-    """Tells from the statistics in a file's footer whether it may have rows of the used episodes."""
+    """Return whether a file may contain rows of the used episodes, judging by the statistics in its footer."""
     if info.whole:
         return True
     with parquet.open_parquet(path) as table:
@@ -365,13 +389,13 @@ def _may_hold(path: Path, info: DatasetInfo) -> bool:
 
 
 def _distinct(numbers: np.ndarray, count: int) -> np.ndarray:
-    """The different ones of int [n] numbers from 0 to count - 1, ascending."""
+    """Return the distinct values of int [n] numbers from 0 to count - 1, ascending."""
     there = np.zeros(count, bool)
     there[numbers] = True
     return np.flatnonzero(there)
 
 
 def _join(parts: Sequence[Slice], values: dict[str, np.ndarray]) -> np.ndarray:
-    """[n, D]: the parts of a vector side by side."""
+    """Concatenate the slices of a vector, [n, D]."""
     columns = [values[part.feature][:, part.start : part.stop] for part in parts]
     return columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)

@@ -1,4 +1,4 @@
-"""meta/tasks.parquet of a LeRobot dataset: the instructions."""
+"""Reads the instructions of a LeRobot dataset from meta/tasks.parquet."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,12 @@ from wallx_jax.data.errors import DatasetError
 
 
 def read_tasks(file: Path) -> dict[int, str]:
-    """Reads {task_index: instruction}, by ascending number; a null instruction is empty.
+    """Read {task_index: instruction}, in ascending order; a null instruction becomes an empty string.
 
     Raises:
-        FileNotFoundError, DatasetError: the file is missing or damaged, a number is there twice, or it is not clear
-            which column has the instructions.
+        FileNotFoundError: if the file is missing.
+        DatasetError: if the file is damaged, a number occurs twice, or the column with the instructions is ambiguous or
+            missing.
     """
     with parquet.open_parquet(file) as opened:
         column = _task_column(opened.schema_arrow, file)
@@ -31,7 +32,7 @@ def read_tasks(file: Path) -> dict[int, str]:
 
 
 def _task_column(schema: pa.Schema, file: Path) -> str:
-    """The column with the instructions: pandas' index, which is what lerobot writes, or "task"."""
+    """Return the column with the instructions: the pandas index, which is what lerobot writes, or "task"."""
     columns = [field.name for field in schema if _holds_text(field.type)]
     index = [name for name in _pandas_index(schema) if name in columns]
     likely = list(dict.fromkeys([*index, *(name for name in ("task", "__index_level_0__") if name in columns)]))
@@ -50,7 +51,7 @@ def _holds_text(kind: pa.DataType) -> bool:
 
 
 def _pandas_index(schema: pa.Schema) -> list[str]:
-    """Names of the columns that a pandas frame had as its index."""
+    """Return the names of the columns that were the index of a pandas frame."""
     try:
         index = json.loads((schema.metadata or {})[b"pandas"])["index_columns"]
     except (KeyError, ValueError, TypeError):

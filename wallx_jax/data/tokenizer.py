@@ -1,6 +1,6 @@
-"""Qwen2.5's text tokenizer with Wall-X's added tokens, read and written in Hugging Face's file layout.
+"""Reads and writes Qwen2.5's text tokenizer with Wall-X's added tokens, in Hugging Face's file layout.
 
-A thin wrapper around the `tokenizers` library, which does all the work that `transformers` would delegate to it.
+This is a thin wrapper around the `tokenizers` library, which `transformers` itself delegates to.
 """
 
 import json
@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from wallx_jax.models.config import TokenIds
 from wallx_jax.utils.files import read_json_object, read_text, write_text
 
-# How Qwen2 cuts text before byte-pair merges; part of Qwen's tokenizer.json.
+# How Qwen2 splits text before byte-pair merges; copied from Qwen's tokenizer.json.
 _QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -32,12 +32,16 @@ _ADDED_FIELDS = ("content", "lstrip", "normalized", "rstrip", "single_word", "sp
 
 
 def fast_token(index: int) -> str:
-    """Text of FAST token `index` in the language model's vocabulary."""
+    """Return the text of FAST token `index` in the language model's vocabulary."""
     return f"<|action_token_{index}|>"
 
 
 def check_unicode(name: str, text: str) -> None:
-    """Raises ValueError, beginning with `name`, for half of a surrogate pair: no tokenizer takes such text."""
+    """Reject text with half of a surrogate pair, which no tokenizer accepts.
+
+    Raises:
+        ValueError: beginning with `name`.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -47,19 +51,23 @@ def check_unicode(name: str, text: str) -> None:
 
 
 class Tokenizer:
-    """Text <-> ids. Picklable, so data workers may hold one.
+    """Converts between text and token ids. Picklable, so it can be passed to data workers.
 
     Attributes:
-        config: contents of tokenizer_config.json; unknown entries are kept by `save`.
-        fast_start: id of `<|action_token_0|>`, None where the vocabulary has no FAST tokens.
+        config: contents of tokenizer_config.json; `save` keeps unknown entries.
+        fast_start: id of `<|action_token_0|>`, None if the vocabulary has no FAST tokens.
         fast_size: number of FAST tokens; their ids are fast_start .. fast_start + fast_size - 1.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any] | None = None):
-        """Args: `backend`, a ready tokenizer; `config`, what its tokenizer_config.json says.
+        """Wrap a tokenizer.
+
+        Args:
+            backend: the tokenizer; its truncation and padding are switched off.
+            config: contents of its tokenizer_config.json.
 
         Raises:
-            ValueError: the config's action_token_* entries contradict the vocabulary.
+            ValueError: if the config's action_token_* entries contradict the vocabulary.
         """
         backend.no_truncation()
         backend.no_padding()
@@ -75,18 +83,19 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, path: str | Path) -> "Tokenizer":
-        """Reads tokenizer.json, or else vocab.json and merges.txt, with tokenizer_config.json and added_tokens.json
-        where they exist.
+        """Load tokenizer.json, or else vocab.json and merges.txt.
+
+        tokenizer_config.json, added_tokens.json and a chat template are read if they exist.
 
         Raises:
-            FileNotFoundError: neither form is there.
-            ValueError: a file cannot be read, or an added token would not get the id that the files give it.
+            FileNotFoundError: if there is neither form.
+            ValueError: if a file cannot be read, or an added token would not get the id that the files assign to it.
         """
         path = Path(path)
         config = _read_json(path / "tokenizer_config.json")
         if (path / "chat_template.jinja").is_file():
             config.setdefault("chat_template", read_text(path / "chat_template.jinja"))
-        if template := _read_json(path / "chat_template.json").get("chat_template"):  # where Qwen2.5-VL keeps it
+        if template := _read_json(path / "chat_template.json").get("chat_template"):  # where Qwen2.5-VL stores it
             config.setdefault("chat_template", template)
         if (path / "tokenizer.json").is_file():
             backend = read_backend(path / "tokenizer.json")
@@ -98,7 +107,7 @@ class Tokenizer:
         return cls(backend, config)
 
     def save(self, path: str | Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json into directory `path`, which is created if missing."""
+        """Write tokenizer.json and tokenizer_config.json to directory `path`, which is created if missing."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         self._backend.save(str(path / "tokenizer.json"))
@@ -119,30 +128,33 @@ class Tokenizer:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, without adding special tokens."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """Return the text of token ids, optionally without special tokens."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
 
     def token_id(self, token: str) -> int | None:
+        """Return the id of a token, None if the vocabulary lacks it."""
         return self._backend.token_to_id(token)
 
     def added_tokens_in(self, text: str) -> list[str]:
-        """The added (control) tokens that encoding `text` would produce, in order of their first appearance."""
+        """Return the added (control) tokens that encoding `text` would produce, in order of first appearance."""
         return list(dict.fromkeys(self._added[i] for i in self.encode(text) if i in self._added))
 
     def token_ids(self) -> TokenIds:
-        """Ids the model looks for; -1 where this vocabulary has no such token."""
+        """Return the ids that the model looks for; -1 where the vocabulary has no such token."""
         ids = {name: self.token_id(token) for name, token in _TOKENS.items()}
         return TokenIds(**{name: -1 if index is None else index for name, index in ids.items()})
 
     def add_wallx_tokens(self, fast_vocab_size: int | None = None) -> None:
-        """Adds `<|propri|>`, `<|action|>` and, if a size is given, that many FAST tokens; those present stay.
+        """Add `<|propri|>`, `<|action|>` and, if a size is given, that many FAST tokens; existing tokens are kept.
 
-        As upstream adds them: plain tokens, not special ones, in this order, with the next free ids.
+        They are added as upstream does: as plain, not special, tokens, in this order, with the next free ids.
 
         Raises:
-            ValueError: FAST tokens would not get consecutive ids.
+            ValueError: if the FAST tokens would not get consecutive ids.
         """
         names = [_TOKENS["propri"], _TOKENS["action"], *map(fast_token, range(fast_vocab_size or 0))]
         missing = [AddedToken(name, special=False) for name in names if self.token_id(name) is None]
@@ -155,7 +167,7 @@ class Tokenizer:
             )
 
     def _read_vocabulary(self) -> None:
-        """Notes the added tokens, and the range of FAST tokens: counted while ids are consecutive."""
+        """Cache the added tokens and the range of FAST tokens, counted while their ids are consecutive."""
         self._added = {index: token.content for index, token in self._backend.get_added_tokens_decoder().items()}
         self.fast_start, self.fast_size = self.token_id(fast_token(0)), 0
         while (
@@ -166,27 +178,27 @@ class Tokenizer:
 
 
 def read_backend(file: Path) -> tokenizers.Tokenizer:
-    """Reads a tokenizer.json.
+    """Load a tokenizer.json.
 
     Raises:
-        ValueError: naming the file, if it is damaged or no tokenizer.
+        ValueError: naming the file, if it is damaged or not a tokenizer.
     """
     try:
         return tokenizers.Tokenizer.from_str(read_text(file))
     except ValueError:
         raise
     except Exception as error:  # the library raises bare Exception
-        read_json_object(file)  # names damage better
+        read_json_object(file)  # gives a clearer error for a damaged file
         raise ValueError(f"{file} is not a tokenizer that can be read: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Contents of a JSON file, {} where there is none."""
+    """Return the contents of a JSON file, {} if it does not exist."""
     return read_json_object(path) if path.is_file() else {}
 
 
 def _qwen_backend(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
-    """Qwen2's normaliser, pre-tokenizer and decoder around a byte-level BPE model."""
+    """Build a byte-level BPE tokenizer with Qwen2's normalizer, pre-tokenizer and decoder."""
     lines = [line.rstrip("\r") for line in read_text(merges).split("\n")]
     pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     try:
@@ -205,7 +217,7 @@ def _qwen_backend(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
 
 
 def _restore_added_tokens(backend: tokenizers.Tokenizer, config: dict, added_json: dict[str, int], path: Path) -> None:
-    """Adds the tokens that the JSON files list beside the vocabulary and that it lacks, each at its listed id."""
+    """Add the tokens that the JSON files list and the vocabulary lacks, checking that each gets its listed id."""
     try:
         listed = _listed_tokens(config, added_json)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -225,7 +237,7 @@ def _restore_added_tokens(backend: tokenizers.Tokenizer, config: dict, added_jso
 
 
 def _listed_tokens(config: dict, added_json: dict[str, int]) -> dict[int, AddedToken]:
-    """{id: token} of tokenizer_config.json, then of added_tokens.json."""
+    """Return {id: token} from tokenizer_config.json, then from added_tokens.json."""
     listed = {int(index): AddedToken(**{k: token[k] for k in _ADDED_FIELDS if k in token})
               for index, token in config.get("added_tokens_decoder", {}).items()}  # fmt: skip
     named = [config.get("eos_token"), config.get("pad_token"), *(config.get("additional_special_tokens") or ())]

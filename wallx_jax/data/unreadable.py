@@ -1,4 +1,4 @@
-"""Training past frames that cannot be decoded."""
+"""Lets training continue past frames that cannot be decoded, by replacing them with other frames."""
 
 from collections.abc import Sequence
 
@@ -8,17 +8,17 @@ from wallx_jax.data.errors import FrameError
 from wallx_jax.data.lerobot import LeRobotSource, RawSample
 from wallx_jax.data.source import FrameSource
 
-ATTEMPTS = 100  # frames tried in the place of one before the error is raised
+ATTEMPTS = 100  # replacement frames tried before the error is raised
 
 
 class SkipUnreadable:
-    """A split in which another frame takes the place of each that cannot be decoded.
+    """A split in which every frame that cannot be decoded is replaced by another one.
 
-    Which frame that is depends on the place alone. So all other samples keep their order, whatever the number of
-    workers, and a run that is resumed meets the same ones. Skipped frames are marked in the dataset's table.
+    The replacement depends only on the position, so all other samples keep their order whatever the number of workers,
+    and a resumed run sees the same samples. Skipped frames are marked in the dataset's table.
 
     Args:
-        source: a LeRobotSource, or what wraps one.
+        source: a LeRobotSource or a wrapper of one.
     """
 
     def __init__(self, source: FrameSource):
@@ -32,10 +32,10 @@ class SkipUnreadable:
         return f"SkipUnreadable({self.source!r})"
 
     def __getitem__(self, i: int) -> RawSample:
-        """Returns the i-th frame, or the one in its place.
+        """Return the i-th frame or its replacement.
 
         Raises:
-            FrameError: neither the frame nor any of ATTEMPTS others can be decoded.
+            FrameError: if neither the frame nor any of ATTEMPTS others can be decoded.
         """
         others = np.random.default_rng(i).integers(len(self), size=ATTEMPTS)
         for place in (i, *others.tolist()):
@@ -46,20 +46,20 @@ class SkipUnreadable:
                 return self.source[place]
             except FrameError:
                 self.table.mark_unreadable(frame)
-        return self.source[i]  # raises
+        return self.source[i]  # raises the FrameError
 
     def low_dim(self, i: int) -> RawSample:
         return self.source.low_dim(i)
 
 
 class SkippedFrames:
-    """The frames that a run's data workers have skipped.
+    """Tracks the frames that a run's data workers have skipped.
 
     Args:
         sources: the run's datasets.
 
     Attributes:
-        count: how many there are by now.
+        count: number of frames reported so far.
     """
 
     def __init__(self, sources: Sequence[LeRobotSource]):
@@ -70,7 +70,7 @@ class SkippedFrames:
         return sum(len(known) for _, known in self._known)
 
     def new(self) -> list[str]:
-        """Says of each frame that was skipped since the last call what is wrong with it."""
+        """Return a message for each frame skipped since the last call, with the reason."""
         messages = []
         for source, known in self._known:
             for frame in np.flatnonzero(source.table.unreadable).tolist():
@@ -81,7 +81,7 @@ class SkippedFrames:
 
 
 def _reason(source: LeRobotSource, frame: int) -> str:
-    """Why a frame cannot be read, found by reading it again."""
+    """Return why a frame cannot be read, by reading it again."""
     try:
         for camera in source.cameras:
             source.images.read(camera, frame)

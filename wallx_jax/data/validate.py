@@ -1,4 +1,4 @@
-"""Does the configuration fit the dataset and the prompt? Asked before any weight is loaded."""
+"""Checks the configuration against the dataset and the prompt, before any weights are loaded."""
 
 import dataclasses
 
@@ -14,18 +14,18 @@ Groups = tuple[tuple[str, int], ...]
 
 
 def check_dataset(run: RunConfig, info: DatasetInfo) -> RunConfig:
-    """Checks cameras, state and action of a dataset against the configuration.
+    """Check the cameras, state and action of the configuration against a dataset.
 
-    A camera may be written without its "observation.images." prefix. An empty dof_config becomes one group of all the
-    action's dimensions; an empty agent_pos_config becomes dof_config where that fits the state and its names, else one
-    group. Where a table says places in the dataset, its dims are counted, and its key becomes the vector of those
-    places. Names that stand where the dataset has others of them are refused: see `data.naming`.
+    A camera may be written without its "observation.images." prefix. An empty dof_config becomes one group with all of
+    the action's dims; an empty agent_pos_config becomes dof_config where that fits the state and its names, else one
+    group. If a table gives feature slices, its group sizes are derived from them, and its key becomes the vector of
+    those slices. Names at dims that the dataset calls by another of the names are rejected: see `data.naming`.
 
     Returns:
-        `run` with camera keys, state, action and dimension groups completed.
+        `run` with camera keys, state, action and dimension groups filled in.
 
     Raises:
-        ConfigError: listing everything that does not match, with what the dataset offers.
+        ConfigError: listing everything that does not match, and what the dataset offers.
     """
     errors: list[str] = []
     cameras = tuple(_camera(camera, info, errors) for camera in run.data.cameras)
@@ -69,7 +69,7 @@ def check_dataset(run: RunConfig, info: DatasetInfo) -> RunConfig:
 
 
 def offer(info: DatasetInfo) -> str:
-    """What a dataset has to choose from: cameras with their sizes, vectors with the names of their dims."""
+    """Describe what a dataset offers: cameras with their sizes, vectors with the names of their dims."""
     lines = [f"{info.repo_id} offers"]
     for camera in info.camera_keys:
         if not is_depth(info.features[camera]):
@@ -82,11 +82,11 @@ def offer(info: DatasetInfo) -> str:
 
 
 def check_horizon(run: RunConfig, prompt_length: int) -> None:
-    """Do prompt and actions fit max_length?
+    """Check that prompt and actions fit into max_length.
 
     Args:
         run: the configuration.
-        prompt_length: tokens of the longest prompt of the dataset, without actions.
+        prompt_length: tokens of the dataset's longest prompt, without actions.
 
     Raises:
         ConfigError: with the numbers that do not add up.
@@ -118,8 +118,10 @@ def _vector(
     setting: str, table: tuple[tuple[str, int | str], ...], key_setting: str, key: str, info: DatasetInfo,
     errors: list[str],
 ) -> tuple[Groups, str]:  # fmt: skip
-    """The groups of a state or action, all under one name if the table is empty, and its vector. What is wrong is added
-    to `errors`; groups of unknown places then have 0 dims."""
+    """Resolve the groups and the vector of a state or action; an empty table becomes a single group.
+
+    Problems are appended to `errors`; groups whose slices are invalid then have 0 dims.
+    """
     if _says_places(table):
         return _placed(setting, table, info, errors)
     try:
@@ -142,8 +144,10 @@ def _vector(
 def _placed(
     setting: str, table: tuple[tuple[str, str], ...], info: DatasetInfo, errors: list[str]
 ) -> tuple[Groups, str]:
-    """`_vector` for a table of places in the dataset. A dim has one place: two names for it are refused, since actions
-    could contradict each other."""
+    """Resolve a table of feature slices, as `_vector`.
+
+    A dim may belong to only one name, since actions of two names could contradict each other.
+    """
     groups, parts = [], []
     owners: dict[tuple[str, int], str] = {}
     for name, text in table:

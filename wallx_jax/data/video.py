@@ -1,4 +1,4 @@
-"""Frames of a dataset's video files, with a bounded number of open decoders."""
+"""Decodes frames from a dataset's video files, with a bounded number of open decoders."""
 
 import itertools
 import math
@@ -18,21 +18,21 @@ from wallx_jax.data.metadata import DatasetInfo
 from wallx_jax.data.spans import VideoSpans, read_spans
 from wallx_jax.utils.files import is_lfs_pointer
 
-OPEN_VIDEOS = 16  # decoders that a process keeps open, of all its readers together
-COLORSPACES = (Colorspace.ITU709, Colorspace.FCC, Colorspace.SMPTE240M)  # tags that ask for other coefficients
-EARLIER_S = (0.0, 1.0, 10.0)  # how far before the wanted time to seek, in turn; then the start of the file
+OPEN_VIDEOS = 16  # maximum number of open decoders per process, over all readers
+COLORSPACES = (Colorspace.ITU709, Colorspace.FCC, Colorspace.SMPTE240M)  # tags with other coefficients than BT.601
+EARLIER_S = (0.0, 1.0, 10.0)  # offsets before the target time to seek to, tried in turn, then the start
 
 
 class VideoFile:
-    """One open video: frames by time, read forward where that is cheaper than seeking.
+    """An open video that returns frames by time, reading forward where that is cheaper than seeking.
 
     Args:
         path: the file.
-        fps: frames per second of the dataset; a frame is found if it is less than half a frame away.
+        fps: the dataset's frames per second; a frame is found if it is less than half a frame interval away.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: no video, or one that holds depth maps.
+        ValueError: if it is not a video, or contains depth maps.
     """
 
     def __init__(self, path: Path, fps: float):
@@ -40,22 +40,22 @@ class VideoFile:
         self._container = open_video(path)
         self._stream = self._container.streams.video[0]
         context = self._stream.codec_context
-        # Within a quarter of the video's own frames a frame is the one that was meant: the next cannot be nearer.
+        # A frame within a quarter of the video's own frame interval is the target: no other frame can be nearer.
         rates = (self._stream.average_rate, self._stream.base_rate, fps)
         self._exact = 0.25 / max(float(rate) for rate in rates if rate)
-        # Random access decodes a frame or two at a time: more threads would only add frames in flight.
+        # Random access decodes one or two frames at a time; more threads would only add frames in flight.
         context.thread_count = 1
         self._reformatter = VideoReformatter()
-        self._frames: Iterator[av.VideoFrame] = iter(())  # what follows
-        self._last: av.VideoFrame | None = None  # decoded last
-        self._reach = 2  # frames that a seek may cost: up to so many ahead, decoding them is not slower
+        self._frames: Iterator[av.VideoFrame] = iter(())  # the frames that follow
+        self._last: av.VideoFrame | None = None  # the last decoded frame
+        self._reach = 2  # frames decoded per seek; reading up to this many frames ahead is no slower than seeking
 
     def read(self, seconds: float) -> np.ndarray:
-        """Returns the frame that is shown at this time, uint8 RGB [H, W, 3].
+        """Decode the frame that is shown at a time, uint8 RGB [H, W, 3].
 
         Raises:
-            ValueError: there is none within half a frame, or it is damaged.
-            av.FFmpegError: it cannot be decoded.
+            ValueError: if there is no frame within half a frame interval, or it is corrupt.
+            av.FFmpegError: if it cannot be decoded.
         """
         frame = self._near(seconds)
         for earlier in (*EARLIER_S, math.inf):
@@ -75,7 +75,7 @@ class VideoFile:
         return float(frame.pts * self._stream.time_base)
 
     def _near(self, seconds: float) -> av.VideoFrame | None:
-        """The frame, if it was decoded last or follows soon after that."""
+        """Return the frame if it is the last decoded one or follows soon after it, else None."""
         if self._last is None:
             return None
         distance = seconds - self._time(self._last)
@@ -84,8 +84,8 @@ class VideoFile:
         return self._search(seconds)[0] if 0 < distance * self._fps < self._reach + 0.5 else None
 
     def _seek(self, seconds: float) -> None:
-        """Goes to the last key frame that is not later."""
-        # A key frame that is less than half of the video's own frames later still is the wanted one.
+        """Seek to the last key frame that is not later than this time."""
+        # A key frame less than half of the video's own frame interval later is still the target.
         margin = 0.5 / max(self._fps, float(self._stream.average_rate or self._fps))
         ticks = int((seconds + margin) / self._stream.time_base) - 1 if seconds > 0 else 0
         self._container.seek(ticks, stream=self._stream, backward=True)
@@ -93,7 +93,11 @@ class VideoFile:
         self._last = None
 
     def _search(self, seconds: float) -> tuple[av.VideoFrame | None, bool]:
-        """Decodes until the frame is found or passed; tells also whether the first frame was too late already."""
+        """Decode until the frame is found or passed.
+
+        Returns:
+            The frame, or None; and whether the first decoded frame was already too late.
+        """
         nearest, least, started_late = None, self._half_frame, False
         for count, frame in enumerate(self._frames):
             self._last, offset = frame, self._time(frame) - seconds
@@ -107,19 +111,24 @@ class VideoFile:
 
 
 def check_size(image: np.ndarray, promised: tuple[int, int]) -> None:
-    """Raises ValueError unless an image has the (height, width) that meta/info.json promises."""
+    """Check that an image has the (height, width) given in meta/info.json.
+
+    Raises:
+        ValueError: if it has another size.
+    """
     if image.shape[:2] != promised:
         found, said = (f"{height}x{width}" for height, width in (image.shape[:2], promised))
         raise ValueError(f"the image is {found} (height x width), meta/info.json says {said}")
 
 
 def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
-    """Converts a decoded frame to uint8 RGB [H, W, 3], with the coefficients of the color space that it is tagged with.
+    """Convert a decoded frame to uint8 RGB [H, W, 3], using the coefficients of its color space tag.
 
-    Untagged frames count as BT.601, as everywhere. lerobot's "torchcodec" heeds the tag, its "pyav" does not.
+    Untagged frames are treated as BT.601, as is common. lerobot's "torchcodec" backend respects the tag, its "pyav"
+    backend does not.
     """
     colors = {}
-    if frame.colorspace in COLORSPACES:  # RGB has none, but PyAV acts on a difference alone
+    if frame.colorspace in COLORSPACES:  # RGB has no coefficients, but PyAV converts only if the two differ
         colors = {
             "src_colorspace": frame.colorspace,
             "dst_colorspace": Colorspace.ITU601,
@@ -130,7 +139,13 @@ def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
 
 
 class VideoReader:
-    """Frames of many video files. All readers of a process share OPEN_VIDEOS decoders; safe to use from threads."""
+    """Reads frames of many video files; thread-safe.
+
+    All readers of a process share OPEN_VIDEOS decoders.
+
+    Args:
+        fps: the dataset's frames per second.
+    """
 
     _open: OrderedDict[tuple[int, Path], tuple[VideoFile, threading.Lock]] = OrderedDict()
     _open_lock = threading.Lock()
@@ -138,11 +153,17 @@ class VideoReader:
 
     def __init__(self, fps: float):
         self._fps = fps
-        # A file that was replaced since another reader opened it is opened anew.
+        # Part of the cache key, so that a file replaced since another reader opened it is reopened.
         self._number = next(self._numbers)
 
     def read(self, path: Path, seconds: float) -> np.ndarray:
-        """Returns the frame that is shown at this time, uint8 RGB [H, W, 3]; raises as `VideoFile`."""
+        """Decode the frame that is shown at a time, uint8 RGB [H, W, 3].
+
+        Raises:
+            FileNotFoundError: see `VideoFile`.
+            ValueError: see `VideoFile` and `VideoFile.read`.
+            av.FFmpegError: see `VideoFile.read`.
+        """
         video, lock = self._get(path)
         with lock:
             return video.read(seconds)
@@ -152,21 +173,21 @@ class VideoReader:
         with self._open_lock:
             if key not in self._open:
                 while len(self._open) >= OPEN_VIDEOS:
-                    self._open.popitem(last=False)  # closed as soon as no other thread reads from it
+                    self._open.popitem(last=False)  # closed once no thread reads from it
                 self._open[key] = VideoFile(path, self._fps), threading.Lock()
             self._open.move_to_end(key)
             return self._open[key]
 
 
 def place_in_video(info: DatasetInfo, camera: str, spans: VideoSpans, frame: int) -> tuple[Path, float]:
-    """Returns the video file that shows a frame, and the seconds at which it does."""
+    """Return the video file that contains a frame, and the frame's time in it in seconds."""
     episode, place = info.locate(frame)
     file = info.root / info.video_file(camera, spans.chunk[episode], spans.file[episode])
     return file, float(spans.start[episode] + place / info.fps)
 
 
 def video_runs(info: DatasetInfo, spans: VideoSpans) -> Iterator[np.ndarray]:
-    """Yields for each video file of a camera its frames in the order in which it shows them, int [n]."""
+    """Yield the frames of each of a camera's video files, in the order in which they are stored, int [n]."""
     order = np.lexsort((spans.start, spans.file, spans.chunk))
     files = np.stack([spans.chunk, spans.file])[:, order]
     for episodes in np.split(order, np.flatnonzero(np.diff(files).any(axis=0)) + 1):
@@ -176,14 +197,16 @@ def video_runs(info: DatasetInfo, spans: VideoSpans) -> Iterator[np.ndarray]:
 def decode_in_order(
     info: DatasetInfo, camera: str, frames: Iterable[int] | None = None, spans: VideoSpans | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Decodes frames of a camera's videos from front to back, which costs a fraction of random access.
+    """Decode frames of a camera's videos from front to back, at a fraction of the cost of random access.
 
     Args:
-        frames: which ones, in the order of `video_runs`; None: all.
-        spans: what `read_spans` gives.
+        info: the dataset.
+        camera: the camera key.
+        frames: the frames, in the order of `video_runs`; None for all.
+        spans: result of `read_spans`; None to read them.
 
     Yields:
-        the frame and its image, uint8 RGB [H, W, 3].
+        The frame number and its image, uint8 RGB [H, W, 3].
 
     Raises:
         FrameError: naming dataset, episode, frame and file.
@@ -197,16 +220,16 @@ def decode_in_order(
                 video = VideoFile(file, info.fps)
             image = video.read(seconds)
             check_size(image, size)
-        except Exception as error:  # decoders raise what they like
+        except Exception as error:  # decoders raise arbitrary exceptions
             raise unreadable(camera, file, info.repo_id, info.describe(frame), error) from error
         yield int(frame), image
 
 
 def read_frame(info: DatasetInfo, camera: str, frame: int) -> np.ndarray:
-    """Reads the image of one frame, uint8 RGB [H, W, 3], whatever state the rest of the dataset is in.
+    """Read the image of one frame, uint8 RGB [H, W, 3], even if other parts of the dataset are damaged.
 
     Raises:
-        ValueError: the dataset has no such camera or no such frame.
+        ValueError: if the dataset has no such camera.
         FrameError: naming dataset, episode, frame and file.
     """
     info.check_camera(camera)
@@ -222,11 +245,11 @@ def read_frame(info: DatasetInfo, camera: str, frame: int) -> np.ndarray:
 
 
 def open_video(path: Path) -> av.container.InputContainer:
-    """Opens a file that has a video stream.
+    """Open a video file.
 
     Raises:
-        FileNotFoundError: it is missing.
-        ValueError: it is a Git LFS pointer, no video, or one of depth maps.
+        FileNotFoundError: if it is missing.
+        ValueError: if it is a Git LFS pointer, not a video, cut off, of an unsupported codec, or contains depth maps.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is {'a folder, no video' if path.is_dir() else 'missing'}")
@@ -236,7 +259,7 @@ def open_video(path: Path) -> av.container.InputContainer:
         container = av.open(str(path))
     except (av.FFmpegError, OSError) as error:
         raise ValueError(f"{path} cannot be opened as a video: {error.strerror or error}") from None
-    if not container.streams.video or container.format.name.endswith("_pipe"):  # a single picture
+    if not container.streams.video or container.format.name.endswith("_pipe"):  # a still image
         container.close()
         raise ValueError(f"{path} has no video stream: it is cut off or no video")
     if container.streams.video[0].codec_context is None:
@@ -253,7 +276,7 @@ def open_video(path: Path) -> av.container.InputContainer:
 
 
 def _is_cut_off(path: Path) -> bool:
-    """Whether an MP4 file ends before its boxes do; other files: no."""
+    """Return whether an MP4 file ends before its last box does; False for other formats."""
     size, start = path.stat().st_size, 0
     with path.open("rb") as file:
         while start < size:
@@ -262,23 +285,24 @@ def _is_cut_off(path: Path) -> bool:
             if start == 0 and header[4:8] != b"ftyp":
                 return False
             length = int.from_bytes(header[:4], "big")
-            if length == 1:  # a long box
+            if length == 1:  # 64-bit box size
                 length = int.from_bytes(header[8:16], "big")
-            if length == 0:  # to the end of the file
+            if length == 0:  # box extends to the end of the file
                 return False
             start += max(length, 8)
     return start > size
 
 
 def read_video(file: Path, fps: float) -> tuple[list[np.ndarray], float]:
-    """Reads the frames of a video file, uint8 RGB [H, W, 3], at about `fps` per second.
+    """Read the frames of a video file, uint8 RGB [H, W, 3], at about `fps` per second.
 
     Returns:
-        the frames, and how many of them a second has: a file with fewer frames per second than asked for gives all.
+        The frames and their actual rate per second. A file with a lower frame rate than `fps` returns all of its
+        frames.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a video, or an fps that is not above 0.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a video, or `fps` is not above 0.
     """
     if not fps > 0:
         raise ValueError(f"fps is {fps}; it must be above 0")

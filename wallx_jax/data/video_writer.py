@@ -1,4 +1,4 @@
-"""MP4 files of a LeRobot dataset: one camera's episodes encoded back to back."""
+"""Writes the MP4 files of a LeRobot dataset: one camera's episodes, encoded back to back."""
 
 import contextlib
 import os
@@ -17,10 +17,10 @@ ENCODERS = {
     "libx265": "libx265",
 }
 DEFAULT_OPTIONS = {
-    "libsvtav1": {"preset": "12"},  # as lerobot
+    "libsvtav1": {"preset": "12"},  # as in lerobot
     "libx264": {"x264-params": "log=-1"},
-    # x265 logs past FFmpeg. Its default, open GOPs, stores the frames shown just before a key frame after it: a reader
-    # that seeks to that key frame cannot decode them.
+    # x265 bypasses FFmpeg's logging. Its default, open GOPs, stores the frames shown just before a key frame after it,
+    # so a reader that seeks to that key frame cannot decode them.
     "libx265": {"x265-params": "log-level=none", "flags": "+cgop"},
 }
 PIX_FMT = "yuv420p"
@@ -28,7 +28,7 @@ COMPRESSION = 50  # raw size over encoded size, assumed until the encoder has re
 
 
 class VideoWriter:
-    """Encoder of one camera that starts a new file when one is full.
+    """Encoder of one camera that starts a new file when the current one is full.
 
     Frame n of a file has the time stamp n / rate, exactly.
 
@@ -53,10 +53,10 @@ class VideoWriter:
             path: maps the index of a file to its path.
             size: (height, width) of the frames in pixels, both even.
             rate: frames per second.
-            max_bytes: file size not to exceed, unless a single episode is larger.
+            max_bytes: maximum file size, exceeded only by a single larger episode.
             codec: a key of ENCODERS.
             crf: constant rate factor; lower means better and larger.
-            gop: largest distance between key frames.
+            gop: maximum distance between key frames.
             preset: speed/size preset of the encoder; None for its entry in DEFAULT_OPTIONS or its own default.
 
         Raises:
@@ -73,15 +73,15 @@ class VideoWriter:
     def write(self, frames: Iterable[np.ndarray], length: int) -> tuple[int, int]:
         """Encode an episode.
 
-        Encoders hold packets back, so the episode's size and that of the current file are estimated from the mean
-        packet so far.
+        Encoders buffer packets, so the sizes of the episode and of the current file are estimated from the mean packet
+        size so far.
 
         Args:
             frames: uint8 RGB [H, W, 3] each.
             length: number of frames.
 
         Returns:
-            Index of the file that holds the episode, and the episode's first frame in it.
+            Index of the file that contains the episode, and the episode's first frame in it.
         """
         if self._frames and (self._frames + length) * self._bytes_per_frame() > self.max_bytes:
             self.close()
@@ -128,7 +128,7 @@ class VideoWriter:
     def _encode(self, frame: av.VideoFrame | None) -> None:
         """Encode a frame, or flush with None, and write the packets that come out."""
         for packet in self._stream.encode(frame):
-            packet.duration = 1  # in units of 1 / rate; the last frame would have none otherwise
+            packet.duration = 1  # in units of 1 / rate; otherwise the last frame would have no duration
             if self.encoder == "libx265" and self._frames <= 2:
                 # x265 leaves dts uninitialized in a stream this short; 2 is its delay in longer ones.
                 packet.dts = packet.pts - 2
@@ -143,6 +143,6 @@ class VideoWriter:
 
 def _silence() -> None:
     """Keep FFmpeg and the encoders from writing to stderr."""
-    os.environ.setdefault("SVT_LOG", "1")  # errors only; SVT-AV1 takes its log level from the environment alone
-    # lerobot reinstates FFmpeg's own log handler, which prints; this brings back PyAV's, at the level set there.
+    os.environ.setdefault("SVT_LOG", "1")  # errors only; SVT-AV1 takes its log level only from the environment
+    # lerobot reinstates FFmpeg's own log handler, which prints; this restores PyAV's, at its current level.
     av.logging.set_level(av.logging.get_level())

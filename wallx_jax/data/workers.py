@@ -1,4 +1,4 @@
-"""Data worker processes: how they start, and what they do first."""
+"""Starts data worker processes and checks the shared memory that they need."""
 
 import contextlib
 import multiprocessing
@@ -11,17 +11,21 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-SHARED_MEMORY = Path("/dev/shm")  # through which Python's shared memory goes, on Linux
-BUFFERED = 2  # batches that a worker reads ahead
+SHARED_MEMORY = Path("/dev/shm")  # where Python's shared memory is mounted on Linux
+BUFFERED = 2  # batches prefetched per worker
 _PATIENCE_S = 60.0
 
 
 def start_worker(worker: int, workers: int) -> None:
-    """Worker `worker` of `workers`.
+    """Initialize a data worker process: ignore signals and exit when the training process does.
 
-    Signals are for the training process, which ends its workers itself: Ctrl-C and job schedulers send them to all
-    processes, and an interrupted run still needs its batches. A training process that was killed ends nobody, so a
-    worker watches it.
+    The training process stops its workers itself. Ctrl-C and job schedulers signal all processes, and an interrupted
+    run still needs its batches, so workers ignore these signals. A killed training process cannot stop its workers, so
+    each worker watches for its exit.
+
+    Args:
+        worker: index of this worker.
+        workers: number of workers.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -30,10 +34,13 @@ def start_worker(worker: int, workers: int) -> None:
 
 @contextlib.contextmanager
 def starting(workers: int) -> Iterator[None]:
-    """While entered, processes that are started do not run the main module first; leaves when `workers` have started.
+    """Keep processes that are started in this context from running the main module first.
 
-    Python has a spawned process import the main module, to find in it what it is sent. That runs a script that lacks
-    the `if __name__ == "__main__"` once more. Grain sends what the main module defines by value, so nothing is missed.
+    The context exits when `workers` processes have started, or after _PATIENCE_S seconds.
+
+    Python makes a spawned process import the main module, to resolve what is sent to it. That would run a script that
+    lacks `if __name__ == "__main__"` again. Grain pickles definitions of the main module by value, so the import is not
+    needed.
     """
     main = sys.modules["__main__"]
     hidden = {name: getattr(main, name, None) for name in ("__spec__", "__file__")}
@@ -50,14 +57,15 @@ def starting(workers: int) -> Iterator[None]:
 
 
 def check_shared_memory(workers: int, batch_bytes: int, folder: Path = SHARED_MEMORY) -> None:
-    """Checks that the batches of the workers fit into shared memory: beyond its end writing kills a process.
+    """Check that the workers' batches fit into shared memory: writing past its end kills a process.
 
     Args:
-        workers: worker processes.
-        batch_bytes: size of a batch.
+        workers: number of worker processes.
+        batch_bytes: size of a batch in bytes.
+        folder: mount point of the shared memory.
 
     Raises:
-        OSError: they do not.
+        OSError: if they do not fit.
     """
     if not workers or not folder.is_dir():
         return

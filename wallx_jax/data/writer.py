@@ -1,4 +1,4 @@
-"""Writer of LeRobot v3.0 datasets from arrays, without lerobot: episodes go straight into the dataset's files."""
+"""Writes LeRobot v3.0 datasets from arrays, without lerobot; episodes are written straight to the dataset's files."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ VIDEO_PATH = f"videos/{{video_key}}/{FILE}.mp4"
 EPISODES_PATH = f"meta/episodes/{FILE}.parquet"
 EPISODES_PER_ROW_GROUP = 100  # in meta/episodes
 MB = 2**20
-X265_NARROW = 48  # pixels: in videos of this width or less x265 4.1 writes beyond its buffers
+X265_NARROW = 48  # pixels; x265 4.1 writes past its buffers for videos of this width or less
 
 
 class DatasetWriter:
@@ -37,8 +37,8 @@ class DatasetWriter:
         with DatasetWriter(root, fps=10, features=features) as writer:
             writer.add_episode({"observation.state": states, "action": actions, ...}, task="open the cabinet")
 
-    The dataset appears at `root` when the block ends; if the block raises, nothing does. Memory: one episode's vectors
-    and embedded images, and the frames in the video encoders' lookahead.
+    The dataset appears at `root` when the block ends; if the block raises, nothing is created. Memory: one episode's
+    vectors and embedded images, and the frames in the video encoders' lookahead.
     """
 
     def __init__(
@@ -59,17 +59,18 @@ class DatasetWriter:
         """Check the settings; files are created on entering the context.
 
         Args:
-            root: the dataset's folder; must not exist, or be empty.
+            root: the dataset's folder; must be missing or empty.
             fps: frames per second. For the videos a float is rounded to a fraction, 29.97 to 2997/100.
             features: {key: {"dtype", "shape", "names"}} as in info.json, without timestamp, frame_index, episode_index,
                 index and task_index, which are added. dtype float32, float64, int64, int32 or bool with shape (D,);
                 string with shape (1,); video or image with shape (H, W, 3).
             robot_type: name of the robot.
             codec: video encoder: libsvtav1 (AV1), h264 or libx264, hevc or libx265.
-            crf: constant rate factor of the videos; lower means better and larger.
-            gop: largest distance between key frames. The defaults of crf and gop are lerobot's.
-            preset: speed/size preset of the encoder; None for lerobot's, 12 for AV1 and x264's and x265's own.
-            data_files_size_in_mb: size in MiB that a table file does not exceed, unless a single episode does.
+            crf: constant rate factor of the videos; lower means better and larger. The default is lerobot's.
+            gop: maximum distance between key frames. The default is lerobot's.
+            preset: speed/size preset of the encoder; None for lerobot's choice: 12 for AV1, the encoder's own for x264
+                and x265.
+            data_files_size_in_mb: maximum size of a table file in MiB, exceeded only by a single larger episode.
             video_files_size_in_mb: the same for video files; approximate, because sizes are estimated before encoding.
             chunks_size: files per chunk folder.
 
@@ -100,8 +101,8 @@ class DatasetWriter:
         self._limits = limits
         self._encoder = {"codec": codec, "crf": crf, "gop": gop, "preset": preset}
         self._stats: Stats | None = None
-        self._rows: list[dict[str, Any]] = []  # of meta/episodes, to be written
-        self._adding = False  # stays set if add_episode raises while writing
+        self._rows: list[dict[str, Any]] = []  # pending rows of meta/episodes
+        self._adding = False  # remains set if add_episode raises while writing
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
@@ -132,13 +133,13 @@ class DatasetWriter:
         Args:
             values: {key: values} with an array [T, D] of the feature's dtype, or [T] for shape (1,); a sequence of T
                 strings; or a camera's uint8 RGB frames, as an array [T, H, W, 3] or any iterable of T arrays [H, W, 3].
-                NaN and infinity are allowed: they are stored, and left out of the statistics.
+                NaN and infinity are allowed: they are stored, and excluded from the statistics.
             task: the instruction, or a sequence of T instructions.
 
         Raises:
-            ValueError: if the episode does not match the features. Nothing has been written then, except if an iterable
-                that is no array, list or tuple yields a wrong frame or a wrong number of frames: those are checked
-                while they are encoded, and the dataset cannot be completed afterwards.
+            ValueError: if the episode does not match the features. Nothing has been written in that case, unless an
+                iterable other than an array, list or tuple yields a wrong frame or a wrong number of frames: those are
+                checked during encoding, and the dataset cannot be completed afterwards.
             RuntimeError: if an earlier episode was written only in part.
         """
         self._check_complete()
@@ -224,7 +225,7 @@ class DatasetWriter:
     def _finish(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Complete the dataset, unless the block has raised."""
+        """Complete the dataset, unless the block raised."""
         if kind is not None:
             return
         self._check_complete()
@@ -261,7 +262,7 @@ class DatasetWriter:
                 "video.codec": av.Codec(ENCODERS[self.codec], "w").canonical_name,
                 "video.pix_fmt": PIX_FMT,
                 "video.is_depth_map": False,
-                "video.fps": int(self.rate),  # truncated, as by lerobot
+                "video.fps": int(self.rate),  # truncated, as in lerobot
                 "video.channels": channels,
                 "has_audio": False,
             }
@@ -280,7 +281,7 @@ class DatasetWriter:
         }
 
     def _by_feature(self, stats: Stats) -> dict[str, dict[str, list]]:
-        """Split statistics by feature: {key: {name: list}}, of shape [D] for vectors and [3, 1, 1] for cameras."""
+        """Split statistics by feature: {key: {name: list}}, with shape [D] for vectors and [3, 1, 1] for cameras."""
         split, start = {}, 0
         for key in (*self._keys(*NUMERIC), *self._keys(*CAMERA)):
             shape = self.features[key]["shape"]
@@ -292,7 +293,7 @@ class DatasetWriter:
         return {key: split[key] for key in self.features if key in split}
 
     def _keys(self, *dtypes: str) -> list[str]:
-        """Return the features of these dtypes."""
+        """Return the features with one of these dtypes."""
         return [key for key, feature in self.features.items() if feature["dtype"] in dtypes]
 
     def _location(self, prefix: str, number: int) -> dict[str, int]:
@@ -308,7 +309,7 @@ class DatasetWriter:
 
 
 class _TableWriter:
-    """Writer of parquet tables, one row group each, that starts a new file when one is full."""
+    """Writer of parquet tables, one row group each, that starts a new file when the current one is full."""
 
     def __init__(self, path: Callable[[int], Path], max_bytes: float):
         self.path, self.max_bytes = path, max_bytes
@@ -345,7 +346,7 @@ class _TableWriter:
 
 
 def _task_table(tasks: Mapping[str, int]) -> pa.Table:
-    """Return the table of instructions, which pandas reads with them as index, as lerobot expects."""
+    """Return the table of instructions, with pandas metadata that makes them the index, as lerobot expects."""
     columns = [("task_index", "int64", "int64"), ("task", "unicode", "object")]
     metadata = {
         "index_columns": ["task"],

@@ -1,4 +1,4 @@
-"""Features of a LeRobot dataset being written: checks of their definitions and values, and their Arrow columns."""
+"""Checks the features of a LeRobot dataset being written and their values, and converts them to Arrow columns."""
 
 import io
 import json
@@ -172,7 +172,7 @@ def image_column(frames: Iterable[np.ndarray]) -> pa.Array:
 
 
 def schema_metadata(features: Features) -> dict[str, str]:
-    """Return the schema metadata from which Hugging Face `datasets` knows that a struct column holds images."""
+    """Return the schema metadata that tells Hugging Face `datasets` which struct columns are images."""
     return {"huggingface": json.dumps({"info": {"features": {k: _hf_feature(f) for k, f in features.items()}}})}
 
 
