@@ -237,7 +237,7 @@ class WallX(nnx.Module):
             cache: encoded prefix, padded by at least A tokens.
             noisy: noisy actions [B, A, C].
             mask: channel mask [B, A, C].
-            time_emb: embedded flow time [B, D], from `ActionHeads.embed_time`.
+            time_emb: embedded flow time [B, D] or, if equal for all samples, [1, D], from `ActionHeads.embed_time`.
 
         Returns:
             Velocity, float32 [B, A, C], and the keys and values of the cache including the suffix, which the next call
