@@ -36,13 +36,16 @@ def is_adapter(path: str) -> bool:
 
 
 def adapter_paths(path: str) -> tuple[str, str] | None:
-    """Return the paths of A and B of a kernel's adapter, whether or not it has one; None if `path` is no kernel."""
+    """Return the paths of A and B of a kernel's adapter, whether or not it has one; None if `path` is not a kernel."""
     module, _, leaf = path.rpartition("/")
     return (f"{module}/lora_a", f"{module}/lora_b") if leaf == "kernel" else None
 
 
 def merge_params(params: tree.Tree, config: LoraConfig) -> tree.Tree:
-    """Merge the adapters into their kernels; stacked kernels are merged on the device, one layer at a time."""
+    """Merge the adapters into their kernels and return parameters without adapters that compute the same.
+
+    Stacked kernels are merged on the device, one layer at a time.
+    """
     flat = tree.flatten(params)
     merged = {path: leaf for path, leaf in flat.items() if not is_adapter(path)}
     for path in merged:

@@ -1,4 +1,4 @@
-"""Numerators and denominators of the language losses and metrics.
+"""Numerators and denominators of cross-entropy and token accuracy.
 
 The caller divides sums by counts, so that accumulation over micro-batches is exact. With `per_sample` the functions
 reduce to [B] instead of a scalar.

@@ -26,7 +26,7 @@ class Row:
 
     Attributes:
         part: name of the component, see COMPONENTS.
-        label: label from the caller, such as a learning rate.
+        label: label given by the caller, such as the optimizer group.
         count: number of parameters.
         size: their size in bytes.
     """

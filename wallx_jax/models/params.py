@@ -41,7 +41,7 @@ def from_params(config: WallXConfig, params: tree.Tree) -> WallX:
     """Build the model from parameters (concrete or traced), with layers stacked or unrolled as in `params`."""
     apart = scan.is_unrolled(params)
     graphdef, state = _abstract(config, not apart)
-    state = jax.tree.map(lambda x: x, state)  # a copy: the cached one stays abstract
+    state = jax.tree.map(lambda x: x, state)  # copy, so that the cached state stays abstract
     nnx.replace_by_pure_dict(state, nnx.restore_int_paths(params) if apart else params)
     return nnx.merge(graphdef, state)
 

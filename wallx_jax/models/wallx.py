@@ -178,7 +178,7 @@ class WallX(nnx.Module):
         state = (batch.state, batch.state_mask) if acts else (None, None)
         return self.embed_prefix(batch.tokens, batch.token_mask, features, grids, *state, seconds_per_frame)
 
-    # Passes
+    # Forward passes
 
     def forward(
         self,
