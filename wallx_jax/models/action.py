@@ -1,4 +1,4 @@
-"""Proprioception and action heads (upstream's action_preprocessor), computed in float32.
+"""Proprioception and action heads, computed in float32 (upstream's action_preprocessor).
 
 Legend: B batch, A horizon, C model channels, D width.
 """
@@ -13,9 +13,14 @@ from wallx_jax.models.layers import Linear
 
 
 def time_embedding(time: jax.Array, width: int) -> jax.Array:
-    """Sinusoidal embedding of flow time in [0, 1]: float32 [B] -> [B, width], sines then cosines.
+    """Embed flow time sinusoidally, without scaling it (upstream's action_head.py).
 
-    Frequencies exp(-i ln(10000) / (width/2 - 1)); the time is not scaled (upstream's action_head.py).
+    Args:
+        time: float32 [B], in [0, 1].
+        width: D.
+
+    Returns:
+        float32 [B, D]: sines, then cosines, of the frequencies exp(-i ln(10000) / (D/2 - 1)).
     """
     half = width // 2
     frequencies = np.exp(np.arange(half) * -np.log(10000.0) / (half - 1)).astype(np.float32)
@@ -24,6 +29,12 @@ def time_embedding(time: jax.Array, width: int) -> jax.Array:
 
 
 class ActionHeads(nnx.Module):
+    """Linear projections between robot channels and the decoder's embedding space.
+
+    Inputs are concatenated with their channel mask, hence the factor 2. The kernels are propri_proj
+    [2 * state_dim, D], w1 [2 * action_dim, D], w2 [2 D, D], w3 [D, D] and proj_back [D, action_dim]; no biases.
+    """
+
     def __init__(self, config: WallXConfig, *, rngs: nnx.Rngs):
         width, action = config.text.hidden_size, config.action
         self.width = width
@@ -34,25 +45,35 @@ class ActionHeads(nnx.Module):
         self.proj_back = Linear(width, action.action_dim, bias=False, rngs=rngs)
 
     def embed_state(self, state: jax.Array, mask: jax.Array) -> jax.Array:
-        """Normalised state and channel mask, [B, C] each -> [B, D]."""
+        """Project the normalised state and its channel mask, [B, C] each, to an embedding [B, D]."""
         return self.propri_proj(jnp.concatenate([state, mask], axis=-1))
 
     def embed_time(self, time: jax.Array) -> jax.Array:
-        """Flow time [B] -> its share of the action tokens' embedding, [B, D], for `embed_actions`.
+        """Return the contribution [B, D] of flow time [B] to the action token embeddings, for `embed_actions`.
 
-        w2 reads [action | time]; the time's part is the same for all tokens, and known before sampling starts.
+        The input of w2 is [action | time]; the time half is the same for all action tokens and can be computed before
+        sampling starts.
         """
         embedded = time_embedding(time, self.width)
         return self.w2(jnp.concatenate([jnp.zeros_like(embedded), embedded], axis=-1))
 
     def embed_actions(self, noisy: jax.Array, mask: jax.Array, time_emb: jax.Array) -> jax.Array:
-        """Noisy actions and channel mask [B, A, C], embedded time [B, D] -> action token embeddings [B, A, D]."""
+        """Embed noisy actions as action tokens.
+
+        Args:
+            noisy: noisy actions [B, A, C].
+            mask: channel mask [B, A, C].
+            time_emb: embedded time [B, D], from `embed_time`.
+
+        Returns:
+            Action token embeddings [B, A, D].
+        """
         actions = self.w1(jnp.concatenate([noisy, mask], axis=-1))
-        # Zeros instead of a slice of the kernel: XLA's partitioner (jax 0.10) mixes samples up in the gradient of a
-        # slice that is cut over fsdp, on a mesh of three axes.
+        # Pad with zeros instead of slicing the kernel: on a mesh of three axes, XLA's partitioner (jax 0.10) mixes up
+        # samples in the gradient of a slice of a kernel sharded over fsdp.
         actions = self.w2(jnp.concatenate([actions, jnp.zeros_like(actions)], axis=-1))
         return self.w3(jax.nn.silu(actions + time_emb[:, None]))
 
     def velocity(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states of the action tokens [B, A, D] -> float32 velocity [B, A, C]."""
+        """Project the hidden states of the action tokens [B, A, D] to a float32 velocity [B, A, C]."""
         return self.proj_back(hidden.astype(jnp.float32))

@@ -1,4 +1,4 @@
-"""Shapes and numerics of a Wall-X model, as frozen dataclasses, and their config.json form.
+"""Define the shapes and numerics of a Wall-X model as frozen dataclasses, and convert them from and to config.json.
 
 Sources: Qwen2.5-VL's config.json (flat and nested layouts) and upstream wall-x's qwen25_config.json.
 """
@@ -15,7 +15,24 @@ from wallx_jax.utils.json_fields import field_errors, mismatch, section
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Qwen2.5-VL vision tower. Sizes in channels, `window_size` and `patch_size` in pixels."""
+    """Qwen2.5-VL vision tower.
+
+    Attributes:
+        depth: number of transformer blocks.
+        hidden_size: width of the blocks, in channels.
+        intermediate_size: width of their MLPs, in channels.
+        num_heads: attention heads.
+        out_hidden_size: width of the merged tokens, in channels; the decoder's `hidden_size`.
+        in_channels: image channels.
+        patch_size: side of a patch, in pixels.
+        temporal_patch_size: frames in a patch.
+        spatial_merge_size: side of the cell of patches that becomes one decoder token, in patches.
+        window_size: side of an attention window, in pixels.
+        fullatt_block_indexes: blocks that attend over the whole frame instead of windows.
+        tokens_per_second: M-RoPE time positions per second of video.
+        rms_norm_eps: epsilon of the norms.
+        rope_theta: base of the rotary frequencies.
+    """
 
     depth: int = 32
     hidden_size: int = 1280
@@ -34,13 +51,27 @@ class VisionConfig:
 
     @property
     def patch_dim(self) -> int:
-        """Values in one flattened patch: channels x frames x height x width."""
+        """Number of values in a flattened patch: channels x frames x height x width."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Qwen2.5 decoder. `intermediate_size` is the width of expert "vlm" (0)."""
+    """Qwen2.5 decoder.
+
+    Attributes:
+        vocab_size: rows of the embedding table.
+        hidden_size: width of the residual stream.
+        intermediate_size: MLP width of expert "vlm" (0).
+        num_hidden_layers: number of layers.
+        num_attention_heads: query heads.
+        num_key_value_heads: key heads; each serves num_attention_heads / num_key_value_heads query heads.
+        rms_norm_eps: epsilon of the norms.
+        rope_theta: base of the rotary frequencies.
+        mrope_section: rotary channel pairs for time, height and width; their sum is head_dim / 2.
+        tie_word_embeddings: use the embedding table as the output projection.
+        initializer_range: standard deviation of freshly initialised weights.
+    """
 
     vocab_size: int = 151936
     hidden_size: int = 2048
@@ -61,7 +92,16 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class ActionConfig:
-    """Expert "action" (1) and the heads around it. `intermediate_size` None: a plain Qwen2.5-VL, no action side."""
+    """Expert "action" (1) and the proprioception and action heads.
+
+    Attributes:
+        intermediate_size: MLP width of the expert; None: a plain Qwen2.5-VL without expert and heads.
+        action_dim: channels of an action.
+        state_dim: channels of the robot state.
+        beta_alpha: alpha of the flow time distribution.
+        beta_beta: beta of the flow time distribution.
+        time_scale: upper bound of the flow time.
+    """
 
     intermediate_size: int | None = 2048
     action_dim: int = 20
@@ -73,7 +113,7 @@ class ActionConfig:
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Ids the model itself looks for. -1: the vocabulary has no such token."""
+    """Token ids with a special meaning to the model; -1 if the vocabulary has no such token."""
 
     image: int = 151655
     video: int = 151656
@@ -86,17 +126,22 @@ class TokenIds:
 
 @dataclass(frozen=True)
 class Numerics:
-    """Where the references disagree, and dtypes. Travels in checkpoints and exported configs.
+    """Numerical choices on which the reference implementations differ, dtypes, and rematerialisation.
 
-    action_attention: lerobot's port lets the action tokens see each other (bidirectional); upstream with
-        flash_attention_2, its shipped default, is causal.
-    mrope_layout: "qwen" as transformers and lerobot; "upstream_cuda" as upstream's rotary kernel.
-    flow_loss: mean over "all" channels, masked ones counted as zero (upstream, lerobot), or over the "valid" ones.
-    masked_dims: while sampling, channels that the robot lacks "drift" (upstream, lerobot) or are "held" on the
-        straight line to the normalised zero (upstream since 2026).
-    float32_islands: norm weights and action heads are kept and computed in float32 (lerobot, later upstream).
-    remat: what the backward pass keeps of each layer: "full" recomputes all, "dots" keeps matmul outputs,
-        "none" keeps everything.
+    Saved in checkpoints and exported configs.
+
+    Attributes:
+        action_attention: attention among the action tokens: "bidirectional" as in lerobot's port, or "causal" as in
+            upstream with flash_attention_2, its shipped default.
+        mrope_layout: "qwen" as in transformers and lerobot, or "upstream_cuda" as in upstream's rotary kernel.
+        flow_loss: mean over "all" channels, masked ones counted as zero (upstream, lerobot), or over the "valid" ones.
+        masked_dims: during sampling, channels that the robot lacks "drift" (upstream, lerobot) or are "held" on the
+            straight line to the normalised zero (upstream since 2026).
+        param_dtype: dtype of the parameters.
+        compute_dtype: dtype of the activations.
+        float32_islands: keep and compute decoder norms and action heads in float32 (lerobot, later upstream).
+        remat: activations of each layer that are saved for the backward pass: "full" saves none and recomputes all,
+            "dots" saves matmul outputs, "none" saves all.
     """
 
     action_attention: Literal["bidirectional", "causal"] = "bidirectional"
@@ -118,9 +163,15 @@ class Numerics:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters, see models.lora. rank 0: none. targets: regular expressions; a linear layer of decoder, vision
-    tower or head is adapted if one of them is found in its path ("decoder/layers/attn/q"). The action heads never are:
-    they are small, and trained themselves."""
+    """Low-rank adapters, see models.lora.
+
+    Attributes:
+        rank: rank of the adapters; 0: no adapters.
+        alpha: the adapter's output is scaled by alpha / rank.
+        targets: regular expressions; a linear layer of the decoder, vision tower or language model head is adapted if
+            any of them is found in its path ("decoder/layers/attn/q"). The action heads never are: they are small and
+            trained in full.
+    """
 
     rank: int = 0
     alpha: float = 32.0
@@ -137,6 +188,17 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class WallXConfig:
+    """All sections of a model's configuration; the defaults describe wall-oss 3B (see PRESETS).
+
+    Attributes:
+        vision: vision tower.
+        text: decoder.
+        action: action expert and heads.
+        tokens: special token ids.
+        numerics: numerical choices, dtypes and rematerialisation.
+        lora: low-rank adapters.
+    """
+
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     action: ActionConfig = field(default_factory=ActionConfig)
@@ -145,18 +207,21 @@ class WallXConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def replace(self, **sections: Mapping[str, Any]) -> "WallXConfig":
-        """`config.replace(text={"vocab_size": 10})` changes fields inside sections."""
+        """Return a copy with fields inside sections replaced: `config.replace(text={"vocab_size": 10})`."""
         return dataclasses.replace(
             self, **{name: dataclasses.replace(getattr(self, name), **changes) for name, changes in sections.items()}
         )
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "WallXConfig":
-        """Reads a config.json: upstream Wall-X (flat), Qwen2.5-VL old (flat) or new (`text_config`) layout.
+        """Read a config from the content of a config.json.
+
+        Args:
+            hf: parsed JSON of upstream Wall-X (flat), or of Qwen2.5-VL in its old (flat) or new (`text_config`) layout.
 
         Raises:
-            ValueError: in one line, every required field that is missing or every value that makes no sense; or a model
-                that is not this one.
+            ValueError: if the model type is another, required fields are missing or values are invalid; lists all
+                missing fields or all invalid values in one line.
         """
         if hf.get("model_type") not in (None, "qwen2_5_vl", "wall_x", "wallx"):
             raise ValueError(
@@ -206,8 +271,11 @@ class WallXConfig:
         return cls(vision, text, action, tokens, _section(Numerics, ours), _section(LoraConfig, lora))
 
     def to_hf(self) -> dict[str, Any]:
-        """Upstream's flat config.json, with our numerics under "wallx_jax". `from_hf(to_hf())` keeps all but the pad,
-        proprioception and action ids, which only a tokenizer tells."""
+        """Return upstream's flat config.json, with our numerics under "wallx_jax".
+
+        `from_hf(to_hf())` restores all but the pad, proprioception and action ids, which come from the tokenizer, and,
+        for a model without action expert, the numerics, which are written only with one.
+        """
         t, v, a = self.text, self.vision, self.action
         hf = {
             "architectures": ["Qwen2_5_VLForConditionalGeneration"],
@@ -255,7 +323,7 @@ class WallXConfig:
 
 
 def _expert_widths(experts: Any, errors: list[str]) -> list[int]:
-    """`intermediate_size` of each expert, empty without experts; what is wrong is added to `errors`."""
+    """Return the `intermediate_size` of each expert, [] without experts; append problems to `errors`."""
     if experts is None:
         return []
     given = experts if isinstance(experts, list) else []
@@ -266,7 +334,7 @@ def _expert_widths(experts: Any, errors: list[str]) -> list[int]:
 
 
 def _action(text_json: Mapping[str, Any], widths: list[int], errors: list[str]) -> ActionConfig:
-    """The action side that `dof_config`, `agent_pos_config` and `noise_scheduler` describe; upstream's without them."""
+    """Parse `dof_config`, `agent_pos_config` and `noise_scheduler`; use upstream's defaults where they are missing."""
     channels = {}
     for name in ("dof_config", "agent_pos_config"):
         table = section(text_json, name, errors)
@@ -286,7 +354,7 @@ def _action(text_json: Mapping[str, Any], widths: list[int], errors: list[str]) 
 
 
 def _token_ids(text_json: Mapping[str, Any], errors: list[str]) -> TokenIds:
-    """Of several ids for one purpose, which Hugging Face allows, the first."""
+    """Parse the special token ids; of a list of ids, which Hugging Face allows, use the first."""
     ids = {}
     for name, theirs in (("image", "image_token_id"), ("video", "video_token_id"), ("eos", "eos_token_id"),
                          ("vision_start", "vision_start_token_id"), ("pad", "pad_token_id")):  # fmt: skip
@@ -300,7 +368,7 @@ def _token_ids(text_json: Mapping[str, Any], errors: list[str]) -> TokenIds:
 
 
 def _contradictions(text: TextConfig, vision: VisionConfig) -> list[str]:
-    """Sizes that cannot go together, in the names of config.json."""
+    """Return one message, with config.json's field names, for each combination of sizes that is inconsistent."""
     errors = []
     if text.hidden_size % text.num_attention_heads:
         errors.append(
@@ -329,7 +397,7 @@ def _contradictions(text: TextConfig, vision: VisionConfig) -> list[str]:
 
 
 def _section(kind: type, values: Mapping[str, Any]) -> Any:
-    """Builds dataclass `kind` from the fields of `values` that it knows; lists become tuples."""
+    """Build dataclass `kind` from the entries of `values` that are its fields and not None; lists become tuples."""
     names = {f.name for f in dataclasses.fields(kind)}
     return kind(
         **{k: tuple(x) if isinstance(x, list) else x for k, x in values.items() if k in names and x is not None}
@@ -337,7 +405,7 @@ def _section(kind: type, values: Mapping[str, Any]) -> Any:
 
 
 def _plain(section: Any) -> dict[str, Any]:
-    """A dataclass as JSON holds it: tuples become lists."""
+    """Convert a dataclass to a dict for JSON: tuples become lists."""
     return {k: list(x) if isinstance(x, tuple) else x for k, x in dataclasses.asdict(section).items()}
 
 

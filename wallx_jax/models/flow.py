@@ -1,6 +1,7 @@
-"""Flow matching from noise (t = 0) to actions (t = 1): x_t = (1 - t) noise + t action, velocity = action - noise.
+"""Flow matching from noise (t = 0) to actions (t = 1), in float32: training targets, loss and Euler sampling.
 
-Everything in float32. Source: upstream's action_head.py since December 2025; pi0 (arXiv 2410.24164) with time reversed.
+x_t = (1 - t) noise + t action, velocity = action - noise. Source: upstream's action_head.py since December 2025; pi0
+(arXiv 2410.24164) with time reversed.
 
 Legend: B batch, A horizon, C channels.
 """
@@ -18,20 +19,20 @@ from wallx_jax.models.losses import reduce_sum
 def sample_noise_and_time(
     key: jax.Array, shape: tuple[int, int, int], config: ActionConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """Standard normal noise [B, A, C] and t = (1 - u) s with u ~ Beta(alpha, beta), [B]; both float32."""
+    """Sample standard normal noise [B, A, C] and times t = (1 - u) s, u ~ Beta(alpha, beta), [B]; both float32."""
     noise_key, time_key = jax.random.split(key)
     u = jax.random.beta(time_key, config.beta_alpha, config.beta_beta, shape[:1], jnp.float32)
     return jax.random.normal(noise_key, shape, jnp.float32), (1 - u) * config.time_scale
 
 
 def interpolate(actions: jax.Array, noise: jax.Array, time: jax.Array) -> jax.Array:
-    """x_t [B, A, C] at time [B]."""
+    """Return x_t [B, A, C] between noise and actions [B, A, C] at time [B]."""
     t = time[:, None, None]
     return (1 - t) * noise + t * actions
 
 
 def euler_times(steps: int) -> jax.Array:
-    """linspace(0, 1, steps + 1), float32."""
+    """Return the float32 times linspace(0, 1, steps + 1) of an Euler integration with `steps` steps."""
     return jnp.linspace(0, 1, steps + 1, dtype=jnp.float32)
 
 
@@ -44,11 +45,20 @@ def integrate(
     mask: jax.Array,
     masked_dims: str,
 ) -> jax.Array:
-    """Euler steps along `times` (see `euler_times`) from noise [B, A, C] to a normalised chunk.
+    """Integrate the velocity field with Euler steps, from noise to a normalised action chunk.
 
-    velocity(x [B, A, C], its part of per_step, state) -> ([B, A, C], state). per_step: arrays with a leading axis of
-    steps. state: what one call leaves to the next. mask [B, A, C]: channels that the robot has; the others "drift" with
-    the predicted velocity, or are "held" on the straight line from their noise to the normalised zero.
+    Args:
+        velocity: velocity(x [B, A, C], slice of per_step, state) -> (velocity [B, A, C], new state).
+        noise: [B, A, C].
+        times: float32 [steps + 1], see `euler_times`.
+        per_step: pytree of arrays with a leading axis of steps.
+        state: pytree that each call of `velocity` passes to the next.
+        mask: [B, A, C], 1 for the channels that the robot has.
+        masked_dims: the other channels "drift" with the predicted velocity, or are "held" on the straight line from
+            their noise to the normalised zero.
+
+    Returns:
+        float32 [B, A, C].
     """
 
     def step(carry, span):
@@ -68,14 +78,27 @@ def flow_error_sum(
     is_pad: jax.Array | None = None,
     per_sample: bool = False,
 ) -> jax.Array:
-    """Summed squared velocity error over the channels in mask, all [B, A, C] float32, without the actions that
-    is_pad, bool [B, A], marks."""
+    """Sum the squared velocity error over the channels in the mask.
+
+    Args:
+        velocity: predicted velocity, float32 [B, A, C].
+        target: float32 [B, A, C].
+        mask: float32 [B, A, C], 1 for the channels that count.
+        is_pad: bool [B, A], actions to exclude; None excludes none.
+        per_sample: return [B] instead of a scalar.
+    """
     return reduce_sum(jnp.square(velocity - target) * _without(mask, is_pad), per_sample)
 
 
 def flow_count(mask: jax.Array, reduction: str, is_pad: jax.Array | None = None, per_sample: bool = False) -> jax.Array:
-    """What the sum is divided by: "all" channels of mask [B, A, C], as upstream, or the "valid" ones; without the
-    actions that is_pad, bool [B, A], marks. Not per sample, any leading axes do."""
+    """Return the denominator of the flow loss.
+
+    Args:
+        mask: [B, A, C]; any leading axes are allowed unless `per_sample`.
+        reduction: count "all" channels, as upstream, or only the "valid" ones in the mask.
+        is_pad: bool [B, A], actions to exclude; None excludes none.
+        per_sample: return [B] instead of a scalar.
+    """
     return reduce_sum(_without(mask if reduction == "valid" else jnp.ones_like(mask), is_pad), per_sample)
 
 

@@ -1,6 +1,6 @@
-"""Text from a prefix, token by token, in one compiled loop over a key/value cache of fixed size.
+"""Generate text autoregressively from a prefix, in one compiled loop over a KV cache of fixed size.
 
-Legend: B batch, T prefix tokens, N new tokens, L layers, S = T + N cache places, K key heads, H head dim.
+Legend: B batch, T prefix tokens, N new tokens, L layers, S = T + N cache length, K key heads, H head dim.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,16 @@ NOT_FINITE = -1
 
 
 class _State(NamedTuple):
-    """step: how many tokens are out; tokens [B, N] so far; kv: of S places; logits [B, V] for the next one; done [B]:
-    the row has said its end token; keys [B]: for drawing, where tokens are drawn."""
+    """Loop state.
+
+    Attributes:
+        step: number of tokens generated.
+        tokens: int32 [B, N], generated so far.
+        kv: cache of length S.
+        logits: [B, V] of the next token.
+        done: bool [B], True once a row has ended.
+        keys: PRNG keys [B]; None for greedy decoding.
+    """
 
     step: jax.Array
     tokens: jax.Array
@@ -39,14 +47,19 @@ def generate(
     temperature: jax.Array | None = None,
     keys: jax.Array | None = None,
 ) -> jax.Array:
-    """int32 [B, N] tokens that continue each row of the prefix; NOT_FINITE where the model has no answer.
+    """Generate tokens that continue each row of the prefix.
 
     Args:
-        max_new_tokens: N; the loop ends earlier when every row has said one of `end_tokens`.
-        end_tokens: none: never stop.
-        fill_token: stands behind a row's end token.
-        temperature: None takes the likeliest token; otherwise tokens are drawn from softmax(logits / temperature).
-        keys: for drawing, [B]: what a row draws does not depend on those beside it.
+        net: the model.
+        prefix: embedded prompt, left padded.
+        max_new_tokens: N; the loop stops earlier once every row has generated one of `end_tokens`.
+        end_tokens: token ids that end a row; empty: never stop.
+        fill_token: id that follows the end token of a row.
+        temperature: None decodes greedily; otherwise tokens are sampled from softmax(logits / temperature).
+        keys: PRNG keys [B] for sampling, one per row, so that a row's sample does not depend on the rest of the batch.
+
+    Returns:
+        int32 [B, N]; NOT_FINITE where the logits are not finite, which also ends the row.
     """
     batch, length = prefix.mask.shape
     cache, hidden = net.encode_prefix(prefix, room=max_new_tokens)
@@ -57,7 +70,7 @@ def generate(
         logits = logits.astype(jnp.float32)
         if temperature is None:
             token = jnp.argmax(logits, axis=-1)
-        else:  # the largest taken off, so that no temperature makes them infinite
+        else:  # subtract the maximum, so that no temperature makes the logits infinite
             likely = (logits - logits.max(axis=-1, keepdims=True)) / temperature
             token = jax.vmap(jax.random.categorical)(draws, likely)
         return jnp.where(jnp.isfinite(logits).all(axis=-1), token, NOT_FINITE).astype(jnp.int32)
@@ -97,6 +110,6 @@ def generate(
 
 
 def truncate_at_eos(tokens: np.ndarray, end_tokens: Sequence[int]) -> np.ndarray | None:
-    """What stands before the first end token in a row [N] of `generate`; None when the row has no end."""
+    """Return the tokens before the first end token in a row [N] of `generate`; None if the row has no end token."""
     ends = np.flatnonzero(np.isin(tokens, end_tokens))
     return tokens[: ends[0]] if len(ends) else None

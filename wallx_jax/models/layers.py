@@ -1,6 +1,8 @@
-"""Linear, RMSNorm and SwiGLU. Activations keep the dtype they come in; parameters are cast to it at use.
+"""Linear, RMSNorm and SwiGLU layers, which compute in the dtype of their input and cast parameters to it at use.
 
-Legend: D width in, O width out, F mlp width.
+RMSNorm computes in float32 and casts its output back.
+
+Legend: D input width, O output width, F MLP width, R rows.
 """
 
 import jax
@@ -11,15 +13,15 @@ INIT = nnx.initializers.normal(0.02)  # Qwen2.5-VL's initializer_range
 
 
 def _rows(x: jax.Array) -> jax.Array:
-    """[..., D] -> [R, D]."""
+    """Flatten the leading axes: [..., D] -> [R, D]."""
     return x.reshape(-1, x.shape[-1])
 
 
 def _weighted_sum(weights: jax.Array, x: jax.Array) -> jax.Array:
-    """sum over r of weights[r] * x[r]: [R], [R, D] -> [D].
+    """Return the sum over r of weights[r] * x[r]: [R], [R, D] -> [D].
 
-    A product on a CPU, where XLA's sum over rows takes four times as long; elsewhere a sum, which fuses with what
-    makes `x`.
+    On a CPU this is a matrix product, since XLA's sum over rows takes four times as long; elsewhere it is a sum, which
+    fuses with the producer of `x`.
     """
     return jax.lax.platform_dependent(
         weights, x, cpu=lambda w, x: w @ x, default=lambda w, x: jnp.sum(w[:, None] * x, axis=0)
@@ -28,10 +30,10 @@ def _weighted_sum(weights: jax.Array, x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., D] @ kernel [D, O] -> [..., O].
+    """Return x [..., D] @ kernel [D, O] -> [..., O].
 
-    Its gradients are two plain matrix products. JAX's own rule works the kernel's gradient out transposed and turns it
-    around, for which XLA on a CPU copies `dy`: a tenth of a train step.
+    The gradients are two plain matrix products. JAX's own rule computes the kernel's gradient transposed and then
+    transposes it back, for which XLA on a CPU copies `dy`: a tenth of the time of a training step.
     """
     return x @ kernel
 
@@ -50,7 +52,7 @@ _product.defvjp(_product_forward, _product_backward)
 
 @jax.custom_vjp
 def _shifted(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """x [..., O] + bias [O]."""
+    """Return x [..., O] + bias [O]."""
     return x + bias
 
 
@@ -64,7 +66,7 @@ _shifted.defvjp(lambda x, bias: (x + bias, None), _shifted_backward)
 
 @jax.custom_vjp
 def _normed(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * scale; x [..., D], scale [D], float32."""
+    """Return x / sqrt(mean(x^2) + eps) * scale; x [..., D] and scale [D], float32."""
     return _normed_forward(x, scale, eps)[0]
 
 
@@ -74,7 +76,7 @@ def _normed_forward(x, scale, eps):
 
 
 def _normed_backward(saved, dy):
-    # d inverse / dx = -inverse^3 x / D. Both sums, over rows and along them, are of the one array dy * x.
+    # d inverse / dx = -inverse^3 x / D. Both sums, over rows and within each row, share the array dy * x.
     x, scale, inverse = saved
     product = _rows(dy * x)
     along = _weighted_sum(scale, product.T).reshape(inverse.shape)
@@ -86,7 +88,10 @@ _normed.defvjp(_normed_forward, _normed_backward)
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel + bias; kernel [D, O], bias [O]. `models.lora.attach` may add an adapter."""
+    """Linear layer y = x @ kernel + bias, [..., D] -> [..., O]; kernel [D, O], bias [O].
+
+    `models.lora.attach` may add an adapter: lora_a [D, rank], lora_b [rank, O].
+    """
 
     lora_a: nnx.Param | None = None
 
@@ -103,10 +108,10 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale, all in float32, returned in x's dtype.
+    """Root mean square norm x / sqrt(mean(x^2) + eps) * scale, computed in float32 and returned in x's dtype.
 
-    Multiplying by the scale before the cast is what upstream does since 2026; Qwen's original casts first.
-    In float32 the two are the same.
+    x is [..., D], scale [D]. Multiplying by the scale before the cast follows upstream since 2026; Qwen's original
+    casts first. In float32 the two are the same.
     """
 
     def __init__(self, width: int, eps: float):
@@ -118,7 +123,7 @@ class RMSNorm(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-    """down(silu(gate(x)) * up(x)), D -> F -> D."""
+    """Gated MLP down(silu(gate(x)) * up(x)), [..., D] -> [..., F] -> [..., D]."""
 
     def __init__(self, width: int, mlp_width: int, *, bias: bool, rngs: nnx.Rngs):
         self.gate = Linear(width, mlp_width, bias=bias, rngs=rngs)

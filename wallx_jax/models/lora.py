@@ -1,8 +1,9 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): y = x W + (x A) B alpha / rank, with W as it was and A, B trained.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): y = x W + (x A) B alpha / rank, with W frozen and A, B trained.
 
-A starts uniform in +-1/sqrt(D) and B at zero, as the peft library starts them, so that a fresh adapter changes nothing.
+A is initialised uniformly in +-1/sqrt(D) and B with zeros, as in the peft library, so that a new adapter does not
+change the output.
 
-Legend: D width in, O width out, R rank; stacked layers have a leading axis.
+Legend: D input width, O output width, R rank; stacked layers have a leading axis.
 """
 
 import functools
@@ -19,7 +20,7 @@ LEAVES = ("lora_a", "lora_b")
 
 
 def attach(net: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:
-    """Gives the linear layers that `config` adapts their A [..., D, R] and B [..., R, O]."""
+    """Add A [..., D, R] and B [..., R, O] in place to the linear layers of `net` that `config` adapts."""
     for keys, module in list(nnx.iter_modules(net)):
         path = "/".join(str(key) for key in keys if not isinstance(key, int))
         if isinstance(module, Linear) and config.adapts(path):
@@ -30,18 +31,21 @@ def attach(net: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:
 
 
 def is_adapter(path: str) -> bool:
-    """Whether a parameter path is an adapter's."""
+    """Return whether a parameter path belongs to an adapter."""
     return path.endswith(LEAVES)
 
 
 def adapter_paths(path: str) -> tuple[str, str] | None:
-    """Where the adapter of a kernel is, if it has one: the paths of A and B."""
+    """Return the paths of A and B of a kernel's adapter, whether or not it has one; None if `path` is not a kernel."""
     module, _, leaf = path.rpartition("/")
     return (f"{module}/lora_a", f"{module}/lora_b") if leaf == "kernel" else None
 
 
 def merge_params(params: tree.Tree, config: LoraConfig) -> tree.Tree:
-    """Parameters without adapters that compute the same; for stacked layers on devices, one layer at a time."""
+    """Merge the adapters into their kernels and return parameters without adapters that compute the same.
+
+    Stacked kernels are merged on the device, one layer at a time.
+    """
     flat = tree.flatten(params)
     merged = {path: leaf for path, leaf in flat.items() if not is_adapter(path)}
     for path in merged:
@@ -53,8 +57,7 @@ def merge_params(params: tree.Tree, config: LoraConfig) -> tree.Tree:
 
 
 def rescale(params: tree.Tree, stored: LoraConfig, wanted: LoraConfig) -> tree.Tree:
-    """Parameters with the adapters of `stored` that compute the same with the scale of `wanted`, another alpha: B takes
-    up the difference."""
+    """Rescale B in `params` so that adapters trained with `stored` compute the same with the alpha of `wanted`."""
     if not wanted.rank or stored.scale == wanted.scale:
         return params
     factor = stored.scale / wanted.scale
@@ -66,6 +69,6 @@ def rescale(params: tree.Tree, stored: LoraConfig, wanted: LoraConfig) -> tree.T
 
 
 def merge(kernel, a, b, scale: float):
-    """The kernel [..., D, O] that computes what kernel and adapter do together (NumPy or JAX), in its dtype."""
+    """Return kernel + A B scale, [..., D, O], computed in float32 and returned in the kernel's dtype (NumPy or JAX)."""
     added = (a.astype("float32") @ b.astype("float32")) * scale
     return (kernel.astype("float32") + added).astype(kernel.dtype)

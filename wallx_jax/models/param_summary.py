@@ -1,4 +1,4 @@
-"""The parts of a model in words, for tables that people read."""
+"""Summarise a model's parameters by component, as rows of a printed table."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-# (part, what its parameter paths look like); the first match counts.
+# (component, pattern of its parameter paths); the first match applies.
 COMPONENTS: tuple[tuple[str, str], ...] = (
     ("adapters", r"/lora_[ab]$"),
     ("vision tower", r"^vision/"),
@@ -22,7 +22,14 @@ COMPONENTS: tuple[tuple[str, str], ...] = (
 
 @dataclass(frozen=True)
 class Row:
-    """Parameters of one part that share a label: how many, and their bytes."""
+    """Parameters of one component that share a label.
+
+    Attributes:
+        part: name of the component, see COMPONENTS.
+        label: label given by the caller, such as the optimizer group.
+        count: number of parameters.
+        size: their size in bytes.
+    """
 
     part: str
     label: str
@@ -31,12 +38,20 @@ class Row:
 
 
 def component_of(path: str) -> str:
-    """What a parameter belongs to; a path that no pattern knows is a part of its own."""
+    """Return the component of a parameter; a path that matches no pattern is its own component."""
     return next((part for part, pattern in COMPONENTS if re.search(pattern, path)), path)
 
 
 def rows(specs: Mapping[str, Any], label: Callable[[str], str] = lambda path: "") -> list[Row]:
-    """Specs {path: shape and dtype} summed up by part and label, in the order of `COMPONENTS`."""
+    """Sum parameters by component and label.
+
+    Args:
+        specs: {path: anything with `shape` and `dtype`}.
+        label: maps a path to its label.
+
+    Returns:
+        Rows in the order of `COMPONENTS`, then by label.
+    """
     totals: dict[tuple[str, str], tuple[int, int]] = {}
     for path, spec in specs.items():
         count, size = totals.get(key := (component_of(path), label(path)), (0, 0))
@@ -48,12 +63,12 @@ def rows(specs: Mapping[str, Any], label: Callable[[str], str] = lambda path: ""
 
 
 def table(lines: Iterable[Row]) -> list[str]:
-    """Aligned text, one line per row and the sum."""
+    """Format rows as aligned lines of text, followed by their total."""
     lines = list(lines)
     total = Row("all", "", sum(row.count for row in lines), sum(row.size for row in lines))
     return [f"{row.part:<24}{row.count:>15,}{gib(row.size):>13}  {row.label}".rstrip() for row in [*lines, total]]
 
 
 def gib(size: float) -> str:
-    """Bytes as "1.50 GiB", or "12.3 MiB" below a tenth of a GiB."""
+    """Format a size in bytes as "1.50 GiB", or as "12.3 MiB" below a tenth of a GiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:.1f} MiB"

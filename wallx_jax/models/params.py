@@ -1,6 +1,6 @@
-"""The parameters of a model: shapes, dtypes, initialization, and the module around them.
+"""Parameter shapes, dtypes and initialisation, and construction of a model from its parameters.
 
-Parameters live outside the modules, as nested dicts; `from_params` builds a module around them.
+Parameters are kept outside the modules, as nested dicts; `from_params` builds a module from them.
 """
 
 import functools
@@ -19,8 +19,11 @@ KEEP_IN_FP32 = ("decoder/norm/", "decoder/layers/input_norm/", "decoder/layers/p
 
 
 def param_dtype(path: str, numerics: Numerics) -> jnp.dtype:
-    """float32 for decoder norms and action heads when `float32_islands` (lerobot's list), else `param_dtype`. Adapters
-    are always float32: small, and all that is trained."""
+    """Return the dtype of the parameter at `path`.
+
+    It is float32 for decoder norms and action heads if `float32_islands` (lerobot's list), and always for adapters,
+    which are small and trained; otherwise `param_dtype`.
+    """
     if is_adapter(path):
         return jnp.dtype("float32")
     if numerics.float32_islands and path.startswith(KEEP_IN_FP32):
@@ -35,22 +38,22 @@ def _abstract(config: WallXConfig, stacked: bool = True) -> tuple[nnx.GraphDef, 
 
 
 def from_params(config: WallXConfig, params: tree.Tree) -> WallX:
-    """The model with these parameters (concrete or traced), its layers stacked or apart as the parameters are."""
+    """Build the model from parameters (concrete or traced), with layers stacked or unrolled as in `params`."""
     apart = scan.is_unrolled(params)
     graphdef, state = _abstract(config, not apart)
-    state = jax.tree.map(lambda x: x, state)  # a copy: the cached one stays abstract
+    state = jax.tree.map(lambda x: x, state)  # copy, so that the cached state stays abstract
     nnx.replace_by_pure_dict(state, nnx.restore_int_paths(params) if apart else params)
     return nnx.merge(graphdef, state)
 
 
 def abstract_params(config: WallXConfig) -> tree.Tree:
-    """Nested dict of jax.ShapeDtypeStruct: every parameter's shape and the dtype that config.numerics gives it."""
+    """Return a nested dict of jax.ShapeDtypeStruct: each parameter's shape, and its dtype under config.numerics."""
     shapes = nnx.to_pure_dict(_abstract(config)[1])
     return tree.map_with_path(lambda path, x: jax.ShapeDtypeStruct(x.shape, param_dtype(path, config.numerics)), shapes)
 
 
 @jax_flags.ours()
 def init_params(config: WallXConfig, seed: int) -> tree.Tree:
-    """Random parameters: normal(0, 0.02), biases 0, norm scales 1, as Qwen2.5-VL and upstream initialise."""
+    """Initialise parameters as Qwen2.5-VL and upstream do: weights normal(0, 0.02), biases 0, norm scales 1."""
     params = nnx.to_pure_dict(nnx.state(WallX(config, rngs=nnx.Rngs(seed)), nnx.Param))
     return tree.map_with_path(lambda path, x: x.astype(param_dtype(path, config.numerics)), params)

@@ -1,9 +1,9 @@
-"""M-RoPE position ids of a left-padded prefix with images and videos.
+"""Compute M-RoPE position ids of a left-padded prefix with images and videos.
 
-Semantics of transformers' `get_rope_index` for Qwen2.5-VL: text advances all three rows by one; an image or video of
-merged grid (t, h, w) spreads over start + (time, row, column); what follows continues after its largest id; padding
-gets 1. Which token belongs to which image is read off the ids, so one compilation serves every prompt; the grids are
-static.
+Follows transformers' `get_rope_index` for Qwen2.5-VL: a text token advances all three rows by one; the tokens of an
+image or video of merged grid (t, h, w) get start + (time, row, column); the next token continues after the largest of
+these ids; padding gets 1. Tokens are assigned to images by their token ids, so one compilation serves every prompt;
+the grids are static.
 
 Legend: B batch, T tokens, M visual tokens of a sample.
 """
@@ -21,9 +21,17 @@ from wallx_jax.models.vision_plan import Grid
 def visual_offsets(
     grids: Sequence[Grid], config: VisionConfig, seconds_per_frame: Sequence[float] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(int [M, 3] time, row and column offset of every visual token; int [M] what its whole block advances by).
+    """Return the position offsets of all visual tokens of a sample.
 
-    `seconds_per_frame` per grid (0 for a still image): a video's time row advances by seconds x tokens_per_second.
+    Args:
+        grids: patch grids of all images and videos, in order.
+        config: vision tower.
+        seconds_per_frame: per grid, 0 for a still image; the time row of a video advances by
+            seconds x tokens_per_second. None: all still images.
+
+    Returns:
+        offsets: int [M, 3], time, row and column offset of each visual token.
+        advances: int [M], by how much the whole image or video of each visual token advances the position.
     """
     offsets, advances = [np.zeros((0, 3), int)], [np.zeros(0, int)]
     for grid, seconds in zip(grids, seconds_per_frame or [0.0] * len(grids), strict=True):
@@ -36,7 +44,12 @@ def visual_offsets(
 
 
 def visual_token_index(tokens: jax.Array, ids: TokenIds) -> tuple[jax.Array, jax.Array]:
-    """(bool [B, T] is an image or video token, int [B, T] its rank among them in the row, 0 elsewhere)."""
+    """Locate the visual tokens among tokens int [B, T].
+
+    Returns:
+        visual: bool [B, T], True for image and video tokens.
+        index: int [B, T], index of each among the visual tokens of its row, 0 for other tokens.
+    """
     visual = (tokens == ids.image) | (tokens == ids.video)
     return visual, jnp.where(visual, jnp.cumsum(visual, axis=1) - 1, 0)
 
@@ -49,30 +62,47 @@ def position_ids(
     ids: TokenIds,
     seconds_per_frame: Sequence[float] | None = None,
 ) -> jax.Array:
-    """int [B, T] tokens and bool [B, T] mask -> int32 [3, B, T]."""
+    """Return the M-RoPE position ids of a prefix.
+
+    Args:
+        tokens: int [B, T].
+        token_mask: bool [B, T], False at padding.
+        grids: patch grids of each sample's images and videos, in order.
+        config: vision tower.
+        ids: image and video token ids.
+        seconds_per_frame: see `visual_offsets`.
+
+    Returns:
+        int32 [3, B, T]: time, height and width positions.
+    """
     offsets, advances = visual_offsets(grids, config, seconds_per_frame)
     if not len(offsets):
         position = jnp.broadcast_to(jnp.cumsum(token_mask, axis=1) - 1, (3, *tokens.shape))
         return jnp.where(token_mask, position, 1).astype(jnp.int32)
-    starts = np.zeros(len(offsets), int)  # first token of each block: where the whole block's advance is counted
+    starts = np.zeros(len(offsets), int)  # 1 at the first token of each image or video, which takes its whole advance
     starts[np.cumsum([0, *(g[0] * g[1] * g[2] // config.spatial_merge_size**2 for g in grids)])[:-1]] = 1
 
     visual, rank = visual_token_index(tokens, ids)
     rank = jnp.minimum(rank, len(offsets) - 1)
     block_advance = jnp.asarray(advances)[rank]
     advance = jnp.where(visual, block_advance * jnp.asarray(starts)[rank], 1) * token_mask
-    end = jnp.cumsum(advance, axis=1)  # position after this token, or after its whole block
+    end = jnp.cumsum(advance, axis=1)  # position after this token, or after its whole image or video
     start = jnp.where(visual, end - block_advance, end - 1)
     position = start + jnp.where(visual, jnp.moveaxis(jnp.asarray(offsets)[rank], -1, 0), 0)
     return jnp.where(token_mask, position, 1).astype(jnp.int32)
 
 
 def next_position(positions: jax.Array, token_mask: jax.Array) -> jax.Array:
-    """int [3, B, T] -> int32 [B]: the id after the largest one of each row, where text or actions continue."""
+    """Return the position, int32 [B], at which text or actions continue: one after the largest id of each sample.
+
+    Args:
+        positions: int [3, B, T].
+        token_mask: bool [B, T], False at padding.
+    """
     return jnp.max(jnp.where(token_mask, positions, -1), axis=(0, 2)) + 1
 
 
 def continue_positions(start: jax.Array, length: int) -> jax.Array:
-    """int [B] -> int32 [3, B, length]: text ids from `start` on."""
+    """Return `length` consecutive text positions, int32 [3, B, length], beginning at start int [B]."""
     row = start[:, None] + jnp.arange(length, dtype=jnp.int32)
     return jnp.broadcast_to(row, (3, *row.shape))

@@ -1,10 +1,10 @@
-"""Runs a stack of layers: scanned over stacked parameters, or unrolled over a list of layers.
+"""Run a stack of layers, scanned over stacked parameters or unrolled over a list of layers.
 
 A scan compiles one layer whatever the depth, but each iteration copies the layer's weights out of the stack and, in
-training, its gradients back into one. Inference touches every weight for only a few tokens, so that copy costs as much
+training, its gradients back into one. Inference uses every weight for only a few tokens, so that copy costs as much
 as the arithmetic; with `unstack_layers` the program is unrolled, reads each layer's weights in place, and XLA removes
-what is not used, such as the last layer's output when only keys and values are needed. Training scans unless
-`scan_layers` is False. Checkpoints always hold stacked parameters.
+unused results, such as the last layer's output when only keys and values are needed. Training scans unless
+`scan_layers` is False. Checkpoints always contain stacked parameters.
 
 Legend: L layers.
 """
@@ -23,7 +23,7 @@ STACKS = ("decoder/layers", "vision/blocks")  # parameters whose leading axis is
 
 
 def build(make: Callable[[nnx.Rngs], nnx.Module], count: int, stacked: bool, rngs: nnx.Rngs) -> nnx.Module:
-    """`count` layers: one module with stacked parameters, or a list of modules."""
+    """Build `count` layers with `make`: one module with stacked parameters, or an nnx.List of modules."""
     if stacked:
         return nnx.vmap(make)(rngs.split(count))
     return nnx.List([make(rngs) for _ in range(count)])
@@ -34,9 +34,17 @@ def is_stacked(layers: nnx.Module) -> bool:
 
 
 def run(body: Callable[[Any, tuple[Any, Any]], tuple[Any, Any]], x: Any, layers: nnx.Module, remat: str, extra: Any):
-    """body(x, (layer, its part of `extra`)) -> (x, output), over all layers; `remat`: see Numerics.
+    """Apply `body` to all layers in order.
 
-    Stacked: `extra` and the outputs have a leading axis L. Apart: both are lists of length L.
+    Args:
+        body: body(x, (layer, its entry of `extra`)) -> (x, output).
+        x: input of the first layer.
+        layers: from `build`.
+        remat: rematerialisation policy, see `Numerics`.
+        extra: input per layer: with a leading axis L if layers are stacked, a list of length L if unrolled.
+
+    Returns:
+        x after the last layer, and the outputs, in the layout of `extra`.
     """
     if is_stacked(layers):
         return jax.lax.scan(rematted(body, remat, in_scan=True), x, (layers, extra))
@@ -50,11 +58,14 @@ def run(body: Callable[[Any, tuple[Any, Any]], tuple[Any, Any]], x: Any, layers:
 
 @jax_flags.ours()
 def unstack_layers(params: tree.Tree, free: bool = False) -> tree.Tree:
-    """Parameters with the layers apart, on the default device: "decoder/layers/q/kernel" [L, ...] becomes
-    "decoder/layers/0/q/kernel" and so on. Those that are apart already only move.
+    """Split stacked layers into one subtree per layer, on the default device.
+
+    "decoder/layers/q/kernel" [L, ...] becomes "decoder/layers/0/q/kernel" and so on. Layers that are already unrolled
+    are only moved to the device.
 
     Args:
-        free: gives the memory of each device array back as soon as it is taken apart; `params` cannot be used again.
+        params: nested dict of parameters.
+        free: delete each device array as soon as it is split; `params` cannot be used afterwards.
     """
     apart = {}
     for path, leaf in tree.flatten(params).items():
@@ -72,12 +83,12 @@ def unstack_layers(params: tree.Tree, free: bool = False) -> tree.Tree:
 
 
 def is_unrolled(params: tree.Tree) -> bool:
-    """Whether parameters are those that `unstack_layers` gives."""
+    """Return whether the layers in `params` are unrolled, as `unstack_layers` returns them."""
     return "0" in params["decoder"]["layers"]
 
 
 def stacked_path(path: str) -> str:
-    """A parameter's path where layers are stacked: "decoder/layers/3/q/kernel" -> "decoder/layers/q/kernel"."""
+    """Return a parameter's path in the stacked layout: "decoder/layers/3/q/kernel" -> "decoder/layers/q/kernel"."""
     return _LAYER.sub(r"\1", path)
 
 
@@ -85,7 +96,7 @@ _LAYER = re.compile(rf"\b({'|'.join(STACKS)})/(\d+)(?=/)")
 
 
 def restack_like(state: Any, like: Any) -> Any:
-    """A pytree around parameters, such as a training state, with its layers stacked or apart as they are in `like`."""
+    """Stack or unstack the layers in `state`, a pytree of parameters such as a training state, to match `like`."""
     have = tree.leaves_by_path(state)
     layers: dict[str, dict[int, Any]] = {}
     for path, leaf in have.items():
@@ -103,7 +114,7 @@ def restack_like(state: Any, like: Any) -> Any:
 
 
 def rematted(body: Callable, remat: str, in_scan: bool) -> Callable:
-    """`body` under the rematerialisation policy "full", "dots" or "none" (see Numerics)."""
+    """Wrap `body` in the rematerialisation policy "full", "dots" or "none" (see `Numerics`)."""
     if remat == "none":
         return body
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None

@@ -24,18 +24,26 @@ IMAGE_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 def visual_grid(pixels: jax.Array, config: VisionConfig) -> Grid:
-    """Grid of a still image [B, h, w, 3] or a video [B, F, h, w, 3]."""
+    """Return the patch grid of a still image [B, h, w, 3] or a video [B, F, h, w, 3]."""
     frames = pixels.shape[1] if pixels.ndim == 5 else 1
     height, width = pixels.shape[-3:-1]
     return (-(-frames // config.temporal_patch_size), height // config.patch_size, width // config.patch_size)
 
 
 def patchify(pixels: jax.Array, config: VisionConfig) -> jax.Array:
-    """uint8 RGB [B, h, w, 3] or [B, F, h, w, 3] -> float32 [B, P, channels*frames*patch*patch] in merge order, as
-    Qwen2-VL's processor.
+    """Normalise images and split them into flat patches, as Qwen2-VL's processor does.
 
-    A patch spans `temporal_patch_size` frames: a still image counts as so many equal ones, and a video's last frame is
-    repeated until it fits.
+    A patch spans `temporal_patch_size` frames: a still image, or the last frame of a video, is repeated to fill it.
+
+    Args:
+        pixels: uint8 RGB image [B, h, w, 3] or video [B, F, h, w, 3].
+        config: vision tower.
+
+    Returns:
+        float32 [B, P, channels*frames*patch*patch] in merge order.
+
+    Raises:
+        ValueError: if h or w is not a multiple of `patch_size` x `spatial_merge_size`.
     """
     patch, merge, span = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
     height, width, channels = pixels.shape[-3:]
@@ -50,20 +58,30 @@ def patchify(pixels: jax.Array, config: VisionConfig) -> jax.Array:
         batch, frames // span, span, height // patch // merge, merge, patch, width // patch // merge, merge, patch,
         channels,
     )  # fmt: skip
-    # B, frames; cell row, cell column; row, column in the cell; channel, frame in the patch, y, x
+    # Axes: B, frames; cell row, cell column; row, column in the cell; channel, frame in the patch, y, x.
     x = x.transpose(0, 1, 3, 6, 4, 7, 9, 2, 5, 8)
     return x.reshape(batch, -1, config.patch_dim)
 
 
 class VisionAttention(nnx.Module):
+    """Self-attention within frames or windows, with 2-D RoPE; [B, P, D] -> [B, P, D].
+
+    The projections are qkv [D, 3 D] and proj [D, D], both with biases.
+    """
+
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=True, rngs=rngs)
         self.proj = Linear(config.hidden_size, config.hidden_size, bias=True, rngs=rngs)
 
     def __call__(self, x: jax.Array, runs: Sequence[FrameRun], full: bool | jax.Array) -> jax.Array:
-        """x [B, P, D], frames in order, each frame's patches in its plan's order. full: over a whole frame, or over
-        each of its windows; traced where layers are scanned."""
+        """Attend within each frame, or within each of its windows.
+
+        Args:
+            x: [B, P, D], frames in order, the patches of each frame in the order of its `FramePlan`.
+            runs: runs of equal frames in x.
+            full: attend over the whole frame instead of windows; a traced bool when the blocks are scanned.
+        """
         config, heads = self.config, self.config.num_heads
         qkv = self.qkv(x).reshape(*x.shape[:2], 3, heads, config.hidden_size // heads)
         plans = [plan_frame(run.rows, run.columns, config) for run in runs]
@@ -79,7 +97,10 @@ class VisionAttention(nnx.Module):
 
 
 def _attend_frames(q, k, v, runs: Sequence[FrameRun], groups: Sequence[Sequence[tuple[int, int]]]) -> jax.Array:
-    """Attention inside each frame's groups of patches, (how many, of which size): q, k, v [B, P, N, H] -> [B, P, D]."""
+    """Attend within groups of consecutive patches of each frame: q, k, v [B, P, N, H] -> [B, P, D].
+
+    `groups` has, for each run, the (count, size) of the groups in one of its frames.
+    """
     out, start = [], 0
     for run, own in zip(runs, groups, strict=True):
         part = slice(start, start + run.count * run.patches)
@@ -89,7 +110,10 @@ def _attend_frames(q, k, v, runs: Sequence[FrameRun], groups: Sequence[Sequence[
 
 
 def _attend_groups(q, k, v, run: FrameRun, groups: Sequence[tuple[int, int]]) -> jax.Array:
-    """Attention inside each of a frame's groups of patches: q, k, v [B, R*P, N, H] -> [B, R*P, D]."""
+    """Attend within groups of patches, in all frames of one run: q, k, v [B, R*P, N, H] -> [B, R*P, D].
+
+    P is the number of patches of one frame here.
+    """
     batch, _, heads, head_dim = q.shape
     q, k, v = (y.reshape(batch * run.count, run.patches, heads, head_dim) for y in (q, k, v))
     out, start = [], 0
@@ -103,6 +127,11 @@ def _attend_groups(q, k, v, run: FrameRun, groups: Sequence[tuple[int, int]]) ->
 
 
 class VisionBlock(nnx.Module):
+    """Pre-norm transformer block: attention, then a SwiGLU MLP, each with a residual; [B, P, D] -> [B, P, D].
+
+    Arguments of the call as in `VisionAttention`.
+    """
+
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         self.norm1 = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.norm2 = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -115,7 +144,11 @@ class VisionBlock(nnx.Module):
 
 
 class Merger(nnx.Module):
-    """Joins each 2x2 cell of patches into one decoder token."""
+    """Merge each cell of 2x2 consecutive patches into one decoder token: [B, P, D] -> [B, P / 4, out_hidden_size].
+
+    A cell has `spatial_merge_size`^2 patches, 4 in Qwen2.5-VL. They are normalised and concatenated, then pass through
+    fc1 [4 D, 4 D], an exact GELU and fc2 [4 D, out_hidden_size].
+    """
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         self.cell = config.spatial_merge_size**2
@@ -130,7 +163,10 @@ class Merger(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """`stacked`: see models.scan."""
+    """Patch embedding, transformer blocks and merger.
+
+    The blocks are stacked and scanned if `stacked`, else unrolled; see models.scan.
+    """
 
     def __init__(self, config: VisionConfig, remat: str, stacked: bool = True, *, rngs: nnx.Rngs):
         self.config, self.remat = config, remat
@@ -139,8 +175,18 @@ class VisionTower(nnx.Module):
         self.merger = Merger(config, rngs=rngs)
 
     def __call__(self, patches: jax.Array, grids: tuple[Grid, ...]) -> jax.Array:
-        """Patches [B, P, patch_dim] of every image and video in order (merge order inside each frame), in the compute
-        dtype; grids of one sample. Returns [B, P / merge^2, out width], row-major inside each frame."""
+        """Encode patches as decoder tokens.
+
+        Args:
+            patches: [B, P, patch_dim] in the compute dtype: all images and videos in order, each frame in merge order.
+            grids: patch grids of one sample's images and videos.
+
+        Returns:
+            [B, P / merge^2, out_hidden_size], row-major within each frame.
+
+        Raises:
+            ValueError: if the grids do not add up to P patches.
+        """
         runs, cell = frame_runs(grids), self.config.spatial_merge_size**2
         if (expected := sum(run.count * run.patches for run in runs)) != patches.shape[1]:
             raise ValueError(f"grids {grids} make {expected} patches, but {patches.shape[1]} were given")
@@ -158,7 +204,7 @@ class VisionTower(nnx.Module):
 
 
 def _reorder(x: jax.Array, runs: Sequence[FrameRun], orders: Sequence[np.ndarray], cell: int) -> jax.Array:
-    """Permutes the places of x [B, P / cell, ...] frame by frame, by the order of each run's frames."""
+    """Permute axis 1 of x [B, P / cell, ...] within each frame; `orders` has one permutation per run."""
     index, start = [], 0
     for run, order in zip(runs, orders, strict=True):
         size = run.patches // cell

@@ -1,8 +1,8 @@
-"""Where each patch sits: the vision tower's static geometry, worked out in NumPy at trace time.
+"""Compute the static geometry of the vision tower, in NumPy at trace time: patch order, windows and rotary angles.
 
-Qwen2.5-VL lets patches attend inside windows of `window_size` pixels, and inside the whole frame in a few layers.
-We keep a frame's patches sorted by window, windows of equal size together, so that windowed attention is a
-reshape: no gather, no padding, no mask. Attention does not depend on the order; the rotary angles travel along.
+Qwen2.5-VL's patches attend within windows of `window_size` pixels, and within the whole frame in a few layers.
+We sort the patches of a frame by window, with windows of equal size adjacent, so that windowed attention is a reshape:
+no gather, no padding, no mask. Attention does not depend on the order, since the rotary angles are sorted likewise.
 """
 
 import functools
@@ -19,12 +19,13 @@ Grid = tuple[int, int, int]  # (frames, rows, columns) of patches, before mergin
 
 @dataclass(frozen=True)
 class FramePlan:
-    """One frame of a given size.
+    """Patch order, rotary angles and windows of a frame; P is the number of patches in it, H the head dim.
 
-    order: int [P], the patch (in merge order, 2x2 blocks contiguous) that stands at each place.
-    restore: int [P / merge^2], the place of each merged cell, to go back to row-major order after the merger.
-    angles: float32 [P, H] rotary angles in the new order.
-    windows: (how many, patches in each) per window size, in the new order.
+    Attributes:
+        order: int [P], index in merge order (2x2 cells contiguous) of the patch at each position.
+        restore: int [P / merge^2], position of each merged cell, to restore row-major order after the merger.
+        angles: float32 [P, H], rotary angles in the new order.
+        windows: (number of windows, patches per window) for each window size, in the new order.
     """
 
     order: np.ndarray
@@ -35,7 +36,13 @@ class FramePlan:
 
 @dataclass(frozen=True)
 class FrameRun:
-    """Consecutive frames of the same size, which the tower handles as one more batch axis."""
+    """Consecutive frames of equal size, which the tower folds into the batch axis.
+
+    Attributes:
+        count: number of frames.
+        rows: rows of patches in a frame.
+        columns: columns of patches in a frame.
+    """
 
     count: int
     rows: int
@@ -47,19 +54,23 @@ class FrameRun:
 
 
 def frame_runs(grids: tuple[Grid, ...]) -> tuple[FrameRun, ...]:
-    """Grids of all images and videos in order -> runs of equal frames."""
+    """Group the frames of all images and videos, in order, into runs of equal size."""
     sizes = [(rows, columns) for frames, rows, columns in grids for _ in range(frames)]
     return tuple(FrameRun(len(list(run)), *size) for size, run in groupby(sizes))
 
 
 def token_count(grid: Grid, config: VisionConfig) -> int:
-    """Decoder tokens of one image or video."""
+    """Return the number of decoder tokens of an image or video."""
     return grid[0] * grid[1] * grid[2] // config.spatial_merge_size**2
 
 
 @functools.cache
 def plan_frame(rows: int, columns: int, config: VisionConfig) -> FramePlan:
-    """Plans one frame of rows x columns patches. Raises ValueError when it does not divide into merged cells."""
+    """Plan a frame of rows x columns patches.
+
+    Raises:
+        ValueError: if rows or columns is not a multiple of `spatial_merge_size`.
+    """
     merge = config.spatial_merge_size
     if rows % merge or columns % merge:
         raise ValueError(f"an image grid of {rows}x{columns} patches must be a multiple of {merge} on both sides")
@@ -72,7 +83,7 @@ def plan_frame(rows: int, columns: int, config: VisionConfig) -> FramePlan:
     windows = tuple((len(list(run)) * merge**2 // size, int(size)) for size, run in groupby(sizes.tolist()))
 
     order = (cell_order[:, None] * merge**2 + np.arange(merge**2)).reshape(-1)
-    inner = np.indices((merge, merge)).reshape(2, -1)  # patch inside its cell
+    inner = np.indices((merge, merge)).reshape(2, -1)  # position of a patch within its cell
     coordinates = np.stack([cell_rows, cell_columns])[:, :, None] * merge + inner[:, None, :]
     angles = vision_angles(coordinates.reshape(2, -1).T, config.hidden_size // config.num_heads, config.rope_theta)
     return FramePlan(order, np.argsort(cell_order), angles[order], windows)

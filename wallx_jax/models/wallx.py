@@ -1,7 +1,7 @@
-"""Wall-X: Qwen2.5-VL with an action expert, as calls over one set of parameters.
+"""The Wall-X model: Qwen2.5-VL with an action expert, trained with cross-entropy and flow matching.
 
-A sample is `[left pad | prompt with image and proprioception tokens | A action tokens]`. The prefix never looks at the
-action tokens, so it can be encoded once (`encode_prefix`) and the suffix run many times over its keys and values
+A sample is `[left pad | prompt with image and proprioception tokens | A action tokens]`. The prefix never attends to
+the action tokens, so it can be encoded once (`encode_prefix`) and the suffix run many times over its keys and values
 (`suffix_velocity`); training runs both in one pass (`forward`).
 
 Legend: B batch, T prefix tokens, M visual tokens, A horizon, C model channels, D width, W labels, V vocabulary.
@@ -26,12 +26,20 @@ from wallx_jax.models.vision_plan import Grid
 
 
 class Embedding(nnx.Module):
+    """Token embedding table [V, D]."""
+
     def __init__(self, rows: int, width: int, *, rngs: nnx.Rngs):
         self.embedding = nnx.Param(INIT(rngs.params(), (rows, width)))
 
 
 class Prefix(NamedTuple):
-    """The prompt ready for the decoder: embeddings [B, T, D], mask bool [B, T], positions int [3, B, T]."""
+    """A prompt as input for the decoder.
+
+    Attributes:
+        embeddings: [B, T, D] in the compute dtype.
+        mask: bool [B, T], False at padding.
+        positions: int32 [3, B, T], M-RoPE position ids.
+    """
 
     embeddings: jax.Array
     mask: jax.Array
@@ -39,8 +47,13 @@ class Prefix(NamedTuple):
 
 
 class PrefixCache(NamedTuple):
-    """What the suffix needs of an encoded prefix: keys and values with room for it, mask bool [B, T], next position id
-    int [B]."""
+    """An encoded prefix, to be continued by a suffix.
+
+    Attributes:
+        kv: keys and values of the prefix, padded for the suffix.
+        mask: bool [B, T], token mask of the prefix.
+        next_position: int32 [B], position id of the first token of the suffix.
+    """
 
     kv: Cache
     mask: jax.Array
@@ -48,8 +61,15 @@ class PrefixCache(NamedTuple):
 
 
 class FlowTarget(NamedTuple):
-    """Normalised actions and channel mask [B, A, C], noise [B, A, C] and flow time [B]; float32. is_pad: bool [B, A],
-    actions that the model sees but no loss counts; None: none."""
+    """Inputs of the flow loss.
+
+    Attributes:
+        actions: normalised actions, float32 [B, A, C].
+        mask: channel mask, float32 [B, A, C].
+        noise: float32 [B, A, C].
+        time: flow time, float32 [B].
+        is_pad: bool [B, A], actions that are input to the model but excluded from the loss; None excludes none.
+    """
 
     actions: jax.Array
     mask: jax.Array
@@ -59,8 +79,13 @@ class FlowTarget(NamedTuple):
 
 
 class LossTotals(NamedTuple):
-    """Numerators of the two losses, and how many action tokens greedy prediction hits (None where actions are no
-    text); float32, scalars or [B] for each sample."""
+    """Numerators of the losses and of the action token accuracy; float32 scalars, or [B] per sample.
+
+    Attributes:
+        cross_entropy: summed negative log-likelihood.
+        flow: summed squared velocity error.
+        action_hits: number of FAST action tokens that greedy prediction gets right; None if actions are not tokens.
+    """
 
     cross_entropy: jax.Array
     flow: jax.Array
@@ -68,7 +93,12 @@ class LossTotals(NamedTuple):
 
 
 class WallX(nnx.Module):
-    """`stacked`: whether layers are stacked and scanned, or apart and unrolled, see models.scan."""
+    """Vision tower, token embedding, decoder with two experts, and action heads.
+
+    The action expert and heads are left out if `config.action.intermediate_size` is None, and the output projection
+    `lm_head` if it is tied to the embedding. Layers are stacked and scanned if `stacked`, else unrolled; see
+    models.scan.
+    """
 
     def __init__(self, config: WallXConfig, stacked: bool = True, *, rngs: nnx.Rngs):
         self.config = config
@@ -89,17 +119,24 @@ class WallX(nnx.Module):
     # Inputs
 
     def encode_images(self, images: Sequence[jax.Array]) -> tuple[jax.Array, tuple[Grid, ...]]:
-        """uint8 RGB [B, h, w, 3] per camera (a video [B, F, h, w, 3]) -> (features [B, M, D], their grids)."""
+        """Encode images with the vision tower.
+
+        Args:
+            images: uint8 RGB [B, h, w, 3] per camera, or [B, F, h, w, 3] for a video.
+
+        Returns:
+            Features [B, M, D], and the patch grid of each image.
+        """
         grids = tuple(visual_grid(image, self.config.vision) for image in images)
         patches = jnp.concatenate([patchify(image, self.config.vision) for image in images], axis=1)
         return self.encode_patches(patches, grids), grids
 
     def encode_patches(self, patches: jax.Array, grids: tuple[Grid, ...]) -> jax.Array:
-        """Normalised patches [B, P, patch_dim] in merge order -> features [B, M, D]."""
+        """Encode normalised patches [B, P, patch_dim], in merge order, as features [B, M, D]."""
         return self.vision(patches.astype(self.dtype), grids)
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
-        """int [B, T] -> [B, T, D]."""
+        """Look up the embeddings [B, T, D], in the compute dtype, of token ids int [B, T]."""
         return self.embed.embedding[...][tokens].astype(self.dtype)
 
     def embed_prefix(
@@ -112,7 +149,17 @@ class WallX(nnx.Module):
         state_mask: jax.Array | None = None,
         seconds_per_frame: Sequence[float] | None = None,
     ) -> Prefix:
-        """Token embeddings [B, T, D] with visual features and the state put in their places, and positions."""
+        """Embed a prompt, replacing image, video and proprioception tokens by visual features and the embedded state.
+
+        Args:
+            tokens: int [B, T], left padded.
+            token_mask: bool [B, T], False at padding.
+            features: visual features [B, M, D] for the image and video tokens, in order; None without images.
+            grids: patch grids of one sample's images and videos.
+            state: normalised state [B, C]; None leaves the proprioception tokens as they are.
+            state_mask: channel mask of the state [B, C].
+            seconds_per_frame: per grid, see `positions.visual_offsets`.
+        """
         x = self.embed_tokens(tokens)
         if features is not None:
             visual, rank = visual_token_index(tokens, self.config.tokens)
@@ -125,13 +172,13 @@ class WallX(nnx.Module):
         return Prefix(x, token_mask, ids)
 
     def embed_batch(self, batch, seconds_per_frame: Sequence[float] | None = None) -> Prefix:
-        """Prefix of a data.batch.Batch; a model without an action side leaves the state out."""
+        """Embed the prompt of a data.batch.Batch; a model without action heads ignores the state."""
         features, grids = self.encode_images(batch.images) if batch.images else (None, ())
         acts = self.config.action.intermediate_size is not None
         state = (batch.state, batch.state_mask) if acts else (None, None)
         return self.embed_prefix(batch.tokens, batch.token_mask, features, grids, *state, seconds_per_frame)
 
-    # Passes
+    # Forward passes
 
     def forward(
         self,
@@ -140,9 +187,16 @@ class WallX(nnx.Module):
         keep_layers: bool = False,
         last: int | None = None,
     ) -> DecoderOutput:
-        """Prefix and suffix in one pass; `actions`: (noisy [B, A, C], mask [B, A, C], time [B]), or None for no suffix.
+        """Run prefix and suffix through the decoder in one pass.
 
-        hidden [B, T + A, D], or of the `last` tokens only: the last A rows belong to the action tokens.
+        Args:
+            prefix: embedded prompt.
+            actions: (noisy actions [B, A, C], channel mask [B, A, C], flow time [B]); None for no suffix.
+            keep_layers: return the output of each layer.
+            last: number of tokens at the end of the sequence to return; None: all.
+
+        Returns:
+            Decoder output with hidden [B, T + A, D], or [B, last, D]; the last A tokens are the action tokens.
         """
         if actions is None:
             mask = prefix_mask(prefix.mask)
@@ -161,8 +215,15 @@ class WallX(nnx.Module):
         )
 
     def encode_prefix(self, prefix: Prefix, room: int) -> tuple[PrefixCache, jax.Array]:
-        """Runs the prefix alone; returns what goes on after it, with room for so many tokens, and hidden states
-        [B, T, D]."""
+        """Run only the prefix through the decoder.
+
+        Args:
+            prefix: embedded prompt.
+            room: number of tokens by which to pad the cache, for the suffix.
+
+        Returns:
+            The cache, and the hidden states [B, T, D].
+        """
         out = self.decoder(prefix.embeddings, prefix.positions, prefix_mask(prefix.mask), keep_kv=True)
         kv = pad_cache(out.kv, room)
         return PrefixCache(kv, prefix.mask, next_position(prefix.positions, prefix.mask)), out.hidden
@@ -170,8 +231,18 @@ class WallX(nnx.Module):
     def suffix_velocity(
         self, cache: PrefixCache, noisy: jax.Array, mask: jax.Array, time_emb: jax.Array
     ) -> tuple[jax.Array, Cache]:
-        """Velocity [B, A, C] of noisy actions [B, A, C] at an embedded time [B, D] (ActionHeads.embed_time), over an
-        encoded prefix with room for A; and the cache's keys and values, for the next call to write over."""
+        """Predict the velocity of noisy actions, given an encoded prefix.
+
+        Args:
+            cache: encoded prefix, padded by at least A tokens.
+            noisy: noisy actions [B, A, C].
+            mask: channel mask [B, A, C].
+            time_emb: embedded flow time [B, D] or, if equal for all samples, [1, D], from `ActionHeads.embed_time`.
+
+        Returns:
+            Velocity, float32 [B, A, C], and the keys and values of the cache including the suffix, which the next call
+            overwrites.
+        """
         x = self.action.embed_actions(noisy, mask, time_emb).astype(self.dtype)
         horizon = x.shape[1]
         out = self.decoder(
@@ -186,12 +257,12 @@ class WallX(nnx.Module):
         return self.action.velocity(out.hidden), out.kv
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states [..., D] -> logits [..., V] in their dtype."""
+        """Project hidden states [..., D] to logits [..., V] in the same dtype."""
         if self.config.text.tie_word_embeddings:
             return hidden @ self.embed.embedding[...].astype(hidden.dtype).T
         return self.lm_head(hidden)
 
-    # What training and acting ask for
+    # Training loss and action sampling
 
     def loss_sums(
         self,
@@ -201,11 +272,14 @@ class WallX(nnx.Module):
         action_ids: tuple[int, int] | None = None,
         per_sample: bool = False,
     ) -> LossTotals:
-        """Numerators of cross-entropy over `labels` and of the flow loss; models.losses has the counts to divide by.
+        """Compute the numerators of cross-entropy and flow loss; see models.losses and models.flow for the counts.
 
-        labels: int [B, W] of the last W prefix positions (see data.batch.Batch), W = 0 for none.
-        action_ids: first id of the FAST tokens and the one after the last, to count hits among them.
-        per_sample: [B] each, instead of scalars.
+        Args:
+            prefix: embedded prompt.
+            labels: int [B, W], targets of the last W prefix positions (see data.batch.Batch); W = 0 for none.
+            flow_target: inputs of the flow loss; None for no suffix.
+            action_ids: half-open range of FAST token ids, to count correct predictions among them; None: do not.
+            per_sample: return [B] each instead of scalars.
         """
         suffix = None
         if flow_target is not None:
@@ -228,7 +302,17 @@ class WallX(nnx.Module):
         return LossTotals(cross_entropy, flow_error, hits)
 
     def sample_actions(self, prefix: Prefix, noise: jax.Array, action_mask: jax.Array, steps: int = 10) -> jax.Array:
-        """Normalised action chunk [B, A, C] from noise of that shape; the prefix is encoded once."""
+        """Sample a normalised action chunk, encoding the prefix once.
+
+        Args:
+            prefix: embedded prompt.
+            noise: float32 [B, A, C].
+            action_mask: channel mask [B, A, C].
+            steps: number of Euler steps.
+
+        Returns:
+            float32 [B, A, C].
+        """
         cache, _ = self.encode_prefix(prefix, room=noise.shape[1])
         times = flow.euler_times(steps)
 

@@ -1,4 +1,4 @@
-"""Parameters back to the weight files and config.json of a PyTorch model directory."""
+"""Export parameters to the weight files and config.json of a PyTorch model directory."""
 
 import contextlib
 import json
@@ -17,14 +17,19 @@ from wallx_jax.utils.files import atomic_file
 from wallx_jax.weights import names, ops
 from wallx_jax.weights.safetensors_io import INDEX, SINGLE, WeightsError, is_finite, safetensors_file
 
-THREADS = 4  # tensors of one parameter that are cast and written at a time
+THREADS = 4  # tensors of one parameter that are cast and written in parallel
 
 
 def save_directory(directory: str | Path, config: WallXConfig, params: tree.Tree) -> None:
-    """Writes config.json and model.safetensors, in upstream's names (Qwen2.5-VL's for a model without an action side).
+    """Write config.json and model.safetensors with upstream's names (Qwen2.5-VL's for a model without action expert).
 
-    A tied head is not written. Each tensor keeps the dtype that the parameter has, so nothing is lost; the file may mix
-    dtypes where `Numerics.float32_islands` does. `load_params` reads it back bit for bit.
+    A tied head is not written. Each tensor keeps the dtype of its parameter, so the export is lossless; the file mixes
+    dtypes if `Numerics.float32_islands` does. `load_params` reads the same bits back.
+
+    Args:
+        directory: created if missing.
+        config: config of the model.
+        params: nested dict of arrays.
     """
     directory, flat = Path(directory), tree.flatten(params)
     directory.mkdir(parents=True, exist_ok=True)
@@ -33,7 +38,7 @@ def save_directory(directory: str | Path, config: WallXConfig, params: tree.Tree
 
 
 def tensor_specs(config: WallXConfig, params: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """{tensor name: shape in PyTorch, dtype} of a model with parameters like `params`, {path: array or spec}."""
+    """Return {tensor name: shape in PyTorch and dtype} for the parameters `params`, {path: array or spec}."""
     return {
         name: jax.ShapeDtypeStruct(slot.shape, params[slot.row.path].dtype)
         for name, slot in names.expand(config).items()
@@ -49,18 +54,20 @@ def write_weights(
     shard_bytes: int | None = None,
     done: Callable[[int], Any] = lambda count: None,
 ) -> None:
-    """Writes a model's tensors to model.safetensors, or to shards and their index, one parameter in memory at a time.
+    """Write a model's tensors to model.safetensors, or to shards and their index, one parameter in memory at a time.
 
     Args:
-        read: gives the parameter of a path.
-        specs: shape and dtype of every tensor to write, see `tensor_specs`; a dtype may be another than the
-            parameter's. A tied head is written if it is among them.
-        extra: tensors that are no parameters.
-        shard_bytes: the size above which the next file begins; None: one file.
-        done: told the bytes of each tensor that is written.
+        directory: existing directory to write to.
+        config: config of the model.
+        read: returns the parameter at a path.
+        specs: {tensor name: shape and dtype to write}, see `tensor_specs`; a dtype may differ from the parameter's. A
+            tied head is written if it is included.
+        extra: {name: array} of tensors that are not parameters.
+        shard_bytes: maximum size of a shard, in bytes, unless a single tensor exceeds it; None: one file.
+        done: callback that receives the size in bytes of each tensor written.
 
     Raises:
-        WeightsError: a tensor holds NaN or infinity, or its values do not fit its dtype.
+        WeightsError: if a tensor contains NaN or infinity, or values beyond the range of its dtype.
     """
     extra = extra or {}
     slots = names.expand(config)
@@ -106,7 +113,7 @@ def write_json(file: Path, content: Any) -> None:
 
 def _cast(name: str, source: np.ndarray, dtype: Any) -> np.ndarray:
     out = np.empty(source.shape, dtype)
-    with np.errstate(over="ignore"):  # found below
+    with np.errstate(over="ignore"):  # checked below
         ops.copy(out, source)
     if not is_finite(out):
         if is_finite(np.ascontiguousarray(source)):
@@ -120,7 +127,7 @@ def _bytes(spec: Any) -> int:
 
 
 def _shards(specs: Mapping[str, Any], shard_bytes: int | None) -> dict[str, dict[str, Any]]:
-    """{file name: its tensors}, filled in order."""
+    """Distribute tensors over files, filled in order: {file name: {tensor name: spec}}."""
     shards: list[dict[str, Any]] = [{}]
     size = 0
     for name, spec in specs.items():

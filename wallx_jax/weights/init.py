@@ -1,7 +1,7 @@
-"""Models with more or fewer vocabulary rows, or more robot channels, than their weight files.
+"""Initialise parameters that the weight files lack, resize the vocabulary and widen the robot channels.
 
-Works on host arrays (what `load_params` reads), before anything is placed on devices. Leaves that keep their shape are
-passed on untouched.
+Works on host arrays, as `load_params` reads them, before they are placed on devices. Leaves that keep their shape are
+returned as they are.
 """
 
 import dataclasses
@@ -18,8 +18,11 @@ CHANNELS = ("action/propri_proj/kernel", "action/w1/kernel", "action/proj_back/k
 
 
 def init_param(path: str, shape: tuple[int, ...], dtype: np.dtype, config: WallXConfig, seed: int) -> np.ndarray:
-    """normal(0, initializer_range), upstream's start for weights that no file has; a function of path and seed.
-    Adapters start as `models.lora` says."""
+    """Initialise a parameter with normal(0, initializer_range), as upstream does for weights missing in the files.
+
+    Adapters are initialised as in `models.lora`. The values depend only on the arguments: the random generator is
+    seeded with `seed` and `path`.
+    """
     rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
     if path.endswith("/lora_b"):
         return np.zeros(shape, dtype)
@@ -33,11 +36,17 @@ def init_param(path: str, shape: tuple[int, ...], dtype: np.dtype, config: WallX
 def resize_vocabulary(
     config: WallXConfig, params: tree.Tree, rows: int, seed: int = 0
 ) -> tuple[WallXConfig, tree.Tree]:
-    """Cuts the embedding (and an untied head) to `rows` tokens, or appends new ones.
+    """Truncate the embedding (and an untied head) to `rows` tokens, or append new ones.
 
     New rows follow transformers' `resize_token_embeddings(mean_resizing=True)`: normal around the mean of the old rows
-    with 1e-9 times their covariance, so that new tokens start out equally likely and yet distinct. The noise is drawn
-    as random combinations of centred old rows, which has that covariance and needs no decomposition.
+    with 1e-9 times their covariance, so that new tokens are equally likely at first but distinct. The noise consists of
+    random combinations of centred old rows, which have that covariance without a matrix decomposition.
+
+    Returns:
+        The config with the new `vocab_size`, and the parameters.
+
+    Raises:
+        ValueError: if `rows` is less than 1.
     """
     if rows < 1:
         raise ValueError(f"vocabulary rows must be positive, got {rows}")
@@ -51,7 +60,7 @@ def resize_vocabulary(
 
 
 def _grow(table: np.ndarray, rows: int, seed: int, samples: int = 1024) -> np.ndarray:
-    """Table [old rows, D] -> [rows, D]."""
+    """Append rows to a table [old rows, D], up to [rows, D]; `samples` old rows estimate the covariance."""
     rng = np.random.default_rng(seed)
     mean = table.mean(axis=0, dtype=np.float64).astype(np.float32)
     centred = table[rng.integers(len(table), size=samples)].astype(np.float32) - mean
@@ -62,10 +71,16 @@ def _grow(table: np.ndarray, rows: int, seed: int, samples: int = 1024) -> np.nd
 def widen_channels(
     config: WallXConfig, params: tree.Tree, action_dim: int, state_dim: int, seed: int = 0
 ) -> tuple[WallXConfig, tree.Tree]:
-    """Gives the action heads at least `action_dim` and `state_dim` channels, and warns if that adds any.
+    """Widen the action heads to at least `action_dim` and `state_dim` channels, with a warning if channels are added.
 
-    The heads' inputs are [values | mask]: new channels go behind the old ones in each half. Their weights are freshly
-    initialised; for inputs whose new channels are zero, what the old channels give is unchanged.
+    The heads' inputs are [values | mask]: new channels are appended to each half. Their weights are freshly
+    initialised; if the new channels of the inputs are zero, the outputs of the old channels do not change.
+
+    Returns:
+        The config with the new numbers of channels, and the parameters.
+
+    Raises:
+        ValueError: if the model has no action heads.
     """
     old = config.action
     if old.intermediate_size is None:

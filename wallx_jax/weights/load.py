@@ -1,8 +1,8 @@
-"""Strict import of PyTorch model directories: Wall-X, and Qwen2.5-VL in its old and new naming.
+"""Import PyTorch model directories strictly: Wall-X, and Qwen2.5-VL in its old and new naming.
 
-Every tensor is used and every parameter is found, or nothing is loaded and one error lists what does not fit. Shapes
-come from the tensors where a config.json is known to disagree with them: vocabulary rows, expert and channel widths,
-tying. `open_weights` checks all that from headers alone and then reads any part; `load_params` reads everything.
+Every tensor is used and every parameter is found, or nothing is loaded and one error lists all mismatches. The tensors
+take precedence where a config.json is known to disagree with them: vocabulary rows, expert and channel widths, tying.
+`open_weights` checks this from the headers only and then reads single parameters; `load_params` reads everything.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ from wallx_jax.weights.safetensors_io import (
 )
 
 FLOATS = ("F32", "BF16", "F16", "F64")
-MOST_MISSING = 1000  # layers; to list the tensors of more would take too long
-LISTED = 50  # names per kind of problem that an error spells out; more are grouped by layer
+MOST_MISSING = 1000  # limit on num_hidden_layers and depth beyond the tensor count; listing more would take too long
+LISTED = 50  # names that an error lists individually per kind of problem; more are grouped by layer
 
 Put = Callable[[str, np.ndarray], Any]
 
@@ -51,28 +51,29 @@ def load_params(
     seed: int = 0,
     put: Put | None = None,
 ) -> tuple[WallXConfig, tree.Tree]:
-    """Reads a model directory (or hub repository) into the parameters of `wallx_jax.models.wallx`.
+    """Load a model directory (or hub repository) as parameters of `wallx_jax.models.wallx`.
 
     Args:
-        path_or_repo: a folder with config.json and safetensors, or a hub repo id.
+        path_or_repo: directory with config.json and safetensors, or a hub repo id.
         revision: git revision on the hub.
         numerics: fields of `Numerics` that override the directory's.
-        action: the action side to initialise where the directory has none (Qwen2.5-VL), as upstream does, from
-            normal(0, 0.02). Without it such a directory gives a model without an action side.
-        vocab_size: rows to cut or grow the vocabulary to, see `resize_vocabulary`; None keeps the file's.
-        action_dim, state_dim: channels of the robot; a checkpoint with fewer is widened, see `widen_channels`.
+        action: action expert and heads to initialise from normal(0, 0.02), as upstream does, if the directory has none
+            (Qwen2.5-VL). None: such a directory gives a model without them.
+        vocab_size: number of rows to resize the vocabulary to, see `resize_vocabulary`; None keeps the file's.
+        action_dim: action channels of the robot; a checkpoint with fewer is widened, see `widen_channels`.
+        state_dim: state channels of the robot, likewise.
         lora: adapters to add.
-        seed: of everything that is initialised.
-        put: called with each parameter's path and host array, stacked and in its final dtype; its result takes the
-            array's place. A `put` that places the array on devices keeps one parameter at a time in host memory.
+        seed: seed for all initialised parameters.
+        put: called with each parameter's path and host array, stacked and in its final dtype; its result replaces the
+            array. With a `put` that places arrays on devices, host memory holds one parameter at a time.
 
     Returns:
-        The config with the shapes that were found, and the parameters: a nested dict of contiguous arrays in the dtypes
-        of `models.params.param_dtype`.
+        The config with sizes corrected by the tensors, and the parameters: a nested dict of contiguous arrays in the
+        dtypes of `models.params.param_dtype`.
 
     Raises:
-        WeightsError: if anything is missing, unexpected, wrongly shaped or malformed.
-        FileNotFoundError: if the directory or repository is not to be found.
+        WeightsError: if a tensor or file is missing, unexpected or malformed, or a tensor has the wrong shape.
+        FileNotFoundError: if the directory or repository does not exist.
     """
     weights = open_weights(hub.resolve(path_or_repo, kind="model", revision=revision), numerics)
     return assemble(
@@ -89,12 +90,13 @@ def load_params(
 
 
 class Weights:
-    """A model directory that fits the model which its config.json describes.
+    """Weights of a model directory, checked against the model that its config.json describes; read lazily.
 
     Attributes:
-        config: with the shapes that were found.
+        directory: the model directory.
+        config: config with sizes corrected by the tensors.
         specs: {parameter path: shape and dtype}.
-        stored: {canonical tensor name: TensorInfo}, with a tied head that the directory also stores.
+        stored: {canonical tensor name: TensorInfo}, including a tied head if the directory stores one.
     """
 
     def __init__(self, directory: Path, tensors: Tensors, found: Mapping[str, str], config: WallXConfig):
@@ -110,10 +112,14 @@ class Weights:
             self._sources.setdefault(slot.row.path, []).append((needed[name], slot))
 
     def read(self, path: str, rows: slice = slice(None)) -> np.ndarray:
-        """A parameter in its final dtype, or `rows` of its first axis (layers, where it has those).
+        """Read a parameter in its final dtype.
+
+        Args:
+            path: parameter path.
+            rows: slice of the first axis to read (the layers of a stacked parameter).
 
         Raises:
-            WeightsError: it holds NaN or infinity.
+            WeightsError: if it contains NaN or infinity.
         """
         sources = self._sources[path]
         stacked = sources[0][1].layer is not None
@@ -130,7 +136,7 @@ class Weights:
         return out
 
     def dtypes(self) -> dict[str, tuple[np.dtype, np.dtype]]:
-        """{tensor name: (as stored, as a parameter)}."""
+        """Return {tensor name: (dtype in the file, dtype of the parameter)}."""
         return {
             name: (self._tensors.info[name].dtype, np.dtype(self.specs[path].dtype))
             for path, sources in self._sources.items()
@@ -138,15 +144,21 @@ class Weights:
         }
 
     def normalizers(self) -> dict[str, np.ndarray]:
-        """{tensor name: array} of the statistics among the weights, see `read_normalizers`."""
+        """Read the statistics stored among the weights as {tensor name: array}, see `read_normalizers`."""
         return {name: np.array(self._tensors[name]) for name in self._tensors if names.NORMALIZER.fullmatch(name)}
 
 
 def open_weights(directory: str | Path, numerics: Mapping[str, Any] | None = None) -> Weights:
-    """Checks a model directory against its config.json, reading headers alone.
+    """Open a model directory and check it against its config.json.
+
+    Only the headers are read, and tensor data only to compare a stored head with the embedding.
+
+    Args:
+        directory: directory with config.json and safetensors.
+        numerics: fields of `Numerics` that override the directory's.
 
     Raises:
-        WeightsError: if anything is missing, unexpected, wrongly shaped or malformed.
+        WeightsError: if a tensor or file is missing, unexpected or malformed, or a tensor has the wrong shape.
     """
     directory = Path(directory)
     tensors = open_tensors(directory)
@@ -166,7 +178,10 @@ def assemble(
     seed: int = 0,
     put: Put | None = None,
 ) -> tuple[WallXConfig, tree.Tree]:
-    """The parameters that `read(path)` gives one by one, resized and completed; see `load_params` for the rest."""
+    """Read the parameters of `config` one by one with `read(path)`, resize them and initialise missing ones.
+
+    The other arguments and the result are those of `load_params`.
+    """
     own = tree.flatten(abstract_params(config))
     resized, config = _resized(config, read, action, vocab_size, action_dim, state_dim, seed)
     config = dataclasses.replace(config, lora=lora or LoraConfig())
@@ -193,7 +208,7 @@ def _resized(
     state_dim: int,
     seed: int,
 ) -> tuple[dict[str, np.ndarray], WallXConfig]:
-    """The parameters whose shape is asked to change (flat), and the config after all changes."""
+    """Return the parameters to be resized, {path: array}, and the config after all changes."""
     specs = tree.flatten(abstract_params(config))
     changing = init.VOCABULARY if vocab_size is not None else ()
     widen = not names.is_qwen(config) and (action_dim > config.action.action_dim or state_dim > config.action.state_dim)
@@ -210,12 +225,17 @@ def _resized(
 
 
 def read_config(directory: str | Path, numerics: Mapping[str, Any] | None = None) -> WallXConfig:
-    """config.json of a model directory, corrected by its tensors.
+    """Read config.json of a model directory and correct it by the shapes of its tensors.
 
-    Tensors decide: vocabulary rows; whether there is an action side, the action expert's width and the numbers of
-    channels. Where config.json gives no numerics of ours, `param_dtype` is the narrowest that loses nothing. Tying: a
-    model that config.json calls untied needs a head; one that it calls tied and that stores one equal to the embedding
-    is tied; if the two differ, both are kept and a warning says so (dropping trained numbers would be silent).
+    The tensors determine the vocabulary rows, whether the model has an action expert, its width, and the numbers of
+    channels. If config.json has no `param_dtype` under "wallx_jax", the narrowest lossless dtype is used. A model that
+    is untied according to config.json needs a head. If it is tied but a head is stored that differs from the embedding,
+    both are kept and the model becomes untied, with a warning if config.json declares the tying explicitly: dropping
+    the head would silently discard trained weights.
+
+    Args:
+        directory: directory with config.json and safetensors.
+        numerics: fields of `Numerics` that override the directory's.
 
     Raises:
         WeightsError: if config.json or the weight files are missing or malformed.
@@ -226,10 +246,13 @@ def read_config(directory: str | Path, numerics: Mapping[str, Any] | None = None
 
 
 def read_normalizers(directory: str | Path) -> dict[str, dict[str, dict[str, np.ndarray]]]:
-    """The statistics that upstream keeps among the weights: {robot: {"action" or "propri": {"min", "delta": [C]}}}.
+    """Read the normalisation statistics that upstream stores among the weights.
 
-    They are no parameters: `load_params` leaves them out, as upstream's later loaders do. A checkpoint converted from
+    They are not parameters: `load_params` leaves them out, as upstream's later loaders do. A checkpoint converted from
     such weights keeps them among its assets, in NORMALIZERS.
+
+    Returns:
+        {robot: {"action" or "propri": {"min" or "delta": array [C]}}}.
     """
     directory = Path(directory)
     kept = directory / NORMALIZERS
@@ -247,10 +270,10 @@ def read_normalizers(directory: str | Path) -> dict[str, dict[str, dict[str, np.
 
 
 def _canonical(directory: Path, tensors: Tensors) -> dict[str, str]:
-    """{canonical name: name in the file}, without normalizers.
+    """Return {canonical name: name in the file} for all tensors except normalizers.
 
     Raises:
-        WeightsError: one tensor has two names, or tensors hold no values.
+        WeightsError: if two names have the same canonical name, or tensors are empty.
     """
     found: dict[str, str] = {}
     for name in tensors:
@@ -315,7 +338,7 @@ def _config(
         if "tie_word_embeddings" in {
             **(hf.get("text_config") or {}),
             **hf,
-        }:  # transformers leaves it out where it is false
+        }:  # transformers omits it if it is false
             warnings.warn(
                 f"{directory}: config.json says tie_word_embeddings, but {names.HEAD} differs from the embedding; "
                 "both are kept and the model is untied",
@@ -326,7 +349,7 @@ def _config(
 
 
 def _lossless(tensors: Tensors, found: Mapping[str, str]) -> str:
-    """bfloat16 if that holds every tensor but the float32 islands, else float32."""
+    """Return "bfloat16" if all tensors outside the float32 islands are stored in it, else "float32"."""
     for name, stored in found.items():
         row = names.parse(name)
         if row and not row[0].path.startswith(KEEP_IN_FP32) and DTYPE_NAMES[tensors.info[stored].dtype] != "BF16":
@@ -335,7 +358,7 @@ def _lossless(tensors: Tensors, found: Mapping[str, str]) -> str:
 
 
 def _equal(tensors: Tensors, a: str, b: str) -> bool:
-    """Whether two tensors hold the same bytes."""
+    """Return whether two tensors have equal dtype, shape and bytes."""
     first, second = tensors.info[a], tensors.info[b]
     return (
         (first.dtype, first.shape) == (second.dtype, second.shape)
@@ -344,10 +367,10 @@ def _equal(tensors: Tensors, a: str, b: str) -> bool:
 
 
 def _check(directory: Path, tensors: Tensors, found: Mapping[str, str], slots: Mapping[str, TensorSpec]) -> None:
-    """Compares what is there with what the model needs, from headers alone.
+    """Compare the stored tensors with those the model needs, from the headers only.
 
     Raises:
-        WeightsError: that lists every tensor that is missing, unexpected, wrongly shaped or not floating point.
+        WeightsError: listing all tensors that are missing, unexpected, of the wrong shape or not floating point.
     """
     info = {name: tensors.info[found[name]] for name in found}
     common = [name for name in slots if name in found]

@@ -1,8 +1,8 @@
-"""The one table between PyTorch tensor names and parameter paths, read in both directions.
+"""Map PyTorch tensor names to parameter paths and back, with one table for both directions.
 
 `{l}` in a name is the layer; the tensors of all layers are stacked along the parameter's leading axis, in numeric
-order. Names are upstream Wall-X's. Qwen2.5-VL's differ in the decoder MLP alone (`mlp` where Wall-X has two experts)
-and end where the action side begins; newer transformers put prefixes before both, which `canonical` takes off.
+order. Names are upstream Wall-X's. Qwen2.5-VL's differ only in the decoder MLP (`mlp` instead of two experts), and it
+has no action heads; newer versions of transformers add prefixes to both, which `canonical` removes.
 """
 
 import functools
@@ -21,7 +21,13 @@ LAYER = "{l}"
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter: the name(s) of its tensor(s) in PyTorch, its path, and the change of layout."""
+    """Table entry for one parameter.
+
+    Attributes:
+        torch: name of its tensor in PyTorch, or a template with `{l}` for the tensors of all layers.
+        path: parameter path.
+        op: change of layout between the two.
+    """
 
     torch: str
     path: str
@@ -33,11 +39,11 @@ class Row:
 
     @functools.cached_property
     def pattern(self) -> re.Pattern:
-        """The template as a regular expression; a layer is a number without leading zeros."""
+        """Regular expression that matches the template; the layer is a number without leading zeros."""
         return re.compile(re.escape(self.torch).replace(re.escape(LAYER), "(?P<l>0|[1-9][0-9]*)"))
 
     def name(self, layer: int | None, qwen: bool) -> str:
-        """The tensor's full name, in Qwen2.5-VL's spelling if `qwen`."""
+        """Return the tensor's full name for a layer, as named in Qwen2.5-VL if `qwen`."""
         template = self.torch.replace("moe.experts.0", "mlp") if qwen else self.torch
         return template.format(l=layer)
 
@@ -89,11 +95,11 @@ ROWS: tuple[Row, ...] = (
     *_linear("action_preprocessor.action_proj_back", "action/proj_back", bias=False),
 )
 BY_PATH: dict[str, Row] = {row.path: row for row in ROWS}
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one tensor where they are tied
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # the same tensor if they are tied
 
 NORMALIZER = re.compile(r"action_preprocessor\.normalizer_(?P<kind>action|propri)\.(?P<stat>min|delta)\.(?P<robot>.+)")
 
-# Names that belong to layouts this version does not read; the first that matches says which.
+# Names in layouts that this version does not read, and a description of the layout; the first match applies.
 LATER_LAYOUTS: tuple[tuple[re.Pattern, str], ...] = (
     (re.compile(r"lora_|\bbase_layer\b"), "LoRA adapters; merge them into the base model first (merge_and_unload)"),
     (re.compile(r"\b(qkv_proj|gate_up_proj)"), "fused projections (wall-oss 0.5)"),
@@ -103,17 +109,20 @@ LATER_LAYOUTS: tuple[tuple[re.Pattern, str], ...] = (
 
 
 def canonical(name: str) -> str:
-    """Takes newer transformers' prefixes off: model.language_model.* and model.visual.* become model.* and visual.*."""
+    """Remove newer transformers' prefixes: model.language_model.* and model.visual.* become model.* and visual.*."""
     return re.sub(r"^model\.(?:(visual\.)|language_model\.)", lambda m: m[1] or "model.", name)
 
 
 def later_layout(name: str) -> str | None:
-    """What a tensor that is not in the table belongs to, if that is known."""
+    """Describe the unsupported layout that a tensor name belongs to; None if it is not known."""
     return next((label for pattern, label in LATER_LAYOUTS if pattern.search(name)), None)
 
 
 def parse(name: str) -> tuple[Row, int | None] | None:
-    """The row and layer of a tensor name in any of the spellings; None for a name that is not in the table."""
+    """Return the table row and layer (None if not stacked) of a tensor name in any of the supported namings.
+
+    Returns None for a name that is not in the table.
+    """
     name = canonical(name)
     name = re.sub(r"^(model\.layers\.\d+\.)mlp\.", r"\1moe.experts.0.", name)
     for row in ROWS:
@@ -123,7 +132,7 @@ def parse(name: str) -> tuple[Row, int | None] | None:
 
 
 def group(entries: Iterable[str]) -> list[str]:
-    """Entries that differ in one layer number only, as one: "model.layers.{0-35}.input_layernorm.weight"."""
+    """Combine entries that differ only in the layer number: "model.layers.{0-35}.input_layernorm.weight"."""
     layers: dict[str, list[int]] = {}
     for entry in entries:
         number = re.search(r"(?<=\.)\d+(?=\.)", entry)
@@ -133,7 +142,7 @@ def group(entries: Iterable[str]) -> list[str]:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> "{0-2,5}"; one number is itself."""
+    """Format sorted numbers as ranges: [0, 1, 2, 5] -> "{0-2,5}", [3] -> "3"."""
     runs: list[list[int]] = []
     for n in numbers:
         if runs and n == runs[-1][1] + 1:
@@ -145,12 +154,18 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def is_qwen(config: WallXConfig) -> bool:
-    """Whether a model without an action side, hence in Qwen2.5-VL's spelling."""
+    """Return whether the model has no action expert and heads, and hence uses Qwen2.5-VL's names."""
     return config.action.intermediate_size is None
 
 
 class TensorSpec(NamedTuple):
-    """Where a tensor goes: its row, its layer if stacked, and its shape in the file."""
+    """Source of a parameter, or of one layer of it.
+
+    Attributes:
+        row: table row of the parameter.
+        layer: index of the layer; None if the parameter is not stacked.
+        shape: shape of the tensor in the file.
+    """
 
     row: Row
     layer: int | None
@@ -158,7 +173,7 @@ class TensorSpec(NamedTuple):
 
 
 def expand(config: WallXConfig) -> dict[str, TensorSpec]:
-    """Every tensor of a model, by its canonical name, in the table's order.
+    """Return {canonical name: TensorSpec} for all tensors of a model, in the order of the table.
 
     Raises:
         KeyError: if a parameter of the model is not in the table.
@@ -179,7 +194,11 @@ def expand(config: WallXConfig) -> dict[str, TensorSpec]:
 
 
 def torch_tensors(config: WallXConfig, params: Mapping[str, Any]) -> dict[str, Any]:
-    """{name: array in PyTorch's layout} of parameters or of a tree like them (gradients); views of NumPy arrays."""
+    """Convert parameters, or a tree with their structure such as gradients, to PyTorch's names and layout.
+
+    Returns:
+        {canonical name: array}; views if the leaves are NumPy arrays.
+    """
     flat = tree.flatten(params)
     tensors = {}
     for name, slot in expand(config).items():

@@ -1,6 +1,7 @@
-"""How one PyTorch tensor is laid out as a parameter; every operation has an exact inverse and moves no data itself.
+"""Convert a tensor between the layouts of PyTorch and of our parameters; all operations are exactly invertible.
 
-Each gives views (NumPy or JAX), so what is read from a file is copied once, into its place, by `copy`.
+They return views of NumPy arrays (and also accept JAX arrays), so a tensor is copied only once, from the file to its
+destination, by `copy`.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,11 @@ Shape = tuple[int, ...]
 
 
 class Op(Protocol):
-    """`torch_shape` is the file's shape of a parameter of shape `shape`; the others undo each other bit for bit."""
+    """Change of layout between a PyTorch tensor and a parameter, or one layer of a stacked one.
+
+    `torch_shape` returns the shape in the file for a parameter of shape `shape`; `to_jax` and `to_torch` are inverses,
+    bit for bit.
+    """
 
     def torch_shape(self, shape: Shape, vision: VisionConfig) -> Shape: ...
     def to_jax(self, x: Any) -> Any: ...
@@ -23,7 +28,7 @@ class Op(Protocol):
 
 @dataclass(frozen=True)
 class Identity:
-    """Biases, norm scales and the embedding table are the same on both sides."""
+    """Same layout on both sides: biases, norm scales and the embedding table."""
 
     def torch_shape(self, shape: Shape, vision: VisionConfig) -> Shape:
         return shape
@@ -37,7 +42,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Linear:
-    """torch.nn.Linear keeps [out, in]; kernels are [in, out]."""
+    """Transpose between torch.nn.Linear's weight [out, in] and our kernel [in, out]."""
 
     def torch_shape(self, shape: Shape, vision: VisionConfig) -> Shape:
         return shape[::-1]
@@ -51,7 +56,10 @@ class Linear:
 
 @dataclass(frozen=True)
 class Conv3d:
-    """The patch embedding: its stride is its kernel, so [out, channel, frame, y, x] is a matrix [patch_dim, out]."""
+    """Reshape between the patch embedding's weight [out, channel, frame, y, x] and our kernel [patch_dim, out].
+
+    The stride of the convolution equals its kernel size, so it is a matrix product over flattened patches.
+    """
 
     def torch_shape(self, shape: Shape, vision: VisionConfig) -> Shape:
         return (shape[1], vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
@@ -64,7 +72,7 @@ class Conv3d:
 
 
 def copy(target: np.ndarray, source: np.ndarray, block: int = 256) -> None:
-    """target[...] = source, in blocks that fit the cache: a transposed matrix costs half the time."""
+    """Copy source to target, a matrix in blocks that fit the CPU cache: half the time for a transposed source."""
     if source.ndim != 2:
         target[...] = source
         return

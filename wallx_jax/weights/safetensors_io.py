@@ -1,8 +1,8 @@
-"""Safetensors files: strict headers, tensors read lazily one by one, and atomic writes.
+"""Read and write safetensors files, with strict header checks, lazy tensors and atomic writes.
 
 The format: 8 bytes with the header's length (little endian), a JSON header {name: {dtype, shape, data_offsets}}, and
-the data, which the offsets must cover without holes or overlaps. Arrays are read through a memory map, so that nothing
-is in memory twice, and in each tensor's own dtype (files mix bfloat16 and float32).
+the data, which the offsets must cover without gaps or overlaps. Tensors are read through a memory map, so that they are
+not duplicated in memory, and in their own dtype (files mix bfloat16 and float32).
 """
 
 import contextlib
@@ -32,17 +32,25 @@ DTYPES = {
 DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-NORMALIZERS = "normalizers.safetensors"  # statistics that upstream keeps among the weights
+NORMALIZERS = "normalizers.safetensors"  # statistics that upstream stores among the weights
 WEIGHTS = ("*.safetensors", INDEX, "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
 class WeightsError(ValueError):
-    """A model directory or weight file that cannot be used; the message says which, why, and what to do."""
+    """Raised for a model directory or weight file that cannot be used; the message gives path, reason and remedy."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor as its file's header describes it; `start` and `stop` are byte offsets in the file."""
+    """Header entry of one tensor.
+
+    Attributes:
+        file: file that contains it.
+        dtype: dtype of its elements.
+        shape: shape of the tensor.
+        start: offset of its first byte in the file.
+        stop: offset after its last byte.
+    """
 
     file: Path
     dtype: np.dtype
@@ -52,10 +60,13 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Reads and checks a file's header.
+    """Read and check a file's header.
+
+    Returns:
+        {tensor name: TensorInfo}.
 
     Raises:
-        WeightsError: if anything in it breaks the format, or the file's length is not what the header promises.
+        WeightsError: if the header violates the format, or the file's length does not match it.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -125,7 +136,11 @@ def _tensor_info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
 
 
 class Tensors(Mapping[str, np.ndarray]):
-    """The tensors of a model directory. Indexing gives a read-only view of the file; `info` needs the headers only."""
+    """Lazy mapping of tensor names to arrays, which are read-only views of the memory-mapped files.
+
+    Attributes:
+        info: {tensor name: TensorInfo}, from the headers.
+    """
 
     def __init__(self, info: Mapping[str, TensorInfo]):
         self.info = dict(info)
@@ -145,7 +160,7 @@ class Tensors(Mapping[str, np.ndarray]):
         return len(self.info)
 
     def release(self, name: str) -> None:
-        """Lets a tensor's pages go; what was read of a mapped file counts as memory of this process until then."""
+        """Release a tensor's memory pages, which otherwise keep counting towards the memory of this process."""
         info = self.info[name]
         start = info.start // mmap.PAGESIZE * mmap.PAGESIZE
         if info.stop > start and hasattr(mmap, "MADV_DONTNEED"):
@@ -158,11 +173,12 @@ def _map_file(path: Path) -> mmap.mmap:
 
 
 def open_tensors(directory: Path) -> Tensors:
-    """The tensors of `model.safetensors`, or else of the shards that `model.safetensors.index.json` lists: what
-    transformers takes of a directory. Other weights beside them are not read, which a warning says.
+    """Open `model.safetensors`, or else the shards listed in `model.safetensors.index.json`, as transformers does.
+
+    Any other weight files in the directory are ignored, with a warning.
 
     Raises:
-        WeightsError: if there is neither, or a header or the index is malformed, or they contradict each other.
+        WeightsError: if there is neither, or a header or the index is malformed, or they are inconsistent.
     """
     directory = Path(directory)
     if (directory / SINGLE).is_file():
@@ -181,7 +197,7 @@ def open_tensors(directory: Path) -> Tensors:
 
 
 def _other_weights(directory: Path, read: set[str]) -> list[str]:
-    """Weight files of a directory other than those that are read; the index counts beside one whole file."""
+    """List the weight files that are not read; an index is one of them if there is also a `model.safetensors`."""
     kept = {*read, NORMALIZERS, *([] if (directory / SINGLE).is_file() else [INDEX])}
     found = {file.name for pattern in WEIGHTS for file in directory.glob(pattern)}
     return sorted(found - kept)
@@ -233,7 +249,7 @@ def _nothing_to_read(directory: Path) -> str:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes arrays (NumPy or JAX, any strides) as `safetensors_file` does."""
+    """Write arrays (NumPy or JAX, any strides) to a file, see `safetensors_file`."""
     with safetensors_file(path, tensors, metadata) as write:
         for name in tensors:
             write(name, tensors[name])
@@ -243,14 +259,23 @@ def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[
 def safetensors_file(
     path: Path, specs: Mapping[str, Any], metadata: Mapping[str, str] | None = None
 ) -> Iterator[Callable[[str, Any], None]]:
-    """`with safetensors_file(path, specs) as write: write(name, array)`, once for each name, in any order or thread.
+    """Open a safetensors file for writing tensor by tensor.
 
-    The file gets a temporary name, is synced, and renamed when the block has succeeded: whole or not at all. Widest
-    dtype first, then by name, as the reference implementation orders tensors, so each is aligned.
+    Usage: `with safetensors_file(path, specs) as write: write(name, array)`, once for each name, in any order and from
+    any thread. The file is written under a temporary name, synced, and renamed when the block succeeds, so it appears
+    complete or not at all. Tensors are ordered by decreasing dtype size, then by name, as in the reference
+    implementation, which keeps them aligned.
 
     Args:
-        specs: {name: anything with the `shape` and `dtype` of the array to come}.
-        metadata: defaults to {"format": "pt"}, which transformers asks for.
+        path: file to write.
+        specs: {name: anything with the `shape` and `dtype` of the array to be written}.
+        metadata: defaults to {"format": "pt"}, which transformers requires.
+
+    Yields:
+        write(name, array).
+
+    Raises:
+        ValueError: if an array does not match its spec, or not all tensors have been written.
     """
     order = sorted(specs, key=lambda name: (-np.dtype(specs[name].dtype).itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict({"format": "pt"} if metadata is None else metadata)}
@@ -274,7 +299,7 @@ def safetensors_file(
             data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
             start = 8 + len(text) + header[name]["data_offsets"][0]
             written = 0
-            while written < len(data):  # the system takes at most 2 GiB at a time
+            while written < len(data):  # the system writes at most 2 GiB per call
                 written += os.pwrite(file.fileno(), data[written:], start + written)
 
         file.flush()
@@ -284,7 +309,7 @@ def safetensors_file(
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Whether a contiguous array holds neither NaN nor infinity."""
-    if array.dtype == ml_dtypes.bfloat16:  # its isfinite takes ten times as long as this test of the exponent's bits
+    """Return whether a contiguous array contains neither NaN nor infinity."""
+    if array.dtype == ml_dtypes.bfloat16:  # its isfinite takes ten times as long as this test of the exponent bits
         return array.size == 0 or bool((array.view(np.uint16) & 0x7FFF).max() < 0x7F80)
     return bool(np.isfinite(array).all())
