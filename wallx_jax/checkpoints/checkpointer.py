@@ -1,9 +1,8 @@
-"""Saving and restoring a run with Orbax, which only this module and `checkpoints.stream` know.
-`checkpoints.layout` shows the layout.
+"""Save and restore training runs with Orbax, which only this module and `checkpoints.stream` use.
 
-The five parts of a checkpoint are written to a temporary directory that Orbax commits once all of them are there, so a
-step directory holds everything or does not count. It needs nothing outside itself: acting and exporting read params,
-metadata and assets, wherever the directory has been moved.
+See `checkpoints.layout` for the directory layout. The five items of a checkpoint are written to a temporary directory
+that Orbax commits once all of them are complete, so a step directory either contains everything or is ignored. It is
+self-contained: inference and export read params, metadata and assets from it, wherever it has been moved.
 """
 
 import asyncio
@@ -49,7 +48,10 @@ _SHOWN = 5  # differences listed in an error
 
 
 class DataIterator(Protocol):
-    """What a checkpoint needs of `data.pipeline.DataLoader`. The state is a JSON value, the same in every process."""
+    """Interface of `data.pipeline.DataLoader` that checkpoints use.
+
+    The state is a JSON value that is the same in every process.
+    """
 
     def get_state(self) -> Any: ...
 
@@ -60,12 +62,16 @@ class DataIterator(Protocol):
 
 
 class Checkpointer:
-    """Writes the checkpoints of one run, in the background, and keeps the newest `max_to_keep` of them.
+    """Write the checkpoints of one run in the background.
 
-    `resumed_step` is the step of save_path that the run was restored from (later ones are set aside, see
-    `checkpoint_dir.prepare`); without it save_path must hold no checkpoints. Leftovers of killed saves are removed.
+    Leftovers of killed saves are removed. Not thread-safe; in a multi-process run every process must make the same
+    calls.
 
-    Not thread safe; with several processes every one of them makes the same calls.
+    Args:
+        save_path: run directory.
+        max_to_keep: number of newest checkpoints to keep; None keeps all.
+        resumed_step: step in save_path that the run was restored from; later checkpoints are set aside, see
+            `layout.prepare`. If None, save_path must not contain any checkpoints.
     """
 
     def __init__(self, save_path: str | Path, max_to_keep: int | None = None, resumed_step: int | None = None):
@@ -80,9 +86,9 @@ class Checkpointer:
             multihost_utils.sync_global_devices("wallx_jax checkpoints cleaned")
         context = ocp.Context()
         context.asynchronous.timeout_secs = _SAVE_TIMEOUT_S
-        # Where directories cannot be made, threads that wait for them would keep the process from ending until then.
+        # If directories cannot be created, threads waiting for them would block process exit until the timeout.
         context.asynchronous.create_directories_asynchronously = False
-        # zstd takes a fifth off bfloat16 weights; on two cores it makes saving 5 times and loading 2 times slower.
+        # zstd shrinks bfloat16 weights by a fifth, but on two cores makes saving 5x and loading 2x slower.
         context.array.saving.use_compression = False
         policies = ocp.training.preservation_policies
         self._orbax = ocp.training.Checkpointer(
@@ -107,24 +113,25 @@ class Checkpointer:
         data_order: Mapping[str, Any] | None = None,
         wait: bool = False,
     ) -> None:
-        """Starts writing a checkpoint; does nothing when this step is already on disk.
+        """Start writing a checkpoint; do nothing if this step is already on disk.
 
-        When it returns, device arrays, iterator state and asset files have been copied: the caller may donate the
-        arrays, draw further batches and change the files. An earlier save that is still running is waited for.
+        Wait for a previous save that is still running. On return, device arrays, iterator state and asset files have
+        been copied: the caller may donate the arrays, draw more batches and modify the files.
 
         Args:
-            step: optimizer updates done so far.
+            step: number of optimizer updates so far.
             state: pytree of jax arrays with a top-level entry `params`.
-            data_iterator: its present position is saved; None saves none, and the checkpoint cannot be resumed.
-            config: the run's config; what is not JSON is written as text.
+            data_iterator: iterator whose current position is saved. If None, no position is saved and the checkpoint
+                cannot be resumed.
+            config: run config; values that are not JSON-serializable are written as strings.
             model_config: shapes and numerics of `params`.
-            assets: directory that is copied.
-            loss: for the record.
-            data_order: what decides which sample comes when, see `start.data_order`.
-            wait: return only when the checkpoint is complete.
+            assets: directory to copy.
+            loss: training loss to record in the metadata.
+            data_order: settings that determine the order of samples, see `init.data_order`.
+            wait: return only after the checkpoint is complete.
 
         Raises:
-            CheckpointError: this save failed, or the one before it did in the background. What was written of it has
+            CheckpointError: this save failed, or the previous one failed in the background. Its partial files have
                 been removed.
         """
         self.wait()
@@ -145,7 +152,7 @@ class Checkpointer:
             items["data"] = Files({POSITION_FILE: position} if primary else {})
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         try:
-            # `force`: the caller decides when to save. `overwrite`: forget a failed attempt at this step.
+            # `force`: the caller decides when to save. `overwrite`: discard a failed attempt at this step.
             response = self._orbax.save_checkpointables_async(step, items, force=True, overwrite=True)
         except Exception as error:
             raise self._failure(step, size, error) from error
@@ -154,20 +161,24 @@ class Checkpointer:
             self.wait()
 
     def wait(self) -> None:
-        """Blocks until the save in progress is complete; raises CheckpointError if it failed."""
+        """Block until the save in progress is complete.
+
+        Raises:
+            CheckpointError: the save failed.
+        """
         if self._pending is None:
             return
         (step, size, response), self._pending = self._pending, None
         try:
-            self._orbax.wait()  # first: Orbax raises a failure once in each thread that asks, and this one saves again
+            self._orbax.wait()  # first: Orbax raises a failure once per calling thread, and this thread saves again
             response.result()
         except Exception as error:
-            with contextlib.suppress(Exception):  # the same, in the thread that waits for the response
+            with contextlib.suppress(Exception):  # the same failure, from the thread that waits for the response
                 response.result()
             raise self._failure(step, size, error) from error
 
     def close(self) -> None:
-        """Waits for the save in progress and releases Orbax's threads."""
+        """Wait for the save in progress and release Orbax's threads."""
         try:
             self.wait()
         finally:
@@ -186,7 +197,11 @@ class Checkpointer:
 
 
 class Files:
-    """Files as an item of an Orbax checkpoint: {path inside the item: content}, written in the background."""
+    """Orbax checkpoint item made of plain files, written in the background.
+
+    Args:
+        files: {path inside the item: content}.
+    """
 
     def __init__(self, files: Mapping[str, bytes]):
         self._files = dict(files)
@@ -210,7 +225,7 @@ class Files:
 def metadata_json(
     step: int, config: Mapping[str, Any], model_config: WallXConfig, loss: float | None = None, **more: Any
 ) -> bytes:
-    """Content of metadata.json; `more`: further entries."""
+    """Return the content of metadata.json; `more` holds additional entries."""
 
     def version(package: str) -> str | None:
         try:
@@ -245,22 +260,28 @@ def _read_tree(folder: Path) -> dict[str, bytes]:
 def restore_state(
     path: str | Path, abstract_state: T, data_iterator: DataIterator | None, save_path: str | Path | None = None
 ) -> tuple[T, DataIterator | None]:
-    """Full resume: the state as it was, on the devices that `abstract_state` names, and the iterator where it was.
+    """Restore the full training state and the position of the data iterator to resume a run.
 
-    When `path` is a run and its newest checkpoint is damaged, warns and takes the one before.
+    If `path` is a run whose newest checkpoint is damaged, warn and fall back to the previous one.
 
     Args:
-        abstract_state: the saved state's tree with jax.ShapeDtypeStruct (with sharding) or arrays as leaves.
-        data_iterator: built as for the saved run (same datasets, batch size and seed); set in place. None leaves
-            the data position alone.
+        path: checkpoint or run, see `checkpoints.layout`.
+        abstract_state: tree of the saved state with jax.ShapeDtypeStruct (with sharding) or arrays as leaves; arrays
+            are placed on its devices.
+        data_iterator: iterator built as for the saved run (same datasets, batch size and seed); its position is set
+            in place. None skips the data position.
+        save_path: run directory that `path="latest"` refers to.
+
+    Returns:
+        The state and `data_iterator`.
 
     Raises:
-        CheckpointError: nothing readable; or names, shapes or dtypes differ, with each difference named.
+        CheckpointError: no readable checkpoint, or names, shapes or dtypes differ (the message lists the differences).
     """
     wanted = leaves_by_path(abstract_state)
 
     def load(step: Path) -> Any:
-        model_config_of(step)  # damaged: nobody could act with this checkpoint
+        model_config_of(step)  # if the metadata are damaged, the checkpoint could not be used for inference
         compare_state(step, abstract_state)
         with _each_for_itself():
             stored_items = ocp.load_checkpointables(step, jax.tree.map(_placed, _items(wanted)))
@@ -273,7 +294,7 @@ def restore_state(
 
 
 def _each_for_itself() -> ocp.Context:
-    """For reading: every process reads its part without waiting for the others, which may have met damage."""
+    """Return an Orbax context in which each process reads independently: others may have failed on damaged files."""
     context = ocp.Context()
     if jax.process_count() > 1:
         context.multiprocessing.primary_host = jax.process_index()
@@ -282,21 +303,23 @@ def _each_for_itself() -> ocp.Context:
 
 
 def _all_processes(success: bool) -> bool:
-    """Whether all processes of the run have succeeded."""
+    """Return whether all processes of the run have succeeded."""
     if jax.process_count() == 1:
         return success
     return bool(multihost_utils.process_allgather(np.array([success])).all())
 
 
 def restore_params(path: str | Path, abstract_params: Tree | None = None, save_path: str | Path | None = None) -> Tree:
-    """The parameters alone, to start another run or to act.
+    """Restore only the parameters, to start another run or for inference.
 
     Args:
+        path: checkpoint or run, see `checkpoints.layout`.
         abstract_params: nested dict of jax.ShapeDtypeStruct; arrays are cast to its dtypes and placed by its
-            shardings (first local device where there is none). None: as stored, on the first local device.
+            shardings (on the first local device if a leaf has none). None: as stored, on the first local device.
+        save_path: run directory that `path="latest"` refers to.
 
     Raises:
-        CheckpointError: nothing readable; or names or shapes differ.
+        CheckpointError: no readable checkpoint, or names or shapes differ.
     """
 
     def load(step: Path) -> Tree:
@@ -326,12 +349,12 @@ def _restore_iterator(step: Path, data_iterator: DataIterator) -> None:
 
 
 def _items(flat: Mapping[str, Any]) -> dict[str, Tree]:
-    """A flattened state -> the nested dicts that are stored: "params", and "state" for everything else.
+    """Convert a flattened state to the nested dicts that are stored: "params", and "state" for everything else.
 
-    Where a moving average is kept, it stands in "params" for the parameters that it averages, so that whoever acts or
-    exports takes it; those themselves are in "state", as "params/...".
+    If a moving average (EMA) is kept, "params" contains it in place of the parameters it averages, so that inference
+    and export use it; the trained values are then stored in "state" under "params/...".
 
-    Plain dicts on disk: reading a checkpoint needs none of the optimizer's classes.
+    The items are plain dicts so that a checkpoint can be read without the optimizer's classes.
     """
     averages = {path.removeprefix("ema/"): leaf for path, leaf in flat.items() if path.startswith("ema/")}
     trained = {path.removeprefix("params/"): leaf for path, leaf in flat.items() if path.startswith("params/")}
@@ -341,7 +364,7 @@ def _items(flat: Mapping[str, Any]) -> dict[str, Tree]:
 
 
 def _from_items(items: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves `wanted` of a flattened state: the inverse of `_items`."""
+    """Return the leaves `wanted` of a flattened state; the inverse of `_items`."""
     acting, adapter_paths = leaves_by_path(items["params"]), leaves_by_path(items["state"])
 
     def leaf(path: str) -> Any:
@@ -354,26 +377,34 @@ def _from_items(items: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str
 
 
 def stored(step: Path, item: str = "params") -> dict[str, Any]:
-    """{path: shape and dtype} of a stored tree, without reading arrays."""
+    """Return {path: shape and dtype} of a stored tree without reading its arrays."""
     tree = ocp.metadata(step, item).metadata
-    if tree is None:  # Orbax logs the cause and goes on
+    if tree is None:  # Orbax logs the cause and continues
         raise OSError(f"the index of {item}/ cannot be read")
     return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves_by_path(tree).items()}
 
 
 def compare_state(step: Path, abstract_state: Any) -> None:
-    """Raises CheckpointError unless a step directory holds a state of these names, shapes and dtypes."""
+    """Check that a step directory contains a state with these names, shapes and dtypes.
+
+    Raises:
+        CheckpointError: it does not; the message lists the differences.
+    """
     for item, tree in _items(leaves_by_path(abstract_state)).items():
         _compare(step, item, leaves_by_path(tree), dtypes=True)
 
 
 def compare_params(step: Path, abstract_params: Tree) -> None:
-    """Raises CheckpointError unless a step directory holds parameters of these names and shapes."""
+    """Check that a step directory contains parameters with these names and shapes.
+
+    Raises:
+        CheckpointError: it does not; the message lists the differences.
+    """
     _compare(step, "params", leaves_by_path(abstract_params), dtypes=False)
 
 
 def _compare(step: Path, item: str, wanted: Mapping[str, Any], dtypes: bool) -> None:
-    """Raises CheckpointError that names what differs between a stored tree and the wanted one."""
+    """Raise a CheckpointError that lists the differences between a stored tree and the wanted one, if any."""
     have = stored(step, item)
     differences = [f"{path} is missing in the checkpoint" for path in wanted.keys() - have.keys()]
     differences += [f"{path} is not wanted" for path in have.keys() - wanted.keys()]
@@ -394,11 +425,14 @@ def _compare(step: Path, item: str, wanted: Mapping[str, Any], dtypes: bool) -> 
 
 def _described(leaf: Any, dtype: bool) -> str:
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.eval_shape(jax.random.key_data, leaf)  # keys are stored as their words
+        leaf = jax.eval_shape(jax.random.key_data, leaf)  # keys are stored as their raw uint32 data
     return f"{leaf.dtype if dtype else ''}[{', '.join(map(str, leaf.shape))}]"
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Always with a sharding: without one Orbax would look for the devices of the run that saved."""
+    """Return the shape, dtype and sharding of a leaf.
+
+    There is always a sharding: without one, Orbax would look for the devices of the run that saved the checkpoint.
+    """
     sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

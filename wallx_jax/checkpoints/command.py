@@ -1,4 +1,4 @@
-"""What the commands in convert/ share."""
+"""Run the conversion commands in convert/ with shared setup and error handling."""
 
 import logging
 import sys
@@ -12,10 +12,10 @@ from wallx_jax.checkpoints.layout import CheckpointError
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a command on the CPU; what the user can mend ends it with one message."""
-    jax.config.update("jax_platforms", "cpu")  # moves bytes only: an accelerator stays free for others
+    """Run a command on the CPU; exit with a one-line message on errors that the user can fix."""
+    jax.config.update("jax_platforms", "cpu")  # only copies bytes: leave the accelerator to other programs
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what does not concern a single process
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax's warnings do not apply to a single process
     try:
         with failed_save.quiet():
             main()

@@ -1,4 +1,4 @@
-"""What differs between two models, each a PyTorch directory or a checkpoint: names, shapes, dtypes and values."""
+"""Compare two models, each a PyTorch directory or a checkpoint, by tensor names, shapes, dtypes and values."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -18,12 +18,15 @@ BLOCK = 1 << 24  # values compared at a time
 
 @dataclass
 class Comparison:
-    """Tensors by what was found, in Wall-X's spelling of their names.
+    """Differences between two models, with tensors under Wall-X's names.
 
-    only_a, only_b: names that the other side lacks.
-    shapes, dtypes: {name: (a's, b's)} where they differ; values are compared all the same where shapes allow.
-    values: {name: (largest absolute difference, number of values that differ)}; NaN equals NaN.
-    compared: tensors that both have in one shape.
+    Attributes:
+        only_a: names that only model A has.
+        only_b: names that only model B has.
+        shapes: {name: (shape in A, shape in B)} where they differ; the values of these tensors are not compared.
+        dtypes: {name: (dtype in A, dtype in B)} where they differ; the values are compared nevertheless.
+        values: {name: (largest absolute difference, number of differing values)}; NaN equals NaN.
+        compared: number of tensors that both models have with the same shape.
     """
 
     only_a: list[str] = field(default_factory=list)
@@ -35,7 +38,7 @@ class Comparison:
 
     @property
     def same_values(self) -> bool:
-        """The same tensors with the same numbers, perhaps in other dtypes."""
+        """Whether both models have the same tensors with the same values, possibly in different dtypes."""
         return not (self.only_a or self.only_b or self.shapes or self.values)
 
     @property
@@ -58,15 +61,16 @@ class Comparison:
 
 
 def compare(a: str | Path, b: str | Path, only: Iterable[str] | None = None, round_a: bool = False) -> Comparison:
-    """Compares two models tensor by tensor; neither needs to fit into memory.
+    """Compare two models tensor by tensor; neither needs to fit into memory.
 
     Args:
-        a, b: PyTorch model directories, checkpoints or runs of ours (adapters merged), or hub repo ids.
-        only: names to look at; None: all.
-        round_a: round a's values to b's dtypes first.
+        a: PyTorch model directory, wallx_jax checkpoint or run (adapters are merged), or hub repo id.
+        b: the same for the other model.
+        only: names of the tensors to compare; None compares all.
+        round_a: cast A's values to B's dtypes before comparing.
 
     Raises:
-        FileNotFoundError, CheckpointError, WeightsError: a side cannot be read.
+        FileNotFoundError, CheckpointError, WeightsError: one of the models cannot be read.
     """
     first, second = _open(a), _open(b)
     wanted = {_spelling(name) for name in only} if only is not None else first.info.keys() | second.info.keys()
@@ -74,7 +78,7 @@ def compare(a: str | Path, b: str | Path, only: Iterable[str] | None = None, rou
         only_a=sorted(wanted & (first.info.keys() - second.info.keys())),
         only_b=sorted(wanted & (second.info.keys() - first.info.keys())),
     )
-    # A checkpoint reads whole parameters: its order spares reading them again for every layer.
+    # A checkpoint is read one whole (stacked) parameter at a time: its order avoids rereading it for every layer.
     order = first if isinstance(first, _Checkpoint) else second
     for name in order.info:
         if name not in wanted or name not in first.info or name not in second.info:
@@ -93,7 +97,7 @@ def compare(a: str | Path, b: str | Path, only: Iterable[str] | None = None, rou
 
 
 def _difference(a: Iterator[np.ndarray], b: Iterator[np.ndarray], round_a: bool) -> tuple[float, int]:
-    """(largest absolute difference, how many values differ)."""
+    """Return (largest absolute difference, number of differing values)."""
     largest, count = 0.0, 0
     for x, y in zip(a, b, strict=True):
         x = x.astype(y.dtype) if round_a else x
@@ -108,11 +112,17 @@ def _difference(a: Iterator[np.ndarray], b: Iterator[np.ndarray], round_a: bool)
 
 
 class _Side(Protocol):
-    """info: {name: (shape, dtype)} in PyTorch's layout; blocks: a tensor's values in order, flat and contiguous."""
+    """One of the two models.
+
+    Attributes:
+        info: {name: (shape, dtype)} in PyTorch's layout.
+    """
 
     info: dict[str, tuple[tuple[int, ...], str]]
 
-    def blocks(self, name: str) -> Iterator[np.ndarray]: ...
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        """Yield a tensor's values in order, as flat contiguous blocks."""
+        ...
 
 
 def _open(path: str | Path) -> _Side:
@@ -142,7 +152,7 @@ class _Checkpoint:
         self.info = {
             name: (slot.shape, DTYPE_NAMES[np.dtype(specs[slot.row.path].dtype)]) for name, slot in self._slots.items()
         }
-        # In the table the layers of a parameter are side by side.
+        # The last parameter read: the table lists all layers of a parameter consecutively.
         self._read: tuple[str, np.ndarray] | None = None
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
@@ -164,6 +174,6 @@ def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _spelling(name: str) -> str:
-    """Wall-X's name of a tensor of the table; others keep theirs."""
+    """Return Wall-X's name of a tensor in the name table; other names are returned unchanged."""
     parsed = names.parse(name)
     return name if parsed is None else parsed[0].name(parsed[1], qwen=False)

@@ -1,7 +1,7 @@
-"""What remains of a save that failed: no partial checkpoint, and one line with the cause and the remedy.
+"""Clean up after a failed save: remove the partial checkpoint and report the cause and remedy in one line.
 
-A full disk shows as an OSError where Python writes, and as text with the error's number where TensorStore does. Orbax
-raises the failure and logs it as well, with a traceback from each of its threads, a thousand lines in all.
+A full disk appears as an OSError where Python writes, and as text that contains the errno where TensorStore writes.
+Orbax both raises the failure and logs it with a traceback from each of its threads, about a thousand lines in total.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ from wallx_jax.checkpoints.layout import CheckpointError, causes, complete_steps
 from wallx_jax.models.param_summary import gib
 from wallx_jax.utils.files import DISK_REMEDIES
 
-_PATIENCE_S = 60.0  # for the writes that were under way
+_PATIENCE_S = 60.0  # for writes in progress
 _REMOVAL_S = 10.0
 
 
 def failure(folder: Path, step: int, size: int, error: BaseException) -> CheckpointError:
-    """What to raise for a save of `size` bytes in a checkpoints/ folder that failed."""
+    """Return the error to raise for a failed save of `size` bytes in the checkpoints/ folder `folder`."""
     why, remedy = cause(error)
     if _code(error) == errno.ENOSPC:
         why += f" (the checkpoint takes {gib(size)}, {gib(shutil.disk_usage(folder).free)} is free)"
@@ -41,7 +41,7 @@ def failure(folder: Path, step: int, size: int, error: BaseException) -> Checkpo
 
 
 def cause(error: BaseException) -> tuple[str, str]:
-    """Why writing a checkpoint failed, and what helps."""
+    """Return why writing a checkpoint failed, and the remedy."""
     code = _code(error)
     if code in DISK_REMEDIES:
         return os.strerror(code), DISK_REMEDIES[code]
@@ -49,12 +49,12 @@ def cause(error: BaseException) -> tuple[str, str]:
 
 
 def clean_up(folder: Path, step: int) -> None:
-    """Removes what a failed save has left, once no thread of Orbax writes any more.
+    """Remove the leftovers of a failed save once Orbax's threads have stopped writing.
 
-    Process 0 does; others, whose ending would end it, give it the time to.
+    Process 0 removes them. The other processes wait until it has, because process 0 ends as soon as one of them does.
     """
     wait_for_writers()
-    with contextlib.suppress(OSError):  # what cannot be removed now goes when the run is resumed
+    with contextlib.suppress(OSError):  # files that cannot be removed now are removed when the run is resumed
         if jax.process_index() == 0:
             for partial in _partial(folder, step):
                 shutil.rmtree(partial)
@@ -64,11 +64,11 @@ def clean_up(folder: Path, step: int) -> None:
 
 
 def wait_for_writers() -> None:
-    """Waits until no thread of Orbax writes any more: a late file would bring its folder back."""
+    """Wait until Orbax's threads have stopped writing: a late write would recreate a removed folder."""
     deadline = time.monotonic() + _PATIENCE_S
     for thread in threading.enumerate():
         if type(thread).__module__.startswith("orbax."):
-            # The base class's method: Orbax's raises what the thread has failed with.
+            # Call the base class's method: Orbax's override raises the thread's exception.
             threading.Thread.join(thread, max(0.0, deadline - time.monotonic()))
 
 
@@ -78,8 +78,11 @@ def _partial(folder: Path, step: int) -> list[Path]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps back the tracebacks that Orbax logs of a failure which it raises as well, and what TensorStore makes of
-    writes that end after the first one failed: nobody waits for them any more, their event loop is closed."""
+    """Suppress duplicate error output while a save may fail.
+
+    This drops the tracebacks that Orbax logs for failures that it also raises, and the "Event loop is closed" errors of
+    TensorStore writes that finish after the first one failed, when nothing awaits them any more.
+    """
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     others = sys.unraisablehook
 
@@ -102,7 +105,7 @@ def quiet() -> Iterator[None]:
 
 
 def _code(error: BaseException) -> int | None:
-    """The operating system's number for what went wrong."""
+    """Return the operating system's errno of an error; None if it has none."""
     for cause in causes(error):
         if isinstance(cause, OSError) and cause.errno is not None:
             return cause.errno

@@ -1,4 +1,4 @@
-"""PyTorch model directory -> checkpoint, a few layers in memory at a time, bit for bit."""
+"""Convert a PyTorch model directory to a checkpoint, bit for bit and with only a few layers in memory at a time."""
 
 import dataclasses
 import itertools
@@ -25,29 +25,30 @@ from wallx_jax.weights.load import Weights, open_weights
 from wallx_jax.weights.safetensors_io import DTYPE_NAMES, INDEX, NORMALIZERS, WeightsError
 
 THREADS = 4
-SMALL_FILE = 64 << 20  # bytes; a tokenizer, configuration or template is smaller
+SMALL_FILE = 64 << 20  # bytes; tokenizer, configuration and template files are smaller
 
 
 def convert_model(path_or_repo: str | Path, output: str | Path, *, acts: bool, revision: str | None = None) -> Path:
-    """Writes the weights of a model directory, and the small files beside them, as a checkpoint.
+    """Write the weights of a model directory and the small files next to them as a checkpoint.
 
-    Nothing is rounded: one tensor wider than bfloat16 has all parameters kept in float32, as the islands always are.
-    Every piece is read back and compared. Statistics that upstream keeps among the weights go into the assets.
+    Nothing is rounded: if any tensor is wider than bfloat16, all parameters are kept in float32, as those that always
+    stay in float32 are. Every piece is read back and compared. Normalizer statistics that upstream stores among the
+    weights go into the assets.
 
     Args:
-        path_or_repo: a folder with config.json and safetensors, or a hub repo id.
-        output: step directory to make; it appears when it is complete.
-        acts: whether a Wall-X is expected (True) or a Qwen2.5-VL (False).
+        path_or_repo: folder with config.json and safetensors files, or a hub repo id.
+        output: step directory to create; it appears once it is complete.
+        acts: whether a Wall-X model (True) or a Qwen2.5-VL (False) is expected.
         revision: git revision on the hub.
 
     Returns:
         `output`.
 
     Raises:
-        WeightsError: the model directory does not fit, is damaged, holds NaN, or links outside itself.
-        FileNotFoundError: it is not to be found.
+        WeightsError: the model directory does not match, is damaged, contains NaN, or links outside itself.
+        FileNotFoundError: the model directory does not exist.
         FileExistsError: `output` exists.
-        CheckpointError: `output` cannot be written; the disk is too small.
+        CheckpointError: `output` cannot be written, or the disk is too small.
     """
     output = Path(output).expanduser().absolute()
     folder = hub.resolve(path_or_repo, kind="model", revision=revision)
@@ -72,14 +73,14 @@ def convert_model(path_or_repo: str | Path, output: str | Path, *, acts: bool, r
             _copy(weights, writer, progress.update)
     except (CheckpointError, WeightsError, FileExistsError):
         raise
-    except Exception as error:  # TensorStore and Orbax report a full disk in several types
+    except Exception as error:  # TensorStore and Orbax report a full disk as several exception types
         why, remedy = failed_save.cause(error)
         raise CheckpointError(f"writing {output} failed, nothing was left there: {why}. Remedy: {remedy}") from error
     return output
 
 
 def _copy(weights: Weights, writer: ParamWriter, done: Callable[[int], Any]) -> None:
-    """Several pieces at a time: disk and processor wait for each other less."""
+    """Copy several pieces at a time, to overlap disk and CPU work."""
     pieces = ((path, rows) for path in weights.specs for rows in writer.pieces(path))
 
     def copy(path: str, rows: slice) -> int:
@@ -100,7 +101,7 @@ def _copy(weights: Weights, writer: ParamWriter, done: Callable[[int], Any]) -> 
 
 
 def _open_exact(folder: Path) -> Weights:
-    """In a parameter dtype that holds every tensor, whatever config.json says."""
+    """Open the weights with a param_dtype that represents every tensor exactly, whatever config.json specifies."""
     for numerics in (None, {"param_dtype": "float32"}):
         weights = open_weights(folder, numerics)
         rounded = [name for name, (stored, kept) in weights.dtypes().items() if np.promote_types(stored, kept) != kept]
@@ -120,7 +121,7 @@ def _expected(weights: Weights, acts: bool) -> WallXConfig:
 
 
 def _with_tokens(config: WallXConfig, folder: Path) -> WallXConfig:
-    """The config with the ids that the tokenizer gives."""
+    """Return the config with the token ids of the folder's tokenizer; warn if there is no tokenizer."""
     try:
         return config.replace(tokens=dataclasses.asdict(Tokenizer.from_dir(folder).token_ids()))
     except FileNotFoundError as error:
@@ -133,17 +134,20 @@ def _with_tokens(config: WallXConfig, folder: Path) -> WallXConfig:
 
 
 def _small_files(folder: Path) -> dict[str, bytes]:
-    """Tokenizer, processor and configuration files of a model directory.
+    """Read the tokenizer, processor and configuration files of a model directory.
+
+    Returns:
+        {path relative to the folder: content}.
 
     Raises:
-        WeightsError: one of its files, weights included, is a link to somewhere else.
+        WeightsError: one of the files, weights included, is a link that points outside the folder.
     """
     found: dict[str, Any] = {}
     for file in sorted({file for pattern in hub.MODEL_PATTERNS for file in folder.glob(pattern)}):
         _refuse_outside(folder, file)
         if file.suffix != ".safetensors" and file.name != INDEX and file.stat().st_size <= SMALL_FILE:
             found[file.name] = file.read_bytes()
-    for part in ("fast", "robots"):  # of a directory that we exported
+    for part in ("fast", "robots"):  # present in directories exported by wallx_jax
         for file in sorted((folder / part).rglob("*.json")):
             _refuse_outside(folder, file)
             found[str(file.relative_to(folder))] = file.read_bytes()
@@ -151,7 +155,10 @@ def _small_files(folder: Path) -> dict[str, bytes]:
 
 
 def _refuse_outside(folder: Path, file: Path) -> None:
-    """The hub's cache links from snapshots/REVISION to blobs beside it, which belongs to the repository."""
+    """Raise a WeightsError if `file` is a link that points outside `folder`.
+
+    Links from snapshots/REVISION to blobs/ of the same repository in the hub cache are allowed.
+    """
     target, home = file.resolve(), folder.resolve()
     allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if not any(target.is_relative_to(root) for root in allowed):

@@ -1,4 +1,4 @@
-"""Is a checkpoint whole, and what is it good for? Answered from its index and small files; arrays are not loaded."""
+"""Validate a checkpoint and report what it can be used for, from its index and small files without loading arrays."""
 
 import importlib.metadata
 import operator
@@ -30,7 +30,12 @@ T = TypeVar("T")
 
 @dataclass
 class CheckpointReport:
-    """What was found, a line each, and what is wrong; nothing wrong means that it loads."""
+    """Result of inspecting a checkpoint.
+
+    Attributes:
+        findings: description of the checkpoint, one line each.
+        problems: what is wrong with it; empty if the checkpoint can be loaded.
+    """
 
     findings: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -39,18 +44,18 @@ class CheckpointReport:
         self.findings.append(f"{title:<13}{text}")
 
     def attempt(self, what: str, function: Callable[..., T], *arguments: Any) -> T | None:
-        """The function's result; an exception is a problem, and gives None."""
+        """Return `function(*arguments)`; if it raises, record the exception as a problem and return None."""
         try:
             return function(*arguments)
         except CheckpointError as error:
             self.problems.append(str(error))
-        except Exception as error:  # damage shows as many types, which differ between Orbax's versions
+        except Exception as error:  # damage raises many exception types, which vary with the version of Orbax
             self.problems.append(f"{what}: {reason(error)}")
         return None
 
 
 def inspect_checkpoint(path: str | Path) -> CheckpointReport:
-    """Looks at a checkpoint, a run (its newest complete checkpoint), or a PyTorch model directory; all local."""
+    """Inspect a checkpoint, a run (its newest complete checkpoint) or a PyTorch model directory; local paths only."""
     checkup, folder = CheckpointReport(), Path(path).expanduser().absolute()
     if not folder.is_dir():
         checkup.problems.append(f"there is no directory {folder}")
@@ -91,7 +96,7 @@ def _check_step(checkup: CheckpointReport, step: Path) -> None:
                 checkup.attempt("its parameters do not fit its metadata", compare_params, step, abstract_params(model))
     if specs is not None:
         checkup.findings += param_summary.table(rows := param_summary.rows(specs))
-        # Arrays are stored without compression, so that what a broken copy left out shows in the size.
+        # Arrays are stored uncompressed, so missing data from an interrupted copy shows in the size.
         wanted, found = sum(row.size for row in rows), _bytes_of(step / "params")
         if found < wanted:
             checkup.problems.append(
@@ -115,7 +120,7 @@ def _describe_model(checkup: CheckpointReport, model: WallXConfig) -> None:
 
 
 def _versions(metadata: dict[str, Any]) -> str:
-    """The packages it was written with, where those here are others."""
+    """Describe the package versions that the checkpoint was written with, where they differ from those installed."""
 
     def here(package: str) -> str | None:
         try:
@@ -128,7 +133,7 @@ def _versions(metadata: dict[str, Any]) -> str:
 
 
 def _check_files(checkup: CheckpointReport, folder: Path) -> None:
-    """Tokenizer, statistics and image sizes; a model without a robot has the first alone."""
+    """Check tokenizer, statistics and image sizes; a model without robot data has only a tokenizer."""
     if (folder / processors.FILE_NAME).is_file():
         processor = checkup.attempt("its preprocessing cannot be read", Processor.from_dir, folder)
         if processor is not None:

@@ -1,16 +1,16 @@
-"""Checkpoint directories: where they are, which are complete, and what they say of themselves.
+"""Find checkpoint directories, tell complete ones from incomplete ones, and read their metadata.
 
 A run keeps {save_path}/checkpoints/{step}/, which `checkpoints.checkpointer` writes:
 
-    params/    the parameters (their moving average, if one is kept) } arrays in Orbax's format,
-    state/     the rest of the train state: optimizer, step, ...     } restored onto any mesh
-    data/      position.json: the place in the data
-    metadata/  metadata.json: run config, model config, token ids, numerics, order of the data, package versions, loss
-    assets/    the processor directory: tokenizer, normalisation statistics, image sizes
+    params/    parameters (their moving average, if one is kept)  } arrays in Orbax's format,
+    state/     the rest of the train state: optimizer, step, ...  } can be restored onto any mesh
+    data/      position.json: position in the data
+    metadata/  metadata.json: run config, model config, token ids, numerics, data order, package versions, loss
+    assets/    processor directory: tokenizer, normalization statistics, image sizes
 
-A `path` is a run directory, its checkpoints/ folder, one step directory (which may have been moved and renamed), or
-the word "latest": the newest checkpoint of `save_path`. Who reads several things of a run that is still training asks
-`find_checkpoints` once and goes on with the step directory it gives.
+A `path` is a run directory, its checkpoints/ folder, a step directory (which may have been moved and renamed), or the
+string "latest" for the newest checkpoint of `save_path`. To read several items of a run that is still training, call
+`find_checkpoints` once and use the step directory it returns, so that all items come from the same checkpoint.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ FOLDER = "checkpoints"
 METADATA_FILE = "metadata.json"
 POSITION_FILE = "position.json"
 COMMITTED = "commit_success.txt"  # Orbax writes it last
-# Entries of metadata.json and their types; and those that not every checkpoint has.
+# Required entries of metadata.json and their types, followed by the optional ones.
 METADATA = {"step": int, "time": str, "config": dict, "model": dict, "tokens": dict, "numerics": dict,
             "versions": dict, "processes": int}  # fmt: skip
 OPTIONAL_METADATA = {"loss": int | float | None, "data_order": dict | None, "source": dict | None}
@@ -45,14 +45,21 @@ _TEMPORARY = re.compile(r"\d+\.orbax-checkpoint-tmp.*")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be found, read or written; the message is for the user."""
+    """Raised if a checkpoint cannot be found, read or written; the message is meant for the user."""
 
 
 def find_checkpoints(path: str | Path, save_path: str | Path | None = None) -> list[Path]:
-    """The complete step directories that `path` means, newest first; never empty.
+    """Return the complete step directories that `path` refers to, newest first.
+
+    Args:
+        path: checkpoint or run, see the module docstring.
+        save_path: run directory that `path="latest"` refers to.
+
+    Returns:
+        At least one directory.
 
     Raises:
-        CheckpointError: nothing there, not a checkpoint, or only incomplete ones.
+        CheckpointError: `path` does not exist, is not a checkpoint, or contains only incomplete ones.
     """
     if path == "latest":
         if save_path is None:
@@ -78,11 +85,14 @@ def find_checkpoints(path: str | Path, save_path: str | Path | None = None) -> l
 
 
 def find_model(path_or_repo: str | Path, revision: str | None = None) -> tuple[Path, bool]:
-    """(folder, whether it is a PyTorch model directory) of a checkpoint, run, model directory or hub repo id.
+    """Find a model given as a checkpoint, run, PyTorch model directory or hub repo id.
+
+    Returns:
+        (folder, whether it is a PyTorch model directory rather than a step directory).
 
     Raises:
-        FileNotFoundError: it is nowhere to be found.
-        CheckpointError: a folder that holds neither a model nor a complete checkpoint.
+        FileNotFoundError: there is no such path or repository.
+        CheckpointError: the folder contains neither a model nor a complete checkpoint.
     """
     folder = hub.resolve(path_or_repo, kind="model", revision=revision)
     if (folder / "config.json").is_file():
@@ -91,12 +101,12 @@ def find_model(path_or_repo: str | Path, revision: str | None = None) -> tuple[P
 
 
 def latest_step(save_path: str | Path) -> int | None:
-    """The newest complete step of a run directory; None when it has none."""
+    """Return the newest complete step of a run directory; None if there is none."""
     return max(complete_steps(Path(save_path) / FOLDER), default=None)
 
 
 def complete_steps(folder: Path) -> list[int]:
-    """Steps in a checkpoints/ folder, ascending, without the incomplete ones."""
+    """Return the complete steps in a checkpoints/ folder, in ascending order."""
     if not folder.is_dir():
         return []
     return sorted(int(step.name) for step in folder.iterdir() if step.name.isdigit() and _is_complete(step))
@@ -107,7 +117,11 @@ def _is_complete(step: Path) -> bool:
 
 
 def refuse_overwrite(save_path: str | Path) -> None:
-    """For a run that starts anew: raises CheckpointError if `save_path` already holds checkpoints."""
+    """Check that a new run does not overwrite another one.
+
+    Raises:
+        CheckpointError: `save_path` already contains checkpoints.
+    """
     step = latest_step(save_path)
     if step is not None:
         raise CheckpointError(
@@ -117,10 +131,10 @@ def refuse_overwrite(save_path: str | Path) -> None:
 
 
 def prepare(folder: Path, resumed_step: int | None) -> None:
-    """Makes a checkpoints/ folder ready for writing.
+    """Prepare a checkpoints/ folder for writing.
 
-    Leftovers of interrupted saves are removed. Complete checkpoints later than `resumed_step` (damaged, or of a
-    continuation that is being abandoned) would pass for the newest: they are renamed "STEP.abandoned-N".
+    Remove leftovers of interrupted saves. Rename complete checkpoints later than `resumed_step` (damaged ones, or those
+    of an abandoned continuation) to "STEP.abandoned-N": otherwise they would be taken for the newest.
     """
     if not folder.is_dir():
         return
@@ -137,20 +151,20 @@ def prepare(folder: Path, resumed_step: int | None) -> None:
 
 
 def partial_saves(folder: Path) -> list[Path]:
-    """What saves that were interrupted or failed have left in a checkpoints/ folder."""
+    """Return the leftovers of interrupted or failed saves in a checkpoints/ folder."""
     return [child for child in folder.iterdir() if _TEMPORARY.fullmatch(child.name)]
 
 
 def read_metadata(path: str | Path, save_path: str | Path | None = None) -> dict[str, Any]:
-    """metadata.json of the (newest) checkpoint: step, time, loss, config, model, tokens, numerics, versions."""
+    """Read metadata.json of the (newest) checkpoint: step, time, loss, config, model, tokens, numerics, versions."""
     return first_readable(path, save_path, metadata_of)
 
 
 def metadata_of(step: Path) -> dict[str, Any]:
-    """metadata.json of a step directory, with the entries that are always there, each of its type.
+    """Read metadata.json of a step directory, and check that required entries are present and types are right.
 
     Raises:
-        FileNotFoundError, ValueError: naming the file, and the entries that are missing or of another type.
+        FileNotFoundError, ValueError: naming the file, and the entries that are missing or have the wrong type.
     """
     file = metadata_file(step)
     metadata = read_json_object(file)
@@ -164,20 +178,20 @@ def metadata_of(step: Path) -> dict[str, Any]:
 
 
 def metadata_file(step: Path) -> Path:
-    """metadata.json of a step directory."""
+    """Return the path of metadata.json in a step directory."""
     return step / "metadata" / METADATA_FILE
 
 
 def read_model_config(path: str | Path, save_path: str | Path | None = None) -> WallXConfig:
-    """Shapes, token ids and numerics of the (newest) checkpoint's model."""
+    """Read the model config (shapes, token ids and numerics) of the (newest) checkpoint."""
     return first_readable(path, save_path, model_config_of)
 
 
 def model_config_of(step: Path) -> WallXConfig:
-    """The model that a step directory's metadata describe.
+    """Read the model config from the metadata of a step directory.
 
     Raises:
-        FileNotFoundError, ValueError: naming the file and the entry that makes no sense.
+        FileNotFoundError, ValueError: naming the file and the invalid entries.
     """
     file, metadata = metadata_file(step), metadata_of(step)
     tokens, numerics = metadata["tokens"], metadata["numerics"]
@@ -199,7 +213,7 @@ def model_config_of(step: Path) -> WallXConfig:
 
 
 def assets_dir(path: str | Path, save_path: str | Path | None = None) -> Path:
-    """The processor directory inside the (newest) checkpoint."""
+    """Return the processor directory inside the (newest) checkpoint."""
     return find_checkpoints(path, save_path)[0] / "assets"
 
 
@@ -209,14 +223,22 @@ def first_readable(
     load: Callable[[Path], T],
     agree: Callable[[bool], bool] = lambda success: success,
 ) -> T:
-    """Returns `load` of the newest checkpoint that is not damaged; passing over one is a warning.
+    """Load the newest checkpoint that is not damaged; warn about each damaged one that is skipped.
 
     Args:
-        agree: called after each attempt with whether this process has succeeded; tells whether all have.
+        path: checkpoint or run, see the module docstring.
+        save_path: run directory that `path="latest"` refers to.
+        load: loads a step directory; any exception except those below means that it is damaged.
+        agree: called after each attempt with whether this process has succeeded; returns whether all processes have.
+
+    Returns:
+        The result of `load`.
 
     Raises:
-        CheckpointError: all are damaged; or `load` says so: a checkpoint of another model is not damage.
-        KeyboardInterrupt: Ctrl-C, which libraries wrap into errors of their own, is no damage either.
+        CheckpointError: all checkpoints are damaged, or `load` raised it: a checkpoint of a different model is not
+            damaged.
+        MemoryError, JaxRuntimeError: raised by `load`; not caused by the files.
+        KeyboardInterrupt: Ctrl-C, even where a library wrapped it in an exception of its own.
     """
     failures = []
     for step in find_checkpoints(path, save_path):
@@ -224,8 +246,8 @@ def first_readable(
         try:
             loaded, success = load(step), True
         except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
-            raise  # out of memory and device errors say nothing about the files
-        except Exception as error:  # Orbax and TensorStore report damage as many types
+            raise  # out-of-memory and device errors are not caused by the files
+        except Exception as error:  # Orbax and TensorStore report damage as many exception types
             if any(isinstance(cause, KeyboardInterrupt | asyncio.CancelledError) for cause in causes(error)):
                 raise KeyboardInterrupt from error
             loaded, success, why = None, False, reason(error)
@@ -237,7 +259,7 @@ def first_readable(
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and those that it wraps."""
+    """Yield an exception and all exceptions that it wraps."""
     if error is not None:
         yield error
         for inner in (error.__cause__, error.__context__, *getattr(error, "exceptions", ())):
@@ -245,7 +267,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def reason(error: BaseException) -> str:
-    """One line from the innermost exception: Orbax wraps the cause in pages of its own."""
+    """Return the innermost exception's message as one line: Orbax wraps it in pages of text."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
     text = " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Writes and reads checkpoints one parameter at a time, for models that need not fit into memory.
+"""Write and read checkpoints one parameter at a time, for models that do not fit into memory.
 
 `new_checkpoint` lays out a step directory as `checkpoints.checkpointer` does, without optimizer state and data
 position: such a checkpoint can be used for inference, exported and trained from, but not resumed. Orbax writes the
@@ -27,27 +27,37 @@ from wallx_jax.models.config import LoraConfig
 from wallx_jax.utils import tree
 from wallx_jax.utils.files import new_directory, sync
 
-CHUNK_BYTES = 64 << 20  # of a parameter: whole layers or rows, as many as fit
+CHUNK_BYTES = 64 << 20  # maximum chunk size; a chunk holds as many whole layers or rows as fit
 
 
 class ParamWriter:
-    """The parameters of a checkpoint that is being written; several threads may write different pieces."""
+    """Write the parameters of a new checkpoint piece by piece; different pieces may be written by several threads.
+
+    Args:
+        folder: params/ of the step directory.
+        specs: {path: shape and dtype}.
+    """
 
     def __init__(self, folder: Path, specs: Mapping[str, Any]):
         self._specs = specs
         self._stores = {path: _open(folder / path.replace("/", "."), spec) for path, spec in specs.items()}
 
     def pieces(self, path: str) -> Iterator[slice]:
-        """Ranges of the first axis, in order, that are written best in one go."""
+        """Return consecutive ranges of the first axis that match the chunks, the most efficient pieces to write."""
         rows = self._specs[path].shape[0]
         step = _chunk_rows(self._specs[path])
         return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
     def write(self, path: str, rows: slice, array: np.ndarray) -> None:
-        """Writes a piece, reads it back and compares.
+        """Write a piece, read it back and compare.
+
+        Args:
+            path: parameter path.
+            rows: range of the first axis.
+            array: values of these rows.
 
         Raises:
-            CheckpointError: what came back is something else.
+            CheckpointError: the data read back differ.
         """
         piece = self._stores[path][rows]
         piece.write(array).result()
@@ -59,25 +69,29 @@ class ParamWriter:
 def new_checkpoint(
     output: Path, specs: Mapping[str, Any], metadata: bytes, assets: Mapping[str, bytes]
 ) -> Iterator[ParamWriter]:
-    """`with new_checkpoint(...) as writer: writer.write(...)` for every piece of every parameter.
+    """Create a checkpoint: `with new_checkpoint(...) as writer: writer.write(...)` for every piece of every parameter.
 
-    The step directory `output` appears when the block has succeeded (`files.new_directory`); what an interruption
-    leaves behind passes for no checkpoint.
+    The step directory `output` appears once the block has succeeded (see `files.new_directory`); leftovers of an
+    interrupted block are not taken for a checkpoint.
 
     Args:
+        output: step directory to create.
         specs: {path: shape and dtype}.
         metadata: content of metadata.json.
         assets: {file name: content}.
 
+    Yields:
+        The writer of the parameters.
+
     Raises:
-        FileExistsError: there is something at `output`.
-        CheckpointError: Orbax does not find what was announced.
+        FileExistsError: `output` already exists.
+        CheckpointError: Orbax does not read back the shapes and dtypes in `specs`.
     """
     context = ocp.Context()
     context.asynchronous.create_directories_asynchronously = False  # as in `checkpoints.checkpointer`
     context.array.saving.use_compression = False
-    context.array.saving.use_ocdbt = False  # so that chunks are files, which can be written one by one
-    context.array.saving.use_zarr3 = False  # the form in which Orbax recognises them
+    context.array.saving.use_ocdbt = False  # so that each chunk is a file that can be written on its own
+    context.array.saving.use_zarr3 = False  # the format in which Orbax recognizes such files
     placeholders = {path: np.zeros((1,) * len(spec.shape), spec.dtype) for path, spec in specs.items()}
     items = {
         "params": tree.unflatten(placeholders),
@@ -101,7 +115,7 @@ def new_checkpoint(
 
 
 def _open(folder: Path, spec: Any) -> ts.TensorStore:
-    """A new array in place of the placeholder's."""
+    """Replace a placeholder by a new array of the final shape."""
     if not folder.is_dir():
         raise CheckpointError(f"this version of Orbax keeps parameters elsewhere than in {folder}; install 0.12")
     shutil.rmtree(folder)
@@ -133,11 +147,11 @@ def _check_layout(step: Path, specs: Mapping[str, Any]) -> None:
 
 
 class ModelReader:
-    """The model of a complete step directory, adapters merged into their layers.
+    """Read the model of a complete step directory, with LoRA adapters merged into their layers.
 
     Attributes:
-        config: without adapters.
-        specs: {path: shape and dtype}.
+        config: model config without adapters.
+        specs: {path: shape and dtype} of the parameters without adapters.
     """
 
     def __init__(self, step: Path):
@@ -147,7 +161,12 @@ class ModelReader:
         self.specs = {path: spec for path, spec in self._params.specs.items() if not lora.is_adapter(path)}
 
     def read(self, path: str, dtype: Any = None) -> np.ndarray:
-        """One parameter, in host memory, as it is stored or in a dtype, which adapters are then merged in."""
+        """Read one parameter into host memory.
+
+        Args:
+            path: parameter path.
+            dtype: dtype of the result, in which adapters are merged; None for the stored dtype.
+        """
         dtype = dtype or self.specs[path].dtype
         pair = lora.adapter_paths(path)
         if pair is None or pair[0] not in self._params.specs:
@@ -159,7 +178,7 @@ class ModelReader:
 
 
 class ParamsReader:
-    """The parameters of any complete step directory, read one by one.
+    """Read the parameters of a complete step directory one by one, as they are stored.
 
     Attributes:
         specs: {path: shape and dtype}.
@@ -170,7 +189,7 @@ class ParamsReader:
         self.specs = stored(step)
 
     def read(self, path: str) -> np.ndarray:
-        """One parameter, in host memory."""
+        """Read one parameter into host memory."""
         sharding = jax.sharding.SingleDeviceSharding(_host())
         spec = jax.ShapeDtypeStruct(self.specs[path].shape, self.specs[path].dtype, sharding=sharding)
         context = ocp.Context()
@@ -181,7 +200,7 @@ class ParamsReader:
 
 
 def _host() -> jax.Device:
-    """The CPU; a device where JAX_PLATFORMS leaves the CPU out."""
+    """Return the CPU device, or the first local device if JAX_PLATFORMS excludes the CPU."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""Checkpoint -> PyTorch model directory, one parameter in memory at a time."""
+"""Export a checkpoint as a PyTorch model directory, with one parameter in memory at a time."""
 
 import dataclasses
 import shutil
@@ -25,8 +25,9 @@ from wallx_jax.weights.export import tensor_specs, write_json, write_weights
 from wallx_jax.weights.safetensors_io import DTYPES, NORMALIZERS, Tensors, WeightsError, read_header
 
 Layout = Literal["wall_x", "qwen2_5_vl"]
-ROBOT = ("processor.json", "norm_stats.json", "fast", "robots")  # what a VLM has no use for
-# Of Qwen2.5-VL; PyTorch loaders ask for this file, and a checkpoint trained from a bare directory may lack it.
+ROBOT = ("processor.json", "norm_stats.json", "fast", "robots")  # not used by a VLM
+# preprocessor_config.json of Qwen2.5-VL: PyTorch loaders require it, and a checkpoint trained from a directory without
+# one lacks it.
 PREPROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessor",
     "processor_class": "Qwen2_5_VLProcessor",
@@ -52,23 +53,25 @@ def export_model(
     dtype: Literal["keep", "bfloat16", "float16", "float32"] = "keep",
     shard_bytes: int | None = None,
 ) -> Path:
-    """Writes a model directory that PyTorch loaders read, and compares it with the checkpoint.
+    """Write a model directory for PyTorch loaders, and compare it with the checkpoint.
 
-    Warns where actions are relative to the state, which PyTorch loaders do not know; config.json then says so, too.
+    Warn if some actions are relative to the state, which PyTorch loaders do not support, and record it in config.json.
 
     Args:
-        checkpoint: a checkpoint or run of ours (its newest). Adapters are merged.
-        output: folder to make; it appears when it is complete.
-        layout: "wall_x" as upstream and lerobot read it; "qwen2_5_vl": the VLM part, as transformers reads it.
-        dtype: of all tensors. "keep": as in the checkpoint; a converted one gets the dtypes back that it came with.
-        shard_bytes: size above which the next file begins. None: one file, which Wall-X's loaders ask for.
+        checkpoint: wallx_jax checkpoint, or run (its newest checkpoint). Adapters are merged.
+        output: folder to create; it appears once it is complete.
+        layout: "wall_x": as read by upstream and lerobot; "qwen2_5_vl": only the VLM, as read by transformers.
+        dtype: dtype of all tensors. "keep": as in the checkpoint; a converted model gets its original dtypes back.
+        shard_bytes: file size in bytes above which a new file begins. None: a single file, which Wall-X's loaders
+            require.
 
     Returns:
         `output`.
 
     Raises:
-        CheckpointError: no complete checkpoint; or what was written is not what is in it.
-        WeightsError: a parameter holds NaN, or does not fit the dtype; a Wall-X is asked of a model that cannot act.
+        CheckpointError: there is no complete checkpoint, or the written files differ from it.
+        WeightsError: a parameter contains NaN or does not fit the dtype, or layout "wall_x" was requested for a model
+            without an action side.
         FileExistsError: `output` exists.
         OSError: `output` cannot be written.
     """
@@ -114,7 +117,7 @@ def export_model(
 
 
 def _as_in_source(config: WallXConfig, specs: Mapping[str, Any], stored: Mapping[str, str]) -> dict[str, Any]:
-    """Each tensor in the dtype that it came in, and a tied head if it was stored."""
+    """Return specs with each tensor's original dtype, plus the tied LM head if the source had stored one."""
     shapes = {name: spec.shape for name, spec in specs.items()}
     if names.HEAD in stored and config.text.tie_word_embeddings:
         shapes[names.HEAD] = shapes[names.EMBEDDING]
@@ -126,8 +129,11 @@ def _tied_head(config: WallXConfig) -> set[str]:
 
 
 def _config_json(config: WallXConfig, assets: Path, specs: Mapping[str, Any]) -> dict[str, Any]:
-    """Upstream's config.json for these tensors; fields that we do not know are kept from the one that came with a
-    converted model, if that describes the same model."""
+    """Return upstream's config.json for these tensors.
+
+    If the assets contain the config.json of a converted model and it describes the same model, its fields are kept,
+    including those unknown to wallx_jax.
+    """
     widest = "bfloat16" if specs[names.EMBEDDING].dtype == DTYPES["BF16"] else "float32"
     ours = config.replace(numerics={"param_dtype": widest}).to_hf()
     ours["torch_dtype"] = specs[names.EMBEDDING].dtype.name

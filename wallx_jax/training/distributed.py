@@ -1,4 +1,4 @@
-"""Runs of many processes: each learns who the others are before it touches a device."""
+"""Initialize multi-process runs, before any device is used."""
 
 import itertools
 import logging
@@ -7,36 +7,40 @@ import threading
 from collections.abc import Mapping
 
 import jax
-from jax._src.distributed import global_state  # barriers outside of the devices have no public name
+from jax._src.distributed import global_state  # no public API for barriers that do not use devices
 
 from wallx_jax.config.schema import DistributedConfig
 from wallx_jax.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_S = 300  # a process that was stopped for a minute or two, as machines are when they move, is not dead
+HEARTBEAT_S = 300  # a process paused for a minute or two, e.g. while its VM migrates, is not dead
 MEETING_S = 3600
 SLOW_S = 10
 _meetings = itertools.count()
-# The same three settings as environment variables.
+# Environment variables for the three settings.
 VARIABLES = {
     "coordinator": "JAX_COORDINATOR_ADDRESS",
     "num_processes": "JAX_NUM_PROCESSES",
     "process_id": "JAX_PROCESS_ID",
 }
-# How many processes a launcher started, and a variable that only those processes have: a batch script itself, and a
-# shell in an allocation, know the count too. jax.distributed reads the rest.
+# For each launcher, the variable with the number of processes, and one that only those processes have: the count is
+# also set in the batch script itself and in a shell inside an allocation. jax.distributed reads the rest.
 LAUNCHERS = (("SLURM_NTASKS", "SLURM_STEP_NODELIST"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"))
 
 
 def initialize(config: DistributedConfig, environ: Mapping[str, str] = os.environ) -> None:
-    """Joins the processes of one run. Does nothing in a run of one process, or when that has been done already.
+    """Connect the processes of a run. Do nothing in a single-process run, or if they are already connected.
 
-    Settings win over the environment variables in VARIABLES, those over what SLURM or Open MPI say.
+    The config takes precedence over the environment variables in VARIABLES, and those over SLURM or Open MPI.
+
+    Args:
+        config: coordinator address, number of processes and process id; each may be None.
+        environ: environment variables.
 
     Raises:
-        ConfigError: only some of the three are given, or a variable is no number.
-        RuntimeError: devices are in use already, or the coordinator does not answer.
+        ConfigError: only some of the three settings are given, or one is not a number.
+        RuntimeError: devices are already in use, or the coordinator does not respond.
     """
     if jax.distributed.is_initialized():
         return
@@ -45,7 +49,7 @@ def initialize(config: DistributedConfig, environ: Mapping[str, str] = os.enviro
     if all(value is None for value in given.values()):
         given, source = {name: environ.get(variable) for name, variable in VARIABLES.items()}, VARIABLES
     missing = [source[name] for name, value in given.items() if value is None]
-    # An address alone may be there to change the one that the launcher would give.
+    # An address on its own may be meant to override the launcher's.
     launched = any(int(environ.get(count, 1)) > 1 and member in environ for count, member in LAUNCHERS)
     if not missing:
         arguments = {
@@ -64,15 +68,15 @@ def initialize(config: DistributedConfig, environ: Mapping[str, str] = os.enviro
         )
     else:
         return
-    # JAX's own handling of SIGTERM would keep a process from ending before training starts; see interruption.py.
+    # JAX's own SIGTERM handler would keep a process from exiting before training starts; see interruption.py.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_S)
 
 
 def meet() -> None:
-    """Waits until all processes of the run have come here; to be called as often by each.
+    """Wait until all processes of the run have called this function; each must call it equally often.
 
-    Between CPUs the first collectives fail unless all processes come to them within 30 seconds (Gloo's, in JAX).
+    On CPUs, the first collectives fail unless all processes reach them within 30 seconds (the timeout of Gloo in JAX).
     """
     client = global_state.client
     if client is None:

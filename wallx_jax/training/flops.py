@@ -1,11 +1,11 @@
-"""Model FLOPs of an update, counted from shapes, and the share of the accelerator's peak that a run reaches (MFU).
+"""Count the model FLOPs of an update from shapes, and compute the model FLOPs utilization (MFU) of a run.
 
-What is counted: the multiplications and additions of matrix products, 2 per weight and token (PaLM, arXiv 2204.02311,
-appendix B). A trained layer costs three times its forward pass: once forward, once for the gradient of its input, once
-for that of its weights. A frozen one has no gradient of weights, and the vision tower no backward pass at all where
-nothing in it is trained. Recomputation (`numerics.remat`) earns no credit, and neither do norms, softmax, rotary angles
-or the optimizer. Attention counts every score, masked or not, and padding counts as tokens. Every layer counts for all
-tokens, though the last one, where layers are apart, is worked out only for those that have a loss.
+Only the multiplications and additions of matrix products are counted, 2 per weight and token (PaLM, arXiv 2204.02311,
+appendix B). A trained layer costs three times its forward pass: the forward pass itself, the gradient of its input, and
+the gradient of its weights. A frozen layer has no weight gradient, and the vision tower has no backward pass if nothing
+in it is trained. Recomputation (`numerics.remat`), norms, softmax, rotary embeddings and the optimizer are not counted.
+Attention counts every score, masked or not, and padding counts as tokens. Every layer counts for all tokens, although
+with unrolled layers the last one is computed only for tokens that have a loss.
 
 Legend: P patches, T prefix tokens, A action tokens, W label window, D width.
 """
@@ -23,10 +23,11 @@ from wallx_jax.models.params import abstract_params
 from wallx_jax.models.vision_plan import plan_frame
 from wallx_jax.utils import tree
 
-# Dense bfloat16 products with float32 sums, TFLOP/s of one device, by jax's `device_kind`; the first match counts.
+# Peak TFLOP/s of one device for dense bfloat16 products with float32 accumulation, by JAX's `device_kind`; first match
+# wins.
 PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
     (r"A100", 312),  # NVIDIA A100 Tensor Core GPU datasheet
-    (r"H100 NVL", 835),  # NVIDIA H100 Tensor Core GPU datasheet: half of the figures with sparsity
+    (r"H100 NVL", 835),  # NVIDIA H100 Tensor Core GPU datasheet: half the figures given with sparsity
     (r"H100 PCIe", 756),
     (r"H100", 989),
     (r"H200 NVL", 835),  # NVIDIA H200 Tensor Core GPU datasheet
@@ -39,11 +40,17 @@ PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
     (r"^TPU (v5p|v5)$", 459),
     (r"^TPU (v6 lite|v6e)$", 918),
 )
-READ_DATA = ("vision/patch_embed/", "action/propri_proj/", "action/w1/")  # their input needs no gradient
+READ_DATA = ("vision/patch_embed/", "action/propri_proj/", "action/w1/")  # their inputs are data and need no gradient
 
 
 class Product(NamedTuple):
-    """Matrix products of one sample's forward pass: FLOPs, and the parameter (None: attention, which has none)."""
+    """Matrix products of one sample's forward pass.
+
+    Attributes:
+        part: top-level part of the model, e.g. "vision" or "decoder".
+        parameter: parameter path; None for attention scores and values, which have no parameter.
+        flops: FLOPs of the forward pass.
+    """
 
     part: str
     parameter: str | None
@@ -51,7 +58,13 @@ class Product(NamedTuple):
 
 
 def products(model: WallXConfig, sample: Batch, use_flow: bool = True) -> Iterator[Product]:
-    """The forward pass of one sample (arrays or shapes without a batch axis); without `use_flow` no action tokens."""
+    """Yield the matrix products of one sample's forward pass.
+
+    Args:
+        model: model config.
+        sample: arrays or shapes without a batch axis.
+        use_flow: include the action tokens.
+    """
     vision, text = model.vision, model.text
     grids = [(x.shape[0] // vision.patch_size, x.shape[1] // vision.patch_size) for x in sample.images]
     patches = sum(rows * columns for rows, columns in grids)
@@ -59,7 +72,7 @@ def products(model: WallXConfig, sample: Batch, use_flow: bool = True) -> Iterat
     horizon = sample.actions.shape[0] if use_flow else 0
 
     def tokens(path: str) -> float:
-        """How many rows are multiplied by this matrix."""
+        """Return the number of rows multiplied by this matrix."""
         if path.startswith("vision/"):
             return patches / vision.spatial_merge_size**2 if path.startswith("vision/merger/") else patches
         if path.startswith("decoder/"):
@@ -68,7 +81,7 @@ def products(model: WallXConfig, sample: Batch, use_flow: bool = True) -> Iterat
         if path.startswith("action/propri_proj/"):
             return 1
         if path.startswith("action/w2/"):
-            return horizon + 1 if horizon else 0  # the action tokens and the flow time, zeros in the other's half
+            return horizon + 1 if horizon else 0  # action tokens and flow time, each zero-padded in the other's half
         return horizon if path.startswith("action/") else window
 
     head = "embed/embedding" if text.tie_word_embeddings else "lm_head/kernel"
@@ -87,21 +100,25 @@ def products(model: WallXConfig, sample: Batch, use_flow: bool = True) -> Iterat
 
 
 def forward_flops(model: WallXConfig, sample: Batch, use_flow: bool = True) -> int:
-    """Of the forward pass of one sample."""
+    """Return the FLOPs of one sample's forward pass."""
     return sum(product.flops for product in products(model, sample, use_flow))
 
 
 def update_flops(model: WallXConfig, sample: Batch, trainable: Callable[[str], bool], use_flow: bool = True) -> int:
-    """Of one sample's share of an update, forward and backward.
+    """Return one sample's FLOPs in an update, forward and backward.
 
-    trainable: whether the parameter at a path is trained.
+    Args:
+        model: model config.
+        sample: arrays or shapes without a batch axis.
+        trainable: returns whether the parameter at a path is trained.
+        use_flow: include the action tokens.
     """
     trained = {"vision": False, "action": False}
     for path in filter(trainable, tree.flatten(abstract_params(model))):
         trained[path.split("/")[0]] = True
     total = 0
     for part, path, flops in products(model, sample, use_flow):
-        # Gradients pass the decoder whatever is trained: the action expert sits in every layer of it.
+        # Gradients always pass through the decoder, whatever is trained: each of its layers has an action expert.
         passes = trained.get(part, True) or path == "action/proj_back/kernel"
         if path is None:
             total += flops * (3 if passes else 1)
@@ -111,14 +128,19 @@ def update_flops(model: WallXConfig, sample: Batch, trainable: Callable[[str], b
 
 
 def peak_tflops(device_kind: str) -> float | None:
-    """Dense bfloat16 peak of a device; None for one that is not in the table."""
+    """Return a device's dense bfloat16 peak in TFLOP/s; None if it is not in the table."""
     return next((peak for pattern, peak in PEAK_TFLOPS if re.search(pattern, device_kind)), None)
 
 
 def rates(flops_per_s: float, mesh: Mesh) -> dict[str, float]:
-    """{"tflops_per_device"}, and where the device's peak is known {"mfu"}, a share of its bfloat16 peak.
+    """Return {"tflops_per_device": ..., "mfu": ...}, without "mfu" if the device's peak is unknown.
 
-    flops_per_s: model FLOPs of the whole run per second.
+    Args:
+        flops_per_s: model FLOPs per second of the whole run.
+        mesh: mesh of the run.
+
+    Returns:
+        TFLOP/s per device, and the fraction of its bfloat16 peak (MFU).
     """
     achieved = flops_per_s / mesh.size / 1e12
     peak = peak_tflops(mesh.devices.flat[0].device_kind)

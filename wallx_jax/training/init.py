@@ -1,6 +1,6 @@
-"""Where a run's model comes from: a PyTorch directory, a checkpoint to take weights from, or one to resume.
+"""Initialize a run's model from a PyTorch directory, from the weights of a checkpoint, or by resuming a checkpoint.
 
-`find` reads headers and small files only, so that everything else about a run can be checked before weights move.
+`find` reads only headers and small files, so that everything else about a run can be checked before loading weights.
 """
 
 import dataclasses
@@ -47,17 +47,19 @@ from wallx_jax.weights.load import Put, assemble, load_params, open_weights, rea
 
 logger = logging.getLogger(__name__)
 
-UPSTREAM_CHANNELS = 20  # action and state width of a fresh action side, as upstream's; a wider robot widens it
+UPSTREAM_CHANNELS = 20  # action and state width of a new action side, as upstream; larger robots widen it
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """The model before its weights are read.
+    """A model whose weights have not been read yet.
 
-    config: shapes after the run's changes (vocabulary, channels, numerics).
-    files: the model directory, or the assets of a checkpoint: tokenizer and image-processor files.
-    checkpoint: the checkpoint's step directory; None for a PyTorch model.
-    processor: that of a checkpoint that is resumed whole; None: build one for this dataset.
+    Attributes:
+        config: model config after the run's changes (vocabulary, channels, adapters, numerics).
+        tokenizer: tokenizer of the model, including Wall-X's tokens.
+        files: model directory or assets of a checkpoint: tokenizer and image-processor files.
+        checkpoint: step directory of the checkpoint; None for a PyTorch model.
+        processor: processor of a checkpoint that is fully resumed; None to build one for the dataset.
     """
 
     config: WallXConfig
@@ -72,7 +74,10 @@ class ModelSource:
 
 
 def resumable(run: RunConfig) -> RunConfig:
-    """resume.ckpt=latest before anything was saved means a new run: a job that restarts itself always says latest."""
+    """Return the run config without resume.ckpt=latest if nothing has been saved yet.
+
+    A job that restarts itself always passes latest; the first time, that means a new run.
+    """
     loop = run.loop
     if loop.resume_ckpt != "latest" or loop.load_ckpt_only or latest_step(loop.save_path) is not None:
         return run
@@ -81,10 +86,16 @@ def resumable(run: RunConfig) -> RunConfig:
 
 
 def find(run: RunConfig, robot_state_dim: int, robot_action_dim: int, fast: FastTokenizer | None) -> ModelSource:
-    """Looks the model up and works out its final shapes, reading no weights.
+    """Find the model and determine its final shapes without reading weights.
+
+    Args:
+        run: run config.
+        robot_state_dim: state dims of the robot; the model's state width is at least this.
+        robot_action_dim: action dims of the robot; the model's action width is at least this.
+        fast: FAST action tokenizer whose tokens are added to the vocabulary; None if it is not used.
 
     Raises:
-        FileNotFoundError, WeightsError, CheckpointError: naming what was looked for.
+        FileNotFoundError, WeightsError, CheckpointError: the model was not found or is invalid; the message names it.
     """
     if run.loop.resume_ckpt is None:
         folder, is_pytorch = find_model(run.model.path, run.model.revision)
@@ -115,7 +126,7 @@ def find(run: RunConfig, robot_state_dim: int, robot_action_dim: int, fast: Fast
 
 
 def _with_small_files(checkpoint: Path) -> Path:
-    """The checkpoint; raises whatever comes up when metadata or assets are damaged."""
+    """Return `checkpoint` after reading its metadata and assets, which raises an exception if they are damaged."""
     model_config_of(checkpoint)
     assets = checkpoint / "assets"
     Tokenizer.from_dir(assets)
@@ -132,9 +143,10 @@ def _final_config(
     action_dim: int,
     fast: FastTokenizer | None,
 ) -> WallXConfig:
-    """Adds Wall-X's tokens to the tokenizer, and to the config what follows from tokenizer and robot.
+    """Add Wall-X's tokens to the tokenizer, and return the config updated for the tokenizer, the robot and adapters.
 
-    Upstream cuts or grows a Qwen vocabulary to the tokenizer's length; a Wall-X file keeps rows beyond it.
+    As upstream does, a Qwen2.5-VL vocabulary is truncated or extended to the tokenizer's length, while a Wall-X model
+    keeps rows beyond it.
     """
     rows = config.text.vocab_size
     tokenizer.add_wallx_tokens(fast.vocab_size if fast is not None else None)
@@ -174,13 +186,26 @@ def _check_adapters(config: WallXConfig, fresh: bool) -> None:
 
 
 def plan(settings: RunConfig, source: LeRobotSource) -> tuple[ModelSource, Processor]:
-    """`plan_parts` for one dataset."""
+    """Call `plan_parts` for a single dataset; `settings` is the run config and `source` its frames."""
     origin, (processor,) = plan_parts([Part("", 1.0, settings, source)])
     return origin, processor
 
 
 def plan_parts(parts: Sequence[Part]) -> tuple[ModelSource, tuple[Processor, ...]]:
-    """The model's final shapes and the preprocessing of each dataset; a resumed run takes both from its checkpoint."""
+    """Determine the model's final shapes and each dataset's preprocessing.
+
+    A resumed run takes both from its checkpoint.
+
+    Args:
+        parts: the datasets of the run.
+
+    Returns:
+        The model source, and one processor per dataset.
+
+    Raises:
+        ConfigError: the configuration does not match the checkpoint that is resumed.
+        FileNotFoundError, WeightsError, CheckpointError: see `find`.
+    """
     settings = parts[0].settings
     fast = load_fast_tokenizer(settings)
     state_dim = max(part.info.dims(part.settings.data.state_key) for part in parts)
@@ -205,12 +230,14 @@ def plan_parts(parts: Sequence[Part]) -> tuple[ModelSource, tuple[Processor, ...
 
 
 def check_weights(origin: ModelSource, state: TrainState) -> None:
-    """Checks from headers alone that the origin's files hold what loading them will ask for.
+    """Check from headers only that the source's files contain what loading will need.
 
-    state: shapes and dtypes of the state of this run.
+    Args:
+        origin: model source.
+        state: shapes and dtypes of this run's training state.
 
     Raises:
-        CheckpointError, WeightsError: something is missing, too much or of another shape.
+        CheckpointError, WeightsError: a tensor is missing, unexpected or has the wrong shape.
     """
     if origin.checkpoint is None:
         open_weights(origin.files)
@@ -221,7 +248,14 @@ def check_weights(origin: ModelSource, state: TrainState) -> None:
 
 
 def data_order(parts: Sequence[Part], frames: Sequence[int], global_batch: int, seed: int) -> dict[str, Any]:
-    """What decides which sample comes when, as a checkpoint records it. `frames`: training frames of each dataset."""
+    """Return the settings that determine the order of samples, as recorded in checkpoints.
+
+    Args:
+        parts: the datasets of the run.
+        frames: number of training frames of each dataset.
+        global_batch: samples per update.
+        seed: seed of the data order.
+    """
     return {
         "global_batch": global_batch,
         "seed": seed,
@@ -232,12 +266,16 @@ def data_order(parts: Sequence[Part], frames: Sequence[int], global_batch: int, 
 
 
 def check_same_order(origin: ModelSource, order: Mapping[str, Any]) -> None:
-    """Compares a run that is resumed with how its checkpoint was trained; `order`: see `data_order`.
+    """Compare the data order of a resumed run with that of its checkpoint.
 
-    Another seed, other weights or more episodes are told in a warning.
+    Warn if the seed, frames, episodes or dataset weights have changed.
+
+    Args:
+        origin: model source; nothing is compared unless it is a resumed checkpoint that records a data order.
+        order: data order of this run, see `data_order`.
 
     Raises:
-        ConfigError: updates have another size: the position in the data counts those.
+        ConfigError: the global batch size differs: the position in the data is counted in batches of that size.
     """
     stored = metadata_of(origin.checkpoint).get("data_order") if origin.resumes else None
     if stored is None:
@@ -256,13 +294,13 @@ def check_same_order(origin: ModelSource, order: Mapping[str, Any]) -> None:
 
 
 def load_state(origin: ModelSource, run: RunConfig, decay_steps: int, mesh: Mesh) -> TrainState:
-    """A fresh training state around the origin's weights, each parameter placed on the mesh as it is read.
+    """Create a new training state from the source's weights, placing each parameter on the mesh as it is read.
 
-    It computes what the origin does: stored adapters go on with their output as it was, or, where this run has others
-    or none, are merged into the layers that they adapt.
+    The model computes the same function as the source: stored adapters are rescaled to keep their output or, if this
+    run has different ones or none, merged into the layers that they adapt.
     """
     wanted = abstract_state(origin.config, run.optim, decay_steps, mesh).params
-    before = origin.config.lora  # of the adapters that are loaded
+    before = origin.config.lora  # config of the loaded adapters
     if origin.checkpoint is not None and _same_shapes(ParamsReader(origin.checkpoint).specs, tree.flatten(wanted)):
         params = restore_params(origin.checkpoint, wanted)
         before = read_model_config(origin.checkpoint).lora
@@ -281,12 +319,18 @@ def load_state(origin: ModelSource, run: RunConfig, decay_steps: int, mesh: Mesh
 
 
 def _put(x: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
-    # Every process read the same file; device_put would have them compare it over the network.
+    # Every process has read the same file; device_put would make them compare it over the network.
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def load_origin(origin: ModelSource, seed: int, put: Put | None = None) -> tree.Tree:
-    """The origin's parameters in their final shapes. `seed`: of what is initialised; `put`: see `load_params`."""
+    """Load the source's parameters in their final shapes.
+
+    Args:
+        origin: model source.
+        seed: seed for newly initialized parameters.
+        put: places each parameter, see `load_params`.
+    """
     numerics = dataclasses.asdict(origin.config.numerics)
     changes = {
         "action": origin.config.action,
@@ -310,8 +354,10 @@ def _same_shapes(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 
 def restack_like(state: TrainState, like: TrainState) -> TrainState:
-    """The state with its layers stacked or apart, and placed, as those of `like`; itself where they are that already.
-    Otherwise both are in memory for a moment."""
+    """Return the state with its layers stacked or unrolled, and sharded, like those of `like`.
+
+    A state whose layers are already arranged like that is returned as is. Otherwise both copies are briefly in memory.
+    """
     if jax.tree.structure(state) == jax.tree.structure(like):
         return state
     out = jax.tree.map(lambda x: x.sharding, like)
@@ -321,7 +367,18 @@ def restack_like(state: TrainState, like: TrainState) -> TrainState:
 def abstract_state(
     config: WallXConfig, optim: OptimConfig, decay_steps: int, mesh: Mesh, scan_layers: bool = True
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the training state, its layers stacked as they are stored, or apart."""
+    """Return the shapes, dtypes and shardings of the training state, with stacked layers (as stored) or unrolled ones.
+
+    Args:
+        config: model config.
+        optim: optimizer config.
+        decay_steps: updates until the learning rate has decayed.
+        mesh: mesh of the run.
+        scan_layers: stacked layers if True, unrolled layers if False.
+
+    Returns:
+        A TrainState with jax.ShapeDtypeStruct leaves.
+    """
     params = abstract_params(config)
     if not scan_layers:
         params = jax.eval_shape(scan.unstack_layers, params)

@@ -1,7 +1,7 @@
-"""SIGTERM and SIGINT during training: the update is finished, a checkpoint saved, the run stopped.
+"""Handle SIGTERM and SIGINT during training: finish the update, save a checkpoint and stop.
 
-A second signal ends the run at once. Whoever runs jobs tells by the exit code of `wallx_jax.train` that the run can be
-resumed: it is EXIT_CODE. Before training, where nothing can be lost, `wallx_jax.train` ends at the first one.
+A second signal ends the run immediately. `wallx_jax.train` exits with EXIT_CODE, which tells a job scheduler that the
+run can be resumed. Before training starts, when there is nothing to lose, `wallx_jax.train` ends at the first signal.
 """
 
 import signal
@@ -18,22 +18,23 @@ from wallx_jax.utils.signals import EXIT_CODE, SIGNALS, Watch, say
 
 __all__ = ["EXIT_CODE", "SIGNALS", "Interrupted", "StopRequest"]
 
-SAME_S = 2.0  # a scheduler and a terminal signal a process and its group: what comes so soon after is the same request
+# Schedulers and terminals signal both a process and its group: a signal that follows this soon is the same request.
+SAME_S = 2.0
 
 
 class Interrupted(RuntimeError):
-    """Training was stopped by a signal, after a checkpoint had been saved."""
+    """Raised when a signal has stopped training, after a checkpoint was saved."""
 
 
 class StopRequest(Watch):
-    """While entered, remembers SIGTERM and SIGINT instead of ending the process.
+    """Record SIGTERM and SIGINT while entered, instead of ending the process.
 
     Args:
-        mesh: of the run, whose processes stop together.
-        give_up: called when a second signal comes, more than SAME_S after the first; not expected to return.
+        mesh: mesh of the run; all its processes stop together.
+        give_up: called on a second signal, more than SAME_S seconds after the first; not expected to return.
 
     Attributes:
-        stopped: whether `reached` has told the run to stop.
+        stopped: the last result of `reached`.
     """
 
     def __init__(self, mesh: Mesh, give_up: Callable[[signal.Signals], None]):
@@ -54,10 +55,10 @@ class StopRequest(Watch):
             self._give_up(number)
 
     def reached(self) -> bool:
-        """Whether to stop here; to be called once after every update, by every process.
+        """Return whether to stop after this update; every process must call this once after every update.
 
-        Many processes stop after the same update, whichever of them got the signal: each votes here and acts on the
-        votes that were cast one update earlier, so that fetching them does not hold up the device.
+        All processes stop after the same update, whichever of them received the signal: each one votes here and obeys
+        the votes of the previous update, so that fetching them does not stall the device.
         """
         received = self._received_at is not None
         if jax.process_count() == 1:

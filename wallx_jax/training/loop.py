@@ -1,4 +1,4 @@
-"""The training loop: draws batches, runs the compiled step, logs, validates, saves."""
+"""Run the training loop: draw batches, run the compiled step, log, validate and save."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,19 +26,24 @@ T = TypeVar("T", Batch, EvalBatch)
 
 
 class UnreadableData(RuntimeError):
-    """A sample could not be read or encoded in mid-run. What was trained until then has been saved."""
+    """Raised when a sample cannot be read or encoded during a run; see `run_loop` for what has been saved."""
 
 
 class NonFiniteError(RuntimeError):
-    """Too many updates had to be skipped because their loss or gradients were not finite."""
+    """Raised when too many updates were skipped because their loss or gradients were not finite."""
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The two compiled functions. Compiled ahead, so that another shape is an error and never a second compilation.
+    """The compiled train and eval steps.
 
-    flops_per_sample: model FLOPs of an update, see training.flops.
-    datasets: names of a run with several, which have losses of their own.
+    They are compiled ahead of time, so that a change of shape is an error rather than a second compilation.
+
+    Attributes:
+        train: (state, batch [N, B]) -> (state, metrics), see `step.make_train_step`.
+        evaluate: (params, batch [B]) -> (sums, counts), see `step.make_eval_step`; None for no validation.
+        flops_per_sample: model FLOPs of an update per sample, see `training.flops`.
+        datasets: names of the datasets whose losses are also reported individually; empty in a run with only one.
     """
 
     train: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -48,14 +53,18 @@ class Steps:
 
 
 def abstract_batch(sample: T, size: int, mesh: Mesh, micro_batches: int | None = None) -> T:
-    """Shapes, dtypes and shardings of what `put_batch` gives for `size` samples like this one (no batch axis)."""
+    """Return the shapes, dtypes and shardings of `put_batch` for `size` samples like this one (no batch axis)."""
     leading = (size,) if micro_batches is None else (micro_batches, size // micro_batches)
     sharding = batch_sharding(mesh, len(leading) - 1)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*leading, *x.shape), x.dtype, sharding=sharding), sample)
 
 
 def put_batch(batch: T, mesh: Mesh, micro_batches: int | None = None) -> T:
-    """Host arrays [N * B, ...] -> device arrays cut over the mesh, as [N, B, ...] when `micro_batches` N is given."""
+    """Put a host batch [N * B, ...] on the devices, sharded over the mesh.
+
+    Returns:
+        Device arrays [N, B, ...] if `micro_batches` N is given, otherwise [N * B, ...].
+    """
     leading = 0 if micro_batches is None else 1
     sharding = batch_sharding(mesh, leading)
 
@@ -83,19 +92,30 @@ def run_loop(
     stop: Callable[[], bool] = lambda: False,
     skipped_frames: SkippedFrames | None = None,
 ) -> TrainState:
-    """Trains from state.step to `total_steps`, or until `stop`; the last step is always saved.
+    """Train from state.step to `total_steps`, or until `stop` returns True; the last step is always saved.
 
     Args:
-        batches: draws host batches [N * B, ...]; its position belongs to the state that has consumed them.
-        held_out: the validation batches, anew at every call.
+        state: initial training state; donated to the first update.
+        batches: iterator over host batches [N * B, ...]; its position corresponds to the state after the last batch.
+        steps: compiled train and eval steps.
+        total_steps: number of updates at the end of the run.
+        samples_per_step: samples per update over all processes.
+        loop: loop config.
+        mesh: device mesh.
+        held_out: returns a new iterable over the validation batches.
+        writer: receives the metrics.
+        progress: progress display.
         save: writes a checkpoint of (step, state, last logged loss).
-        stop: asked after each update whether it shall be the last.
-        skipped_frames: what the data workers could not decode and skipped.
+        stop: called after each update; returns whether it was the last one.
+        skipped_frames: frames that the data workers could not decode and skipped.
+
+    Returns:
+        The final state.
 
     Raises:
-        NonFiniteError: after `max_nonfinite_steps` skipped updates; the batch that came last is kept in save_path.
-        UnreadableData: the next batch cannot be had; the updates before it have been saved, unless there are other
-            processes, which would have to save with this one.
+        NonFiniteError: `max_nonfinite_steps` updates were skipped; the last batch is kept in save_path.
+        UnreadableData: the next batch or a validation batch cannot be read. The updates before it have been saved,
+            except in a multi-process run, where all processes would have to save together.
     """
     watch, window = Stopwatch(), []
     pending: deque[tuple[int, Batch, Mapping[str, jax.Array]]] = deque()
@@ -146,7 +166,7 @@ def run_loop(
                 state, metrics = steps.train(state, put_batch(batch, mesh, loop.gradient_accumulation_steps))
             window.append(metrics)
             progress.advance()
-            # The check lags one step, so that fetching its result does not hold up the device.
+            # The check lags one step behind, so that fetching its result does not stall the device.
             pending.append((step, batch, metrics))
             while len(pending) > 1:
                 check(*pending.popleft())
@@ -185,8 +205,11 @@ def run_loop(
 
 
 def averages(window: list[Mapping[str, np.ndarray]]) -> dict[str, float]:
-    """Means over the updates of a log window that were not skipped; the last learning rate. A pair (sum, count) gives
-    the sums over the counts, or nothing where there was nothing to count."""
+    """Average the metrics over the updates of a log window that were not skipped.
+
+    The learning rate is that of the last update. A metric given as a pair (sum, count) becomes total sum / total count,
+    and is omitted if the count is 0.
+    """
     good = [metrics for metrics in window if metrics["finite"]]
     means = {}
     for key, value in window[0].items():
@@ -203,10 +226,20 @@ def averages(window: list[Mapping[str, np.ndarray]]) -> dict[str, float]:
 def validate(
     steps: Steps, params, batches: Iterable[EvalBatch], mesh: Mesh, flow_loss_weight: float
 ) -> dict[str, float]:
-    """Measures the held-out losses, each the mean over all its labels or channels in all frames.
+    """Compute the validation losses, each the mean over all its labels or channels in all frames.
 
-    They depend on the frames alone, not on how these are cut into batches and over devices. Of several datasets also
-    each one's, where it has any.
+    They depend only on the frames, not on how these are divided into batches and over devices. With several datasets,
+    the losses of each dataset are included, where it has any labels or channels.
+
+    Args:
+        steps: compiled steps.
+        params: parameters for inference.
+        batches: validation batches on the host.
+        mesh: device mesh.
+        flow_loss_weight: weight of the flow loss in "val_loss".
+
+    Returns:
+        {metric name: value}.
     """
     sums = counts = LossTotals(0.0, 0.0, 0.0)
     for batch in batches:
@@ -228,7 +261,7 @@ def validate(
 
 
 def save_bad_batch(batch: Batch, save_path: Path, step: int) -> Path:
-    """Writes a batch's arrays to save_path/nonfinite_step_N.npz."""
+    """Write a batch's arrays to save_path/nonfinite_step_N.npz and return the path."""
     arrays = {f"image_{i}": image for i, image in enumerate(batch.images)}
     arrays |= {name: getattr(batch, name) for name in describe(batch) if name != "images"}
     path = save_path / f"nonfinite_step_{step}.npz"

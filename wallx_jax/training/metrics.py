@@ -1,4 +1,4 @@
-"""Where a run's numbers go (JSON lines, TensorBoard, wandb) and how its speed is measured."""
+"""Log a run's metrics to JSON lines, TensorBoard and wandb, and measure its speed."""
 
 import importlib
 import json
@@ -21,25 +21,29 @@ logger = logging.getLogger(__name__)
 
 
 class MetricWriter:
-    """Writes scalars to {save_path}/metrics.jsonl, {save_path}/tensorboard/ and, when asked, to wandb.
+    """Write scalars to {save_path}/metrics.jsonl, {save_path}/tensorboard/ and optionally wandb.
 
     metrics.jsonl has one flushed line per `write`: {"step": 10, "time": 1732382400.0, "loss": 0.5, ...}; time is in
-    seconds since 1970, a value that is not finite is null.
+    seconds since 1970, and a non-finite value is null.
 
-    A disk that is full costs numbers, which a warning tells once, and not the run. Lines are whole all the same;
+    A full disk loses metrics, with a single warning, but does not stop the run. Lines in metrics.jsonl stay complete;
     TensorBoard's curves end there.
 
-    A resumed run appends: what was logged beyond `resumed_step` is dropped first, since those steps come again. A new
-    run in a directory that has a metrics.jsonl keeps the old one as metrics.previous.jsonl.
+    A resumed run appends to the existing file, after removing entries beyond `resumed_step`, since those steps will be
+    repeated. A new run in a directory that has a metrics.jsonl renames it to metrics.previous.jsonl.
 
-    Only the first process writes; in the others every call does nothing.
+    Only the first process writes; in the others every call is a no-op.
 
     Args:
-        resumed_step: the step that the run was restored from; None for a new run.
-        project, name, config: passed to wandb; a resumed run continues the wandb run of its save_path.
+        save_path: run directory.
+        resumed_step: step that the run was restored from; None for a new run.
+        use_wandb: also log to wandb.
+        project: wandb project.
+        name: name of the wandb run.
+        config: config passed to wandb. A resumed run continues the wandb run of its save_path.
 
     Raises:
-        ImportError: tensorboardX, or wandb when asked for, is not installed; the message says how to get it.
+        ImportError: tensorboardX, or wandb if requested, is not installed; the message says how to install it.
     """
 
     def __init__(
@@ -56,7 +60,7 @@ class MetricWriter:
         self._told: set[str] = set()
         if jax.process_index() != 0:
             return
-        # Packages first: a missing one must not leave files behind.
+        # Import packages first: a missing one must not leave files behind.
         _import("tensorboardX", extras.install("train"))
         wandb = _import("wandb", f"{extras.install('wandb')}, or set use_wandb=False") if use_wandb else None
         folder = Path(save_path).expanduser()
@@ -67,7 +71,7 @@ class MetricWriter:
         self._wandb = _start_wandb(wandb, folder, resumed_step, project, name, config) if wandb else None
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Logs scalars (Python or NumPy numbers, or arrays of one element) at a step."""
+        """Log scalars (Python or NumPy numbers, or arrays of one element) at a step."""
         if self._lines is None:
             return
         values = {key: float(value) for key, value in scalars.items()}
@@ -75,15 +79,15 @@ class MetricWriter:
         line |= {key: value if math.isfinite(value) else None for key, value in values.items()}
         with self._unless_full("metrics.jsonl"):
             self._lines.write(json.dumps(line) + "\n")
-            self._lines.flush()  # what the disk does not take stays in the buffer for the next time
-        if "tensorboard" not in self._told:  # a record that was cut short ends what is read of the file
+            self._lines.flush()  # what cannot be written stays in the buffer for the next flush
+        if "tensorboard" not in self._told:  # TensorBoard stops reading the file at a truncated record
             with self._unless_full("tensorboard"):
                 self._curves.write(step, values)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
     def close(self) -> None:
-        """Flushes and closes every file; further writes do nothing."""
+        """Flush and close every file; further writes are no-ops."""
         if self._lines is None:
             return
         with self._unless_full("metrics.jsonl"):
@@ -107,10 +111,10 @@ class MetricWriter:
 
 
 class _EventFile:
-    """What TensorBoard reads.
+    """Write scalars to a TensorBoard event file.
 
-    tensorboardX's own SummaryWriter writes in a thread that ends at the first error; the queue to it fills up then, and
-    whoever logs would wait for ever.
+    tensorboardX's own SummaryWriter writes in a thread that dies at the first error; its queue then fills up, and the
+    next call would block forever.
     """
 
     def __init__(self, folder: Path, resumed_step: int | None):
@@ -119,7 +123,7 @@ class _EventFile:
         folder.mkdir(exist_ok=True)
         self._records = RecordWriter(str(folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"))
         self._write(file_version="brain.Event:2")
-        if resumed_step is not None:  # hides what was logged beyond
+        if resumed_step is not None:  # hides events logged after resumed_step
             self._write(step=resumed_step + 1, session_log={"status": "START"})
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -146,19 +150,19 @@ def _import(module: str, remedy: str) -> ModuleType:
 
 
 def _open_lines(file: Path, resumed_step: int | None) -> TextIO:
-    """metrics.jsonl, ready to append to: kept up to `resumed_step`, or started anew."""
+    """Open metrics.jsonl for appending: truncated to `resumed_step`, or newly created if it is None."""
     if file.exists():
         if resumed_step is None:
             file.replace(file.with_name("metrics.previous.jsonl"))
         else:
             kept = [line for line in file.read_text("utf-8").splitlines() if _logged_step(line) <= resumed_step]
-            with atomic_file(file) as lines:  # a crash leaves the old curve or the new one
+            with atomic_file(file) as lines:  # a crash leaves either the old file or the new one
                 lines.write("".join(f"{line}\n" for line in kept).encode())
     return file.open("a", encoding="utf-8")
 
 
 def _logged_step(line: str) -> float:
-    """The step of a line; infinite for one that a crash cut short."""
+    """Return the step of a line; infinity if a crash truncated it."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
@@ -181,14 +185,15 @@ def _start_wandb(
 
 
 class Stopwatch:
-    """Speed between two log lines, and the share of time spent in named waits.
+    """Measure the speed between two log lines, and the share of time spent in named waits.
 
         with watch("data_wait"):
             batch = next(batches)
         ...
         watch.summary(steps, samples)  ->  {"step_time_s": ..., "samples_per_s": ..., "data_wait_share": ...}
 
-    JAX runs ahead of Python, so the figures hold over a window that ends with fetching a result of its last step.
+    JAX dispatches asynchronously, so the figures are only valid for a window that ends with fetching a result of its
+    last step.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
@@ -197,14 +202,14 @@ class Stopwatch:
         self.restart()
 
     def restart(self) -> None:
-        """Starts a new window now, e.g. after the compilation."""
+        """Start a new window now, e.g. after compilation."""
         self._start = self._clock()
         self._paused_s = 0.0
         self._waits_s: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Counts the time inside as `name`."""
+        """Count the time inside the block as `name`."""
         start = self._clock()
         try:
             yield
@@ -213,7 +218,7 @@ class Stopwatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves the time inside out of the window: validation, a blocking save."""
+        """Exclude the time inside the block from the window, e.g. validation or a blocking save."""
         start = self._clock()
         try:
             yield
@@ -221,7 +226,11 @@ class Stopwatch:
             self._paused_s += self._clock() - start
 
     def summary(self, steps: int, samples: int) -> dict[str, float]:
-        """Figures of the window in which `steps` steps over `samples` samples were done; starts the next window."""
+        """Return the figures of a window with `steps` steps over `samples` samples, and start the next window.
+
+        Returns:
+            "step_time_s" (seconds per step), "samples_per_s", and "NAME_share" for each named wait.
+        """
         elapsed_s = max(self._clock() - self._start - self._paused_s, 1e-9)
         shares = {f"{name}_share": wait_s / elapsed_s for name, wait_s in self._waits_s.items()}
         self._step_time_s = elapsed_s / max(steps, 1)
@@ -229,5 +238,5 @@ class Stopwatch:
         return {"step_time_s": self._step_time_s, "samples_per_s": samples / elapsed_s, **shares}
 
     def eta_s(self, remaining_steps: int) -> float | None:
-        """Seconds for the remaining steps at the pace of the last window; None before there was one."""
+        """Return the seconds for the remaining steps at the speed of the last window; None before the first one."""
         return None if self._step_time_s is None else remaining_steps * self._step_time_s

@@ -1,8 +1,8 @@
-"""AdamW or Adafactor with learning-rate groups and freezing; the schedule counts optimizer updates.
+"""Build the optimizer: AdamW or Adafactor with learning-rate groups and frozen parameters.
 
-Upstream's scheduler ticks once per process and per update, so its 100 warm-up "steps" are 100 / processes updates
-here; and with groups it lets each peak fall to min_lr / 1e-3 of itself, instead of min_lr / learning_rate. Neither is
-reproduced.
+The schedule counts optimizer updates. Upstream's scheduler advances once per process and update, so its 100 warm-up
+"steps" correspond to 100 / processes updates here; and with learning-rate groups it decays each peak to the fraction
+min_lr / 1e-3 instead of min_lr / learning_rate. Neither is reproduced.
 """
 
 import functools
@@ -24,10 +24,10 @@ ACTION_HEADS = "action/"
 
 
 def group_of(path: str, config: OptimConfig) -> str:
-    """ "vlm", "action_expert" or "frozen" for a parameter path.
+    """Return the learning-rate group of a parameter path: "vlm", "action_expert" or "frozen".
 
-    Upstream's `freeze_vlm` freezes the action heads too; `train_action_heads=False` does the same here. With adapters,
-    those are trained, and of the rest the action side where it has none.
+    Upstream's `freeze_vlm` freezes the action heads as well; `train_action_heads=False` does the same here. With LoRA,
+    only the adapters are trained, plus action-side parameters that have no adapter.
     """
     path = stacked_path(path)
     module = path.rpartition("/")[0]
@@ -43,7 +43,7 @@ def group_of(path: str, config: OptimConfig) -> str:
 
 
 def peak_rate(path: str, config: OptimConfig) -> float:
-    """The peak learning rate of a parameter that is trained."""
+    """Return the peak learning rate of a trainable parameter."""
     for pattern, rate in config.learning_rates:
         if re.search(pattern, stacked_path(path)):
             return rate
@@ -53,19 +53,23 @@ def peak_rate(path: str, config: OptimConfig) -> float:
 
 
 def is_trainable(config: OptimConfig) -> Callable[[str], bool]:
+    """Return a predicate that tells whether the parameter at a path is trained."""
     return lambda path: group_of(path, config) != "frozen"
 
 
 def check_patterns(config: OptimConfig, params: tree.Tree) -> None:
-    """Checks that each pattern of `learning_rates` and each of `lora.targets` has an effect on these parameters, with
-    their adapters.
+    """Check that each pattern in `learning_rates` and `lora.targets` has an effect.
+
+    Args:
+        config: optimizer config.
+        params: parameter tree including adapters.
 
     Raises:
-        ConfigError: naming every pattern that has none, why, and the nearest path.
+        ConfigError: naming every pattern without effect, the reason, and the nearest path.
     """
     paths = [stacked_path(path) for path in tree.flatten(params)]
     trained, errors = is_trainable(config), []
-    given: dict[str, str] = {}  # path -> the pattern whose rate it has
+    given: dict[str, str] = {}  # path -> the pattern that sets its rate
     for pattern, _ in config.learning_rates:
         entry = f"learning_rates: {pattern!r}"
         matched = [path for path in paths if re.search(pattern, path)]
@@ -97,7 +101,7 @@ def check_patterns(config: OptimConfig, params: tree.Tree) -> None:
 
 
 def _nearest_path(pattern: str, paths: Sequence[str]) -> str:
-    """The path, or beginning of paths, that a pattern is closest to."""
+    """Return a hint with the path, or path prefix, that is closest to a pattern."""
     parts = [path.split("/") for path in paths]
     known = dict.fromkeys("/".join(part[:length]) for part in parts for length in range(1, len(part) + 1))
     return nearest(re.sub(r"[\\^$.*+?|()\[\]{}]", "", pattern).strip("/"), list(known)) or (
@@ -106,8 +110,11 @@ def _nearest_path(pattern: str, paths: Sequence[str]) -> str:
 
 
 def schedule(peak: float, config: OptimConfig, decay_steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 to `peak`, then a cosine to the fraction min_lr / learning_rate of the peak: min_lr itself
-    where the peak is learning_rate. It is there after `decay_steps` updates, the last of which is made just above."""
+    """Return a schedule with linear warm-up from 0 to `peak`, then cosine decay to peak * min_lr / learning_rate.
+
+    That is min_lr itself if the peak is learning_rate. It is reached after `decay_steps` updates, so the last of these
+    updates still uses a slightly higher rate.
+    """
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=peak,
@@ -118,11 +125,13 @@ def schedule(peak: float, config: OptimConfig, decay_steps: int) -> optax.Schedu
 
 
 def make_optimizer(config: OptimConfig, decay_steps: int) -> optax.GradientTransformation:
-    """Decay on every parameter, as upstream; for the trainable part of the tree. AdamW: (0.9, 0.999, eps 1e-8).
-    Adafactor (arXiv 1804.04235) in AdamW's place: factored second moments, no first, updates clipped to RMS 1, and
-    learning rate and decay as AdamW's.
+    """Create the optimizer for the trainable part of the parameter tree.
 
-    Clipping gradients is not part of it: the step clips once per update with the norm that it logs.
+    Weight decay applies to every parameter, as upstream. AdamW uses b1 = 0.9, b2 = 0.999, eps = 1e-8. Adafactor (arXiv
+    1804.04235) replaces it with factored second moments, no first moments and updates clipped to RMS 1; learning rate
+    and weight decay work as for AdamW.
+
+    Gradient clipping is not included: the train step clips once per update, with the norm that it logs.
     """
 
     if config.optimizer == "adamw":
@@ -135,8 +144,10 @@ def make_optimizer(config: OptimConfig, decay_steps: int) -> optax.GradientTrans
 
 
 def _scale_by_learning_rates(config: OptimConfig, decay_steps: int) -> optax.GradientTransformation:
-    """Descends at each parameter's own rate. Its state is the count of updates alone, and no rate is part of the names
-    in it: a run may be resumed with others."""
+    """Scale each parameter's update by minus its own learning rate.
+
+    The state is only the update count and does not depend on the rates, so a run can be resumed with different ones.
+    """
 
     def init(_: tree.Tree) -> optax.ScaleByScheduleState:
         return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
@@ -155,11 +166,11 @@ def _scale_by_learning_rates(config: OptimConfig, decay_steps: int) -> optax.Gra
 
 
 def global_norm(grads) -> jax.Array:
-    """Root of the summed squares of all gradients, summed in float32."""
+    """Return the L2 norm of all gradients, accumulated in float32."""
     return jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)))
 
 
 def clip(grads, norm: jax.Array, max_norm: float):
-    """Scales gradients down to `max_norm` when their norm exceeds it."""
+    """Scale gradients down to `max_norm` if their `norm` exceeds it."""
     scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))
     return jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)

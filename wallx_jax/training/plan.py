@@ -1,4 +1,4 @@
-"""What a run is going to do, worked out from shapes, headers and tables before a weight is loaded."""
+"""Summarize a run (data, memory, schedule and compute) from shapes, headers and tables, before loading weights."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,14 @@ from wallx_jax.utils import tree
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Samples of a whole update and of an epoch; updates of the run, and until the learning rate has fallen."""
+    """Length of a run.
+
+    Attributes:
+        global_batch: samples per update, over all devices and micro-batches.
+        epoch: samples per epoch.
+        total_steps: updates of the run.
+        decay_steps: updates until the learning rate has decayed.
+    """
 
     global_batch: int
     epoch: int
@@ -37,8 +44,13 @@ class StepCounts:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on each device that stay for the whole update, a moving average with the optimizer's. Activations come on
-    top."""
+    """Persistent memory of an update in bytes per device, excluding activations.
+
+    Attributes:
+        parameters: all parameters.
+        gradients: gradients of the trainable parameters.
+        optimizer: optimizer state, including a moving average of the parameters (EMA).
+    """
 
     parameters: int
     gradients: int
@@ -51,13 +63,23 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class Plan:
-    """`str(plan)` is for people; the fields are what it is made of.
+    """Summary of a run; `str(plan)` formats it for display.
 
-    sample: tokens, {"prompt": ..., "images": {view: tokens}, "fast": ..., "actions": ...}. Those of images and the room
-        for FAST tokens are part of the prompt's; action tokens follow it.
-    peaks: the groups that are trained, each with its peak learning rate.
-    curve: (update, learning rate) of the group "vlm" at some points.
-    flops: model FLOPs of one sample's update.
+    Attributes:
+        source: path that the model comes from.
+        dataset: description of the datasets.
+        cameras: description of the camera views and image sizes.
+        sample: token counts, {"prompt": ..., "images": {view: tokens}, "fast": ..., "actions": ...}. The prompt count
+            includes the image tokens and the maximum number of FAST tokens; action tokens follow the prompt.
+        rows: parameter table.
+        memory: persistent memory per device.
+        device_limit: memory of a device in bytes; None if unknown.
+        curve: (update, learning rate) at selected updates, for a peak of `learning_rate`.
+        peaks: trained groups, each with its peak learning rate.
+        batch: description of how the global batch is composed.
+        length: length of the run.
+        flops: model FLOPs of an update per sample.
+        peak_flops: bfloat16 peak of all devices in FLOP/s; None if unknown.
     """
 
     source: str
@@ -124,9 +146,16 @@ def make_plan(
     frames: Sequence[tuple[int, int]],
     length: StepCounts,
 ) -> Plan:
-    """Args:
-    state: shapes, dtypes and shardings (training.init.abstract_state).
-    frames: of each dataset, how many train and how many are held out.
+    """Create the summary of a run.
+
+    Args:
+        datasets: the datasets of the run.
+        origin: model source.
+        layout: processor config of the first dataset.
+        state: shapes, dtypes and shardings of the training state (see `training.init.abstract_state`).
+        mesh: device mesh.
+        frames: (training frames, held-out frames) of each dataset.
+        length: length of the run.
     """
     settings, info = datasets[0].settings, datasets[0].info
     model, optim, data = origin.config, settings.optim, settings.data
@@ -140,7 +169,7 @@ def make_plan(
     rows = tuple(param_summary.rows(specs, label))
     points = {0, optim.warmup_steps, *(length.total_steps * quarter // 4 for quarter in range(1, 5))}
     curve = schedule(optim.learning_rate, optim, length.decay_steps)
-    device = mesh.local_devices[0]  # another process's tells no memory
+    device = mesh.local_devices[0]  # devices of other processes report no memory stats
     peak = flops.peak_tflops(device.device_kind)
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     copies, micro_batches = mesh.shape["data"] * mesh.shape["fsdp"], settings.loop.gradient_accumulation_steps
@@ -167,7 +196,7 @@ def make_plan(
                 view: token_count(visual_grid(np.empty((1, *size, 0)), model.vision), model.vision)
                 for view, size in zip(layout.views, layout.image_sizes, strict=True)
             },
-            "fast": max(layout.label_window - FAST_CLOSING_TOKENS, 0),  # two more labels end the answer
+            "fast": max(layout.label_window - FAST_CLOSING_TOKENS, 0),  # the closing tokens end the completion
             "actions": layout.horizon if use_flow else 0,
         },
         rows=rows,
@@ -184,7 +213,10 @@ def make_plan(
 
 
 def memory_of(state: TrainState, optim: OptimConfig, micro_batches: int) -> MemoryEstimate:
-    """What one device holds of a state with shardings. With micro-batches there is a float32 sum of gradients, too."""
+    """Return the memory per device of a state with shardings.
+
+    With micro-batches, the gradients include their float32 sum.
+    """
 
     def local(leaf: Any, itemsize: int | None = None) -> int:
         return math.prod(leaf.sharding.shard_shape(leaf.shape)) * (itemsize or leaf.dtype.itemsize)

@@ -1,4 +1,4 @@
-"""A profiler trace of a few training steps, for XProf or for ui.perfetto.dev (its .trace.json.gz)."""
+"""Record a profiler trace of a few training steps, for XProf or ui.perfetto.dev (open its .trace.json.gz)."""
 
 import logging
 
@@ -10,13 +10,19 @@ logger = logging.getLogger(__name__)
 
 
 class ProfileWindow:
-    """Traces `profile_active_iters` steps after the waiting and the warming ones, counted from where the run starts.
+    """Trace `profile_active_iters` steps after `profile_wait_iters` + `profile_warmup_iters` steps of this run.
 
-    A context: a run that ends within the window keeps what it has traced.
+    As a context manager, it also writes the trace of a run that ends within the window.
     """
 
     def __init__(self, loop: LoopConfig, start: int, total_steps: int):
-        """`start`: steps done before this run. Warns where the run ends before the window."""
+        """Set up the window; warn if the run ends before it begins.
+
+        Args:
+            loop: loop config with the profile settings.
+            start: number of steps done before this run.
+            total_steps: last step of the run.
+        """
         self._folder, self._running = loop.profile_save_path, False
         self._first = start + loop.profile_wait_iters + loop.profile_warmup_iters + 1 if loop.profile else 0
         self._last = self._first + loop.profile_active_iters - 1
@@ -27,12 +33,18 @@ class ProfileWindow:
             )  # fmt: skip
 
     def before(self, step: int) -> None:
+        """Start tracing before the first step of the window."""
         if step == self._first:
             jax.profiler.start_trace(self._folder)
             self._running = True
 
     def after(self, step: int, result: jax.Array) -> None:
-        """`result`: something the step worked out, which is waited for."""
+        """Stop tracing after the last step of the window.
+
+        Args:
+            step: the step that was just dispatched.
+            result: an output of the step, which is waited for before the trace is written.
+        """
         if self._running and step == self._last:
             jax.block_until_ready(result)
             self._stop()

@@ -1,4 +1,4 @@
-"""The progress display: a bar on a terminal, plain lines in a log file."""
+"""Display training progress, as a bar on a terminal or as plain lines in a log file."""
 
 import sys
 import threading
@@ -12,14 +12,20 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Shows how far a run is.
+    """Display the progress of a run.
 
-    On a terminal: one bar that moves with every `advance` and carries the figures of the last `report`. Elsewhere
-    (a pipe, a log file): one plain line per `report`, no control characters. Processes but the first show nothing.
+    On a terminal: a bar that moves with every `advance` and shows the figures of the last `report`. Otherwise (pipe or
+    log file): one plain line per `report`, without control characters. Only the first process displays anything.
     """
 
     def __init__(self, total: int, start: int = 0, stream: TextIO | None = None):
-        """`total` and `start` in steps; writes to standard error unless another stream is given."""
+        """Create the display.
+
+        Args:
+            total: number of steps at the end of the run.
+            start: number of steps already done.
+            stream: output stream; None for standard error.
+        """
         self._total = total
         self._stream = stream if stream is not None else sys.stderr
         self._silent = jax.process_index() != 0
@@ -31,14 +37,22 @@ class Progress:
         )
 
     def advance(self, steps: int = 1) -> None:
-        """Moves the bar."""
+        """Advance the bar."""
         if self._bar is not None:
             self._bar.update(steps)
 
     def report(
         self, step: int, loss: float, samples_per_s: float, eta_s: float | None, mfu: float | None = None
     ) -> None:
-        """Shows figures; call it once per log interval. `mfu`: share of the accelerator's peak, where it is known."""
+        """Show the figures of a log interval.
+
+        Args:
+            step: current step.
+            loss: training loss.
+            samples_per_s: training speed.
+            eta_s: remaining time in seconds; None if unknown.
+            mfu: fraction of the accelerator's peak FLOP/s; None if unknown.
+        """
         used = "" if mfu is None else f" | {mfu:.0%} MFU"
         figures = f"loss {loss:.4g} | {samples_per_s:.3g} samples/s{used} | {duration(eta_s)} left"
         if self._bar is not None:
@@ -47,7 +61,7 @@ class Progress:
             self.note(f"step {step}/{self._total} | {figures}")
 
     def note(self, text: str) -> None:
-        """Prints a line of its own, above the bar if there is one."""
+        """Print a separate line, above the bar if there is one."""
         if self._silent:
             return
         if self._bar is not None:
@@ -57,7 +71,10 @@ class Progress:
 
     @contextmanager
     def compiling(self, what: str = "the train step") -> Iterator[None]:
-        """Says that the code inside compiles, and afterwards how long it took; on a terminal the seconds count up."""
+        """Report that the code inside the block is compiling, and then how long it took.
+
+        On a terminal, a timer runs meanwhile.
+        """
         start, done = time.perf_counter(), threading.Event()
         ticker = threading.Thread(target=self._count_seconds, args=(f"compiling {what}", done), daemon=True)
         if self._bar is not None:
@@ -71,11 +88,11 @@ class Progress:
             if self._bar is not None:
                 ticker.join()
                 self._bar.set_description_str("")
-                self._bar.unpause()  # the pace starts here
+                self._bar.unpause()  # measure the speed from here
         self.note(f"compiled {what} in {time.perf_counter() - start:.1f} s")
 
     def close(self) -> None:
-        """Leaves the bar as it is and ends its line."""
+        """Close the bar, leaving it on screen."""
         if self._bar is not None:
             self._bar.close()
 
@@ -90,7 +107,7 @@ _BAR = "{desc}{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}] {postfi
 
 
 def duration(seconds: float | None) -> str:
-    """3725 -> "1:02:05"; 125 -> "2:05"; None -> "?"."""
+    """Format seconds: 3725 -> "1:02:05", 125 -> "2:05", None -> "?"."""
     if seconds is None:
         return "?"
     minutes, seconds = divmod(round(seconds), 60)

@@ -1,7 +1,8 @@
-"""Settings of a run that goes on from its checkpoint: which must be as they were, and which may be others.
+"""Check the settings of a resumed run against its checkpoint.
 
-A resumed run takes its model, preprocessing and optimizer state from the checkpoint. What has shaped those is compared
-here, and refused where the configuration says something else. All other settings act from the checkpoint on.
+A resumed run takes its model, preprocessing and optimizer state from the checkpoint. The settings that determined these
+are compared here, and a configuration that differs in one of them is rejected. Changes of all other settings take
+effect from the checkpoint on.
 """
 
 import json
@@ -28,11 +29,11 @@ from wallx_jax.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-FREE_NUMERICS = ("remat", "masked_dims")  # no update depends on them: memory against time, and sampling
+FREE_NUMERICS = ("remat", "masked_dims")  # no effect on updates: a memory/time trade-off, and sampling
 ANEW = "or start anew from its weights with resume.load_ckpt_only=True"
-UNTOLD = ("resume.", "distributed.", "pretrained_")  # settings whose change is no news, or told otherwise
+UNTOLD = ("resume.", "distributed.", "pretrained_")  # changes that are expected, or reported separately
 
-Pairs = dict[str, tuple[Any, Any]]  # setting: (as configured, as the run of the checkpoint has it)
+Pairs = dict[str, tuple[Any, Any]]  # {setting: (configured value, value in the checkpoint's run)}
 
 
 def check(
@@ -42,18 +43,18 @@ def check(
     checkpoint: Path,
     fast: FastTokenizer | None,
 ) -> None:
-    """Compares a configuration with the checkpoint that it resumes.
+    """Compare a configuration with the checkpoint that it resumes.
 
     Args:
-        parts: the datasets, each with the settings as if it were the only one.
-        stored: the checkpoint's preprocessing of each dataset.
-        model: the checkpoint's.
-        checkpoint: its step directory.
-        fast: the configured action tokenizer, if there is one.
+        parts: the datasets, each with its settings as if it were the only one.
+        stored: the checkpoint's processor of each dataset.
+        model: the checkpoint's model config.
+        checkpoint: the checkpoint's step directory.
+        fast: the configured FAST action tokenizer; None if there is none.
 
     Raises:
         ConfigError: naming every setting that differs, with both values and the remedy.
-        FileNotFoundError, ValueError: norm_stats_path names no statistics, or those of another robot.
+        FileNotFoundError, ValueError: norm_stats_path is not a statistics file, or one of a different robot.
     """
     settings, before = parts[0].settings, recorded(metadata_of(checkpoint)["config"])
     pairs = _of_model(settings, model) | _of_training(settings, before) | _of_samples(settings, stored)
@@ -75,8 +76,14 @@ def check(
 
 
 def tell_changes(config: ConfigDict, checkpoint: Path) -> None:
-    """Warns of all settings that are others than those with which the checkpoint was trained. Numerics that are not set
-    any more are no change: the checkpoint's stay."""
+    """Warn about all settings that differ from those the checkpoint was trained with.
+
+    Numerics that are no longer set do not count as changes: the checkpoint's values stay in effect.
+
+    Args:
+        config: configuration of this run.
+        checkpoint: the checkpoint's step directory.
+    """
     before = recorded(metadata_of(checkpoint)["config"])
     now = recorded(json.loads(json.dumps(flatten(config), default=str)))
     if changed := [
@@ -98,7 +105,7 @@ def tell_changes(config: ConfigDict, checkpoint: Path) -> None:
 
 
 def _of_model(settings: RunConfig, model: WallXConfig) -> Pairs:
-    """Numerics that are not set are the checkpoint's."""
+    """Compare numerics and LoRA; numerics that are not set keep the checkpoint's values."""
     pairs = {
         f"numerics.{name}": (value, getattr(model.numerics, name))
         for name, value in settings.model.numerics
@@ -113,7 +120,7 @@ def _of_model(settings: RunConfig, model: WallXConfig) -> Pairs:
 
 
 def _of_training(settings: RunConfig, before: Mapping[str, Any]) -> Pairs:
-    """What decides which arrays the optimizer keeps, and the sizes that a new action expert was given."""
+    """Compare the settings that determine the optimizer's arrays and the size of a new action expert."""
     model, optim = settings.model, settings.optim
     pairs = {
         "optimizer": (optim.optimizer, before["optimizer"]),
@@ -133,7 +140,7 @@ def _of_training(settings: RunConfig, before: Mapping[str, Any]) -> Pairs:
 
 
 def _of_samples(settings: RunConfig, stored: Sequence[Processor]) -> Pairs:
-    """What is the same for all datasets."""
+    """Compare the preprocessing settings that are common to all datasets."""
     data, layout = settings.data, stored[0].config
     views = list(dict.fromkeys(view for processor in stored for view in processor.config.views))
     pairs = {
@@ -186,7 +193,7 @@ def _relative_dims(relative_to: Sequence[int]) -> dict[int, int]:
 
 
 def _names(table: Sequence[tuple[str, int]], flags: Sequence[bool]) -> tuple[str, ...]:
-    """The groups of dims that are on, with places where a group is on in part: ("arm", "gripper[0]")."""
+    """Return the enabled groups of dims, with indices where a group is partly enabled: ("arm", "gripper[0]")."""
     names, start = [], 0
     for name, dims in table:
         on = [place for place in range(dims) if flags[start + place]]
@@ -196,8 +203,11 @@ def _names(table: Sequence[tuple[str, int]], flags: Sequence[bool]) -> tuple[str
 
 
 def _other_stats(part: Part, stored: Processor, checkpoint: Path, before: Mapping[str, Any]) -> list[str]:
-    """What is wrong with norm_stats_path. Statistics that no file was ever named for stay those of the run's start,
-    though the dataset may have grown."""
+    """Return an error message if norm_stats_path gives statistics that differ from the checkpoint's.
+
+    If neither run sets norm_stats_path, the statistics computed at the start of the original run stay in use, even if
+    the dataset has grown since.
+    """
     path = part.settings.data.norm_stats_path
     if path is None and before.get("norm_stats_path") is None:
         return []

@@ -1,4 +1,4 @@
-"""One run per folder: a second one would remove the saves of the first and rename its checkpoints."""
+"""Lock a run directory: a second run would delete the first one's unfinished saves and rename its checkpoints."""
 
 import contextlib
 import fcntl
@@ -16,19 +16,19 @@ from wallx_jax.checkpoints.layout import CheckpointError
 logger = logging.getLogger(__name__)
 
 FILE = "run.lock"
-BEAT_S = 5.0  # how often a run shows that it lives
+BEAT_S = 5.0  # interval of the heartbeat
 
 
 @contextlib.contextmanager
 def hold(save_path: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder until the block ends, or the process does, however that happens.
+    """Keep other runs out of a run directory until the block or the process ends, in whatever way.
 
-    The system releases the lock of a process that is gone. On a network file system it may know the processes of one
-    machine alone; so the owner also writes into the file every BEAT_S seconds, and whoever finds another machine's
-    entry there watches whether it goes on.
+    The operating system releases the lock when the process ends. On a network file system, locks may only be visible on
+    one machine. The owner therefore also writes a heartbeat to the file every BEAT_S seconds, and a run that finds an
+    entry of another machine waits to see whether it is updated.
 
     Raises:
-        CheckpointError: another run is training in the folder; tells which.
+        CheckpointError: another run is training in the directory; the message names it.
     """
     file = save_path / FILE
     handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
@@ -39,7 +39,7 @@ def hold(save_path: Path) -> Iterator[None]:
             free = True
         except BlockingIOError:
             free = False
-        except OSError:  # a file system without locks: the entries alone decide
+        except OSError:  # a file system without locks: only the entries decide
             free = not (owner and owner["host"] == socket.gethostname() and _lives(owner["pid"]))
         if free and owner and owner["host"] != socket.gethostname():
             logger.warning("was the run of %s in %s killed? Waiting whether it goes on", owner["host"], save_path)
@@ -63,7 +63,7 @@ def hold(save_path: Path) -> Iterator[None]:
 def _beat(handle: int, done: threading.Event) -> None:
     entry = {"host": socket.gethostname(), "pid": os.getpid()}
     while True:
-        with contextlib.suppress(OSError):  # a full disk is for the next save to report
+        with contextlib.suppress(OSError):  # a full disk is reported by the next save
             os.pwrite(handle, json.dumps(entry | {"time": time.time()}).encode().ljust(256), 0)
             os.fsync(handle)
         if done.wait(BEAT_S):
@@ -71,9 +71,9 @@ def _beat(handle: int, done: threading.Event) -> None:
 
 
 def _read(file: Path) -> dict | None:
-    """The entry of a run that holds the lock, or was killed; None where the last one has ended."""
+    """Return the entry of a run that holds the lock or was killed; None if the last run has ended normally."""
     try:
-        return json.loads(file.read_bytes())  # opened anew: then a network file system shows what is new
+        return json.loads(file.read_bytes())  # reopen the file: a network file system then shows new content
     except ValueError:
         return None
 

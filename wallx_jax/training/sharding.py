@@ -1,7 +1,8 @@
-"""The device mesh and where each parameter lies on it.
+"""Create the device mesh and define how parameters and batches are sharded over it.
 
-Axes: "data" (copies of the model), "fsdp" (parameters and optimizer state cut along a width), "tensor" (heads and MLP
-width). A batch is cut over data and fsdp. Parameters are cut by role, read off their path; the layer axis never is.
+Axes: "data" (data parallelism: copies of the model), "fsdp" (parameters and optimizer state sharded along a width),
+"tensor" (tensor parallelism: heads and MLP width). Batches are sharded over data and fsdp. Parameters are sharded by
+role, which is derived from their path; the layer axis is never sharded.
 """
 
 import re
@@ -15,7 +16,7 @@ from wallx_jax.utils import tree
 
 AXES = ("data", "fsdp", "tensor")
 
-# First match wins; specs are for the last axes of a parameter, its leading (layer) axes are whole.
+# First match wins. Specs apply to the last axes of a parameter; its leading (layer) axes are not sharded.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"/(scale|bias)$", ()),
     (r"(^|/)embed/embedding$", ("tensor", "fsdp")),
@@ -28,7 +29,11 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """Mesh over all (or the given) devices. Raises ValueError when the sizes do not multiply to their number."""
+    """Create a mesh over all (or the given) devices.
+
+    Raises:
+        ValueError: the product of the mesh sizes is not the number of devices.
+    """
     devices = devices or jax.devices()
     sizes = [config.data, config.fsdp, config.tensor]
     known = int(np.prod([size for size in sizes if size != -1]))
@@ -40,13 +45,14 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """How a parameter is cut. An axis that does not divide a dimension leaves that dimension whole.
+    """Return how a parameter is sharded; a dimension not divisible by its mesh axis is not sharded.
 
-    Raises ValueError for a path that no rule knows.
+    Raises:
+        ValueError: no rule matches the path.
     """
     for pattern, last in RULES:
         if re.search(pattern, path):
-            if len(shape) < len(last):  # a factored moment: small
+            if len(shape) < len(last):  # a factored moment: small, so replicated
                 return PartitionSpec()
             spec = (None,) * (len(shape) - len(last)) + last
             return PartitionSpec(
@@ -59,9 +65,10 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 
 def shardings(abstract, mesh: Mesh):
-    """A NamedSharding for every leaf of a parameter tree, optimizer state or TrainState.
+    """Return a tree with the NamedSharding of every leaf of a parameter tree, optimizer state or TrainState.
 
-    Optimizer moments lie as their parameters do: a leaf is cut by the parameter path that its own path ends in.
+    Optimizer moments are sharded like their parameters: the rule is chosen by the parameter path at the end of a leaf's
+    path.
     """
 
     def of(path, leaf):
@@ -74,16 +81,20 @@ def shardings(abstract, mesh: Mesh):
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Cuts the batch axis, which follows `leading` whole axes, over data and fsdp."""
+    """Return the sharding of a batch over data and fsdp; the batch axis follows `leading` unsharded axes."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ("data", "fsdp")))
 
 
 def data_shard(mesh: Mesh) -> tuple[int, int]:
-    """(which, of how many) share of every batch this process loads.
+    """Return the shard of every batch that this process loads.
 
-    Processes whose devices hold the same rows, cut along "tensor", load the same.
+    Processes whose devices hold the same rows, because they differ only along "tensor", load the same shard.
 
-    Raises ValueError when two processes hold some rows in common but not all.
+    Returns:
+        (shard index, number of shards).
+
+    Raises:
+        ValueError: two processes have some but not all of their rows in common.
     """
     rows = mesh.devices.reshape(-1, mesh.shape["tensor"])
     held = {device.process_index: set() for device in mesh.devices.flat}
@@ -105,7 +116,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def describe(params: tree.Tree, mesh: Mesh) -> str:
-    """One line per distinct cut: how many bytes of parameters it holds, for the log."""
+    """Return a table for the log, with the total size (MiB) of the parameters of each distinct PartitionSpec."""
     totals: dict[str, int] = {}
     for path, leaf in tree.flatten(params).items():
         spec = str(param_spec(path, leaf.shape, mesh))

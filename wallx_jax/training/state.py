@@ -1,4 +1,4 @@
-"""What a training run carries from step to step."""
+"""Define the training state that is carried from step to step."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -16,10 +16,17 @@ from wallx_jax.utils import tree
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """step: int32, optimizer steps tried. skipped: int32, those of them left out because of a non-finite loss or
-    gradient. params: nested dict of all parameters. opt_state: optax state of the trainable ones. ema: moving average
-    of the trainable ones, in their dtypes, where one is kept. gradients: the last ones, where their memory is kept for
-    the next (`with_gradient_buffer`); no part of a checkpoint."""
+    """State of a training run.
+
+    Attributes:
+        step: int32 [], optimizer steps attempted.
+        skipped: int32 [], those among them that were skipped because of a non-finite loss or gradient.
+        params: nested dict of all parameters.
+        opt_state: optax state of the trainable parameters.
+        ema: moving average of the trainable parameters, in their dtypes; None if none is kept.
+        gradients: the last gradients, kept only to reuse their memory in the next step (`with_gradient_buffer`); not
+            part of a checkpoint.
+    """
 
     step: jax.Array
     skipped: jax.Array
@@ -30,27 +37,27 @@ class TrainState:
 
     @property
     def acting(self) -> tree.Tree:
-        """All parameters, those with a moving average replaced by it: what a checkpoint acts with."""
+        """Parameters for inference: EMA values where an EMA is kept."""
         if self.ema is None:
             return self.params
         return tree.unflatten(tree.flatten(self.params) | tree.flatten(self.ema))
 
 
 def create_state(params: tree.Tree, config: OptimConfig, decay_steps: int) -> TrainState:
-    """A fresh state around these parameters (concrete, traced or under jax.eval_shape)."""
+    """Create a new training state from parameters (concrete, traced or under jax.eval_shape)."""
     trainable, _ = tree.split(params, is_trainable(config))
     opt_state: optax.OptState = make_optimizer(config, decay_steps).init(trainable)
     zero = jnp.zeros((), jnp.int32)
-    # Copies: a donated state must not hold an array twice.
+    # Copies, because a donated state must not contain the same array twice.
     ema = jax.tree.map(jnp.copy, trainable) if config.ema_decay is not None else None
     return TrainState(zero, zero, params, opt_state, ema)
 
 
 def with_gradient_buffer(state: TrainState, config: OptimConfig, micro_batches: int = 1) -> TrainState:
-    """The state with memory for gradients, which a donated state passes on from step to step.
+    """Return the state with a gradient buffer, which is passed on from step to step by donating the state.
 
-    For CPUs: there XLA asks the system for fresh memory at every step, and zeroing its pages costs 6% of the step. On
-    other devices XLA keeps it anyway.
+    This is for CPUs, where XLA allocates new memory from the system at every step, and zeroing its pages costs 6% of
+    the step. On other devices XLA reuses the memory anyway.
     """
     trainable, _ = tree.split(state.params, is_trainable(config))
     # Several micro-batches are summed in float32.

@@ -1,4 +1,4 @@
-"""One optimizer update and one evaluation batch, as pure functions to be jitted.
+"""Define the train step (one optimizer update) and the eval step as pure functions to be jitted.
 
 Legend: N micro-batches, B batch, A horizon, C channels.
 """
@@ -28,11 +28,16 @@ EVAL_SEED = 20_251_123  # noise and flow times of held-out frames: the same in e
 
 @dataclass(frozen=True)
 class Objective:
-    """use_flow: train the action tokens by flow matching (False in FAST mode, where actions are text).
-    mask_padded_actions: leave actions past the episode's end out of the flow loss.
-    action_ids: FAST tokens, first id and the one after the last, whose accuracy is measured; None: no accuracy.
-    datasets: names of a run with several, whose losses are also measured one by one; a batch says which sample is
-        whose."""
+    """Losses and metrics to compute.
+
+    Attributes:
+        use_flow: train the action tokens by flow matching (False in FAST mode, where actions are text).
+        flow_loss_weight: weight of the flow loss relative to the cross-entropy loss.
+        mask_padded_actions: exclude actions past the end of the episode from the flow loss.
+        action_ids: range [first, last + 1) of the FAST token ids whose accuracy is measured; None for no accuracy.
+        datasets: names of the datasets whose losses are also measured individually, with `Batch.dataset` as index;
+            empty in a run with only one.
+    """
 
     use_flow: bool = True
     flow_loss_weight: float = 1.0
@@ -41,15 +46,15 @@ class Objective:
     datasets: tuple[str, ...] = ()
 
     def left_out(self, batch: Batch) -> jax.Array | None:
-        """Actions of the batch that no flow loss counts, bool [..., A]; None: all count."""
+        """Return the mask of actions that are excluded from the flow loss, bool [..., A]; None if none are."""
         return batch.action_is_pad if self.mask_padded_actions else None
 
 
 def loss_counts(batch: Batch, model: WallXConfig, objective: Objective, per_sample: bool = False) -> LossTotals:
-    """Denominators of the two losses over a batch (any leading axes), and its number of action tokens.
+    """Return the denominators of the two losses over a batch (any leading axes), and its number of action tokens.
 
     Returns:
-        Scalars; or [B], with a single leading axis, when `per_sample`.
+        Scalars; if `per_sample`, [B], which requires a single leading axis.
     """
     flow_count = tokens = None
     if objective.use_flow:
@@ -62,7 +67,11 @@ def loss_counts(batch: Batch, model: WallXConfig, objective: Objective, per_samp
 
 
 def counts_by_dataset(batch: Batch, model: WallXConfig, objective: Objective) -> LossTotals:
-    """`loss_counts` of a batch (any leading axes): [datasets], of which any may be 0; scalars in a run of one."""
+    """Return `loss_counts` of a batch (any leading axes) per dataset.
+
+    Returns:
+        [datasets], where any count may be 0; scalars if `objective.datasets` is empty.
+    """
     if not objective.datasets:
         return loss_counts(batch, model, objective)
     size, leading = batch.dataset.size, batch.dataset.ndim
@@ -71,14 +80,14 @@ def counts_by_dataset(batch: Batch, model: WallXConfig, objective: Objective) ->
 
 
 def by_dataset(sums: LossTotals, batch: Batch, objective: Objective) -> LossTotals:
-    """Values of samples [B] -> sums [datasets]."""
+    """Sum per-sample values [B] by dataset, to [datasets]."""
     own = batch.dataset[:, None] == jnp.arange(len(objective.datasets))
-    # A choice rather than a product: what is not finite in one dataset stays out of the others.
+    # A where rather than a product, so that non-finite values of one dataset do not affect the others.
     return jax.tree.map(lambda x: jnp.sum(jnp.where(own, x[:, None], 0), axis=0), sums)
 
 
 def overall(counts: LossTotals) -> LossTotals:
-    """Denominators of the losses over all datasets, at least 1."""
+    """Return the denominators of the losses over all datasets, at least 1, and the number of action tokens."""
     labels, flow_count, tokens = jax.tree.map(jnp.sum, counts)
     return LossTotals(jnp.maximum(labels, 1), jnp.maximum(flow_count, 1), tokens)
 
@@ -92,7 +101,20 @@ def batch_sums(
     objective: Objective,
     per_sample: bool = False,
 ) -> LossTotals:
-    """Loss numerators of one batch: scalars, or [B] when `per_sample`."""
+    """Return the loss numerators of a batch.
+
+    Args:
+        params: all parameters.
+        batch: batch [B].
+        noise: noise of flow matching, [B, A, C].
+        time: flow times, [B].
+        model: model config.
+        objective: losses and metrics to compute.
+        per_sample: return sums per sample instead of over the batch.
+
+    Returns:
+        Scalars; [B] if `per_sample`.
+    """
     net, target = from_params(model, params), None
     if objective.use_flow:
         target = FlowTarget(batch.actions, batch.action_mask, noise, time, objective.left_out(batch))
@@ -102,13 +124,23 @@ def batch_sums(
 def make_train_step(
     model: WallXConfig, optim: OptimConfig, decay_steps: int, objective: Objective, seed: int
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """train_step(state, batch) -> (state, metrics), for batches with leading axes [N, B].
+    """Create the train step.
 
-    The N micro-batches run one after another; sums are divided by the counts of all of them, so the update equals that
-    of one batch of N x B. Noise, time and rounding come from (seed, step) alone. The update itself is float32, whatever
-    parameters and moments are kept in. An update whose loss or gradient norm is not finite leaves parameters and
-    optimizer as they were, and is counted. A metric that is a pair (sum, count) is to be divided by whoever reports it:
-    its count may be 0.
+    The N micro-batches run sequentially; sums are divided by the counts over all of them, so the update equals that of
+    a single batch of N x B. Noise, time and rounding depend only on (seed, step). The update is computed in float32,
+    whatever the dtypes of parameters and moments. If the loss or the gradient norm is not finite, parameters and
+    optimizer state stay unchanged and the update is counted as skipped.
+
+    Args:
+        model: model config.
+        optim: optimizer config.
+        decay_steps: updates until the learning rate has decayed.
+        objective: losses and metrics to compute.
+        seed: seed of noise, time and rounding.
+
+    Returns:
+        train_step(state, batch) -> (state, metrics), for batches with leading axes [N, B]. Metrics given as (sum,
+        count) are averaged by the caller; count may be zero.
     """
     optimizer = make_optimizer(optim, decay_steps)
     trainable = is_trainable(optim)
@@ -151,8 +183,8 @@ def make_train_step(
                 ema = optax.incremental_update(wide, ema, 1 - optim.ema_decay)
             return cast_like((wide, moments, ema), before, rounding_key(state.step))
 
-        # XLA writes the state in place after a branch on a CPU, and after a choice on a GPU; either way it takes twice
-        # the memory on the other.
+        # XLA updates the state in place with a cond on CPU and with a where on GPU; each takes twice the memory on the
+        # other.
         params, opt_state, ema = jax.lax.platform_dependent(
             (params, state.opt_state, state.ema),
             cpu=lambda before: jax.lax.cond(finite, update, lambda kept: kept, before),
@@ -188,20 +220,31 @@ def make_train_step(
 def compile_train_step(
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]], state: TrainState, batch: Batch
 ) -> jax.stages.Compiled:
-    """The step for these shapes and shardings (of arrays or jax.ShapeDtypeStruct); it writes over the state it gets."""
+    """Compile the train step for the shapes and shardings of `state` and `batch`; it donates the state it is given.
+
+    Args:
+        train_step: see `make_train_step`.
+        state: training state with arrays or jax.ShapeDtypeStruct as leaves.
+        batch: batch [N, B] with arrays or jax.ShapeDtypeStruct as leaves.
+    """
     out = (jax.tree.map(lambda x: x.sharding, state), None)
-    # keep_unused: of the last gradients nothing but their memory is used.
+    # keep_unused: only the memory of the last gradients is used.
     return jax.jit(train_step, donate_argnums=0, keep_unused=True, out_shardings=out).lower(state, batch).compile()
 
 
 def make_eval_step(
     model: WallXConfig, objective: Objective, seed: int
 ) -> Callable[[tree.Tree, EvalBatch], tuple[LossTotals, LossTotals]]:
-    """Makes the function that measures the losses of a batch of held-out frames.
+    """Create the eval step, which measures the losses of a batch of held-out frames.
+
+    Args:
+        model: model config.
+        objective: losses and metrics to compute.
+        seed: seed of noise and time.
 
     Returns:
-        eval_step(params, batch [B]) -> (sums, counts) over the samples that count; [datasets] each in a run of several.
-        What a frame adds depends on the frame alone, not on the batch that it comes in.
+        eval_step(params, batch [B]) -> (sums, counts) over the samples with `counted`: scalars, or [datasets] if
+        `objective.datasets` is not empty. A frame's contribution depends only on the frame, not on its batch.
     """
 
     @jax_flags.ours()
@@ -219,7 +262,7 @@ def make_eval_step(
 
 
 def frame_noise_and_time(held_out: EvalBatch, model: WallXConfig, seed: int) -> tuple[jax.Array, jax.Array]:
-    """Noise [B, A, C] and times [B] of held-out frames, each from the seed, its dataset and its number alone."""
+    """Sample noise [B, A, C] and times [B] of held-out frames, depending only on seed, dataset and frame number."""
     batch = held_out.batch
     dataset = jnp.zeros_like(held_out.frame) if batch.dataset is None else batch.dataset
 
@@ -232,14 +275,14 @@ def frame_noise_and_time(held_out: EvalBatch, model: WallXConfig, seed: int) -> 
 
 
 def _noise_and_time(key: jax.Array, batch: Batch, model: WallXConfig) -> tuple[jax.Array, jax.Array]:
-    """Noise like batch.actions [..., A, C] and times [...]."""
+    """Sample noise with the shape of batch.actions [..., A, C], and times [...]."""
     shape = batch.actions.shape
     noise, time = flow.sample_noise_and_time(key, (math.prod(shape[:-2]), *shape[-2:]), model.action)
     return noise.reshape(shape), time.reshape(shape[:-2])
 
 
 def _accumulate(loss_and_grads, params, micro_batches):
-    """Sums losses and float32 gradients over the leading axis of `micro_batches`."""
+    """Sum losses and gradients over the leading axis of `micro_batches`, in float32."""
 
     def add(total, micro):
         return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, loss_and_grads(params, *micro)), None
