@@ -358,20 +358,20 @@ def _items(flat: Mapping[str, Any]) -> dict[str, Tree]:
     """
     averages = {path.removeprefix("ema/"): leaf for path, leaf in flat.items() if path.startswith("ema/")}
     trained = {path.removeprefix("params/"): leaf for path, leaf in flat.items() if path.startswith("params/")}
-    adapter_paths = {path: leaf for path, leaf in flat.items() if not path.startswith(("params/", "ema/"))}
-    adapter_paths |= {f"params/{path}": trained[path] for path in averages}
-    return {"params": unflatten(trained | averages), "state": unflatten(adapter_paths)}
+    rest = {path: leaf for path, leaf in flat.items() if not path.startswith(("params/", "ema/"))}
+    rest |= {f"params/{path}": trained[path] for path in averages}
+    return {"params": unflatten(trained | averages), "state": unflatten(rest)}
 
 
 def _from_items(items: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
     """Return the leaves `wanted` of a flattened state; the inverse of `_items`."""
-    acting, adapter_paths = leaves_by_path(items["params"]), leaves_by_path(items["state"])
+    acting, rest = leaves_by_path(items["params"]), leaves_by_path(items["state"])
 
     def leaf(path: str) -> Any:
         kind, _, name = path.partition("/")
-        if kind == "ema" or (kind == "params" and path not in adapter_paths):
+        if kind == "ema" or (kind == "params" and path not in rest):
             return acting[name]
-        return adapter_paths[path]
+        return rest[path]
 
     return {path: leaf(path) for path in wanted}
 

@@ -56,67 +56,67 @@ class CheckpointReport:
 
 def inspect_checkpoint(path: str | Path) -> CheckpointReport:
     """Inspect a checkpoint, a run (its newest complete checkpoint) or a PyTorch model directory; local paths only."""
-    checkup, folder = CheckpointReport(), Path(path).expanduser().absolute()
+    report, folder = CheckpointReport(), Path(path).expanduser().absolute()
     if not folder.is_dir():
-        checkup.problems.append(f"there is no directory {folder}")
+        report.problems.append(f"there is no directory {folder}")
     elif (folder / "config.json").is_file():
-        _check_pytorch(checkup, folder)
-    elif steps := checkup.attempt("it cannot be searched", find_checkpoints, folder):
+        _check_pytorch(report, folder)
+    elif steps := report.attempt("it cannot be searched", find_checkpoints, folder):
         if steps[0] != folder:
             names = ", ".join(step.name for step in reversed(steps))
             incomplete = sorted(
                 {child.name for child in steps[0].parent.iterdir() if child.is_dir()} - {*names.split(", ")}
             )
             aside = f"; incomplete or set aside: {', '.join(incomplete)}" if incomplete else ""
-            checkup.say("run", f"complete steps: {names}{aside}")
-        _check_step(checkup, steps[0])
-    return checkup
+            report.say("run", f"complete steps: {names}{aside}")
+        _check_step(report, steps[0])
+    return report
 
 
-def _check_pytorch(checkup: CheckpointReport, folder: Path) -> None:
-    checkup.say("model", f"{folder}, a PyTorch directory")
-    weights = checkup.attempt("its weights cannot be read", open_weights, folder)
+def _check_pytorch(report: CheckpointReport, folder: Path) -> None:
+    report.say("model", f"{folder}, a PyTorch directory")
+    weights = report.attempt("its weights cannot be read", open_weights, folder)
     if weights is not None:
-        _describe_model(checkup, weights.config)
-        checkup.findings += param_summary.table(param_summary.rows(weights.specs))
-    _check_files(checkup, folder)
+        _describe_model(report, weights.config)
+        report.findings += param_summary.table(param_summary.rows(weights.specs))
+    _check_files(report, folder)
 
 
-def _check_step(checkup: CheckpointReport, step: Path) -> None:
-    checkup.say("checkpoint", f"{step}, complete")
-    metadata = checkup.attempt("its metadata cannot be read", metadata_of, step)
-    specs = checkup.attempt("its parameters cannot be read", stored, step)
+def _check_step(report: CheckpointReport, step: Path) -> None:
+    report.say("checkpoint", f"{step}, complete")
+    metadata = report.attempt("its metadata cannot be read", metadata_of, step)
+    specs = report.attempt("its parameters cannot be read", stored, step)
     if metadata is not None:
         loss = "" if metadata.get("loss") is None else f", loss {metadata['loss']:.4g}"
-        checkup.say("written", f"at step {metadata['step']}{loss}, {metadata['time']}, {_versions(metadata)}")
-        model = checkup.attempt("its metadata describe no model", model_config_of, step)
+        report.say("written", f"at step {metadata['step']}{loss}, {metadata['time']}, {_versions(metadata)}")
+        model = report.attempt("its metadata describe no model", model_config_of, step)
         if model is not None:
-            _describe_model(checkup, model)
+            _describe_model(report, model)
             if specs is not None:
-                checkup.attempt("its parameters do not fit its metadata", compare_params, step, abstract_params(model))
+                report.attempt("its parameters do not fit its metadata", compare_params, step, abstract_params(model))
     if specs is not None:
-        checkup.findings += param_summary.table(rows := param_summary.rows(specs))
+        report.findings += param_summary.table(rows := param_summary.rows(specs))
         # Arrays are stored uncompressed, so missing data from an interrupted copy shows in the size.
         wanted, found = sum(row.size for row in rows), _bytes_of(step / "params")
         if found < wanted:
-            checkup.problems.append(
+            report.problems.append(
                 f"params/ has {param_summary.gib(found)} on disk, its arrays take {param_summary.gib(wanted)}: copy it "
                 "again"
             )
-    _check_files(checkup, step / "assets")
-    _check_resumable(checkup, step)
+    _check_files(report, step / "assets")
+    _check_resumable(report, step)
 
 
-def _describe_model(checkup: CheckpointReport, model: WallXConfig) -> None:
+def _describe_model(report: CheckpointReport, model: WallXConfig) -> None:
     acts = model.action.intermediate_size is not None
     side = f"{model.action.action_dim} action channels" if acts else "no action side (Qwen2.5-VL)"
     adapters = f", adapters of rank {model.lora.rank}" if model.lora.rank else ""
-    checkup.say(
+    report.say(
         "shapes",
         f"{model.text.num_hidden_layers} decoder layers of width {model.text.hidden_size}, {model.vision.depth} vision "
         f"layers of {model.vision.hidden_size}, vocabulary {model.text.vocab_size:,}, {side}{adapters}",
     )
-    checkup.say("numerics", ", ".join(f"{name} {value}" for name, value in vars(model.numerics).items()))
+    report.say("numerics", ", ".join(f"{name} {value}" for name, value in vars(model.numerics).items()))
 
 
 def _versions(metadata: dict[str, Any]) -> str:
@@ -132,31 +132,31 @@ def _versions(metadata: dict[str, Any]) -> str:
     return f"with {', '.join(others)}" if others else "with the versions that are installed here"
 
 
-def _check_files(checkup: CheckpointReport, folder: Path) -> None:
+def _check_files(report: CheckpointReport, folder: Path) -> None:
     """Check tokenizer, statistics and image sizes; a model without robot data has only a tokenizer."""
     if (folder / processors.FILE_NAME).is_file():
-        processor = checkup.attempt("its preprocessing cannot be read", Processor.from_dir, folder)
+        processor = report.attempt("its preprocessing cannot be read", Processor.from_dir, folder)
         if processor is not None:
             views = ", ".join(processor.config.views)
-            checkup.say("assets", f"tokenizer, statistics and processor; {processor.config.objective}, {views}")
+            report.say("assets", f"tokenizer, statistics and processor; {processor.config.objective}, {views}")
         return
-    tokenizer = checkup.attempt("its tokenizer cannot be read", Tokenizer.from_dir, folder)
+    tokenizer = report.attempt("its tokenizer cannot be read", Tokenizer.from_dir, folder)
     if tokenizer is not None:
         has_stats = (folder / "norm_stats.json").is_file()
-        checkup.say("assets", f"tokenizer of {len(tokenizer):,}; {'' if has_stats else 'no '}norm_stats.json")
+        report.say("assets", f"tokenizer of {len(tokenizer):,}; {'' if has_stats else 'no '}norm_stats.json")
 
 
-def _check_resumable(checkup: CheckpointReport, step: Path) -> None:
+def _check_resumable(report: CheckpointReport, step: Path) -> None:
     present = [item for item in ("state", "data") if (step / item).is_dir()]
     if len(present) < 2:
         has = f"has {present[0]}/ alone" if present else "holds weights alone"
-        checkup.say("resume", f"no, it {has}; runs can start from it (pretrained_wallx_path, resume.load_ckpt_only)")
+        report.say("resume", f"no, it {has}; runs can start from it (pretrained_wallx_path, resume.load_ckpt_only)")
         return
-    state = checkup.attempt("its optimizer state cannot be read", stored, step, "state")
-    position = checkup.attempt("its position in the data cannot be read", _read_position, step)
+    state = report.attempt("its optimizer state cannot be read", stored, step, "state")
+    position = report.attempt("its position in the data cannot be read", _read_position, step)
     if state is not None and position is not None:
         size = sum(row.size for row in param_summary.rows(state))
-        checkup.say("resume", f"yes: optimizer state {param_summary.gib(size)}, {position:,} batches drawn")
+        report.say("resume", f"yes: optimizer state {param_summary.gib(size)}, {position:,} batches drawn")
 
 
 def _read_position(step: Path) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from wallx_jax.checkpoints.compare import compare
-from wallx_jax.checkpoints.layout import CheckpointError
+from wallx_jax.checkpoints.layout import COMMITTED, CheckpointError, assets_dir, find_checkpoints, read_metadata
 from wallx_jax.checkpoints.stream import ModelReader
 from wallx_jax.config.prompt_template import PromptTemplate
 from wallx_jax.data import processor as processors
@@ -76,11 +76,11 @@ def export_model(
         OSError: `output` cannot be written.
     """
     output = Path(output).expanduser().absolute()
-    step = layout.find_checkpoints(checkpoint)[0]
+    step = find_checkpoints(checkpoint)[0]
     model = ModelReader(step)
     config = model.config
-    assets = layout.assets_dir(step)
-    source = layout.read_metadata(step).get("source")
+    assets = assets_dir(step)
+    source = read_metadata(step).get("source")
     whole = (layout == "qwen2_5_vl") == names.is_qwen(config)
     if layout == "wall_x" and names.is_qwen(config):
         raise WeightsError(f"{step} is a Qwen2.5-VL without an action side: export it with layout qwen2_5_vl")
@@ -99,7 +99,7 @@ def export_model(
 
     size = sum(int(np.prod(spec.shape)) * spec.dtype.itemsize for spec in specs.values())
     with new_directory(output) as folder:
-        left_out = (NORMALIZERS, "config.json", layout.COMMITTED, *(() if whole else ROBOT))
+        left_out = (NORMALIZERS, "config.json", COMMITTED, *(() if whole else ROBOT))
         shutil.copytree(assets, folder, ignore=shutil.ignore_patterns(*left_out))
         with tqdm(total=size, unit="B", unit_scale=True, unit_divisor=1024, desc=f"to {output.name}") as progress:
             write_weights(folder, config, model.read, specs, extra, shard_bytes, progress.update)
