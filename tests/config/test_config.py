@@ -89,7 +89,8 @@ def test_default_resolution_is_the_guides():
 
 
 def test_every_setting_has_a_comment():
-    source = (ROOT / "wallx_jax" / "config" / "resolve.py").read_text().split("def default_config")[1].split("return c.lock()")[0]
+    text = (ROOT / "wallx_jax" / "config" / "resolve.py").read_text()
+    source = text.split("def default_config")[1].split("return c.lock()")[0]
     bare = [
         line
         for line in source.splitlines()
