@@ -333,7 +333,7 @@ def test_each_setting_of_the_optimizer_is_decided():
     assert {field.name for field in dataclasses.fields(OptimConfig)} == set().union(*DECISIONS.values())
     numerics = {field.name for field in dataclasses.fields(Numerics)}
     refused = {name.removeprefix("numerics.") for name in REFUSED if name.startswith("numerics.")}
-    assert numerics == refused | {"remat", "masked_dims"}
+    assert numerics == refused | {"remat", "masked_dims", "kernels"}
 
 
 ADAPTERS = {

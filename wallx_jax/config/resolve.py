@@ -79,6 +79,9 @@ def default_config() -> OrderedConfig:
     c.numerics.compute_dtype = placeholder(str)  # of activations: "float32" or "bfloat16"
     c.numerics.float32_islands = placeholder(bool)  # keep norms and action heads in float32
     c.numerics.remat = placeholder(str)  # rematerialization per layer: "full", "dots" (keep matmul outputs) or "none"
+    # Implementation of linear layers, norms and attention: "xla" (plain jax.numpy), "cpu" (custom gradients and
+    # attention tuned for CPUs), "cudnn" (cuDNN flash attention, NVIDIA GPUs), "auto" (cpu on CPU devices, else xla).
+    c.numerics.kernels = placeholder(str)  # a checkpoint with "auto" runs on any device
 
     # Robot
     c.robot_name = placeholder(str)  # upstream's customized_robot_config.name; if set, must equal repo_id

@@ -8,7 +8,8 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from enum import StrEnum
+from typing import Any
 
 from wallx_jax.utils.json_fields import field_errors, mismatch, section
 
@@ -124,11 +125,70 @@ class TokenIds:
     action: int = 151666
 
 
+class Choice(StrEnum):
+    """A string with a fixed set of values; equal to, and printed as, the plain string."""
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+class ActionAttention(Choice):
+    """Attention among the action tokens, see `Numerics`."""
+
+    BIDIRECTIONAL = "bidirectional"
+    CAUSAL = "causal"
+
+
+class MropeLayout(Choice):
+    """Assignment of rotary channels to time, height and width, see `Numerics`."""
+
+    QWEN = "qwen"
+    UPSTREAM_CUDA = "upstream_cuda"
+
+
+class FlowLoss(Choice):
+    """Channels that the flow loss averages over, see `Numerics`."""
+
+    ALL = "all"
+    VALID = "valid"
+
+
+class MaskedDims(Choice):
+    """Sampling of the action channels that the robot lacks, see `Numerics`."""
+
+    DRIFT = "drift"
+    HELD = "held"
+
+
+class Dtype(Choice):
+    """Floating-point types of parameters and activations."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Remat(Choice):
+    """Activations saved for the backward pass, see `Numerics`."""
+
+    FULL = "full"
+    DOTS = "dots"
+    NONE = "none"
+
+
+class Kernels(Choice):
+    """Implementation of linear layers, norms and attention, see `Numerics`."""
+
+    AUTO = "auto"
+    XLA = "xla"
+    CUDNN = "cudnn"
+    CPU = "cpu"
+
+
 @dataclass(frozen=True)
 class Numerics:
-    """Numerical choices on which the reference implementations differ, dtypes, and rematerialisation.
+    """Numerical choices on which the reference implementations differ, dtypes, rematerialisation, and kernels.
 
-    Saved in checkpoints and exported configs.
+    Saved in checkpoints and exported configs. Strings are accepted for the enumerations.
 
     Attributes:
         action_attention: attention among the action tokens: "bidirectional" as in lerobot's port, or "causal" as in
@@ -142,23 +202,29 @@ class Numerics:
         float32_islands: keep and compute decoder norms and action heads in float32 (lerobot, later upstream).
         remat: activations of each layer that are saved for the backward pass: "full" saves none and recomputes all,
             "dots" saves matmul outputs, "none" saves all.
+        kernels: implementation of linear layers, norms and attention: "xla" (plain jax.numpy), "cpu" (custom gradients
+            and attention tuned for CPUs), "cudnn" (cuDNN flash attention, NVIDIA GPUs), or "auto" ("cpu" on CPU
+            devices, "xla" elsewhere). "auto" is decided when a program is traced and saved as "auto", so a checkpoint
+            is not tied to the devices that it was trained on.
     """
 
-    action_attention: Literal["bidirectional", "causal"] = "bidirectional"
-    mrope_layout: Literal["qwen", "upstream_cuda"] = "qwen"
-    flow_loss: Literal["all", "valid"] = "all"
-    masked_dims: Literal["drift", "held"] = "drift"
-    param_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    action_attention: ActionAttention = ActionAttention.BIDIRECTIONAL
+    mrope_layout: MropeLayout = MropeLayout.QWEN
+    flow_loss: FlowLoss = FlowLoss.ALL
+    masked_dims: MaskedDims = MaskedDims.DRIFT
+    param_dtype: Dtype = Dtype.BFLOAT16
+    compute_dtype: Dtype = Dtype.BFLOAT16
     float32_islands: bool = True
-    remat: Literal["full", "dots", "none"] = "full"
+    remat: Remat = Remat.FULL
+    kernels: Kernels = Kernels.AUTO
 
     def __post_init__(self):
         for option in dataclasses.fields(self):
-            allowed = getattr(option.type, "__args__", (True, False))
             value = getattr(self, option.name)
+            allowed = (True, False) if option.type is bool else tuple(option.type)
             if value not in allowed or (option.type is bool and not isinstance(value, bool)):
                 raise ValueError(f"numerics.{option.name} is {value!r}; choose one of {list(allowed)}")
+            object.__setattr__(self, option.name, option.type(value))
 
 
 @dataclass(frozen=True)
@@ -289,12 +355,12 @@ class WallXConfig:
             "sliding_window": 32768,
             "use_sliding_window": False,
             "use_cache": True,
-            "torch_dtype": self.numerics.param_dtype,
+            "torch_dtype": self.numerics.param_dtype.value,
             "eos_token_id": self.tokens.eos,
             "vision_start_token_id": self.tokens.vision_start,
             "image_token_id": self.tokens.image,
             "video_token_id": self.tokens.video,
-            "wallx_jax": dataclasses.asdict(self.numerics),
+            "wallx_jax": _plain(self.numerics),
             "vision_config": {
                 **_plain(v),
                 "in_chans": v.in_channels,
@@ -405,8 +471,12 @@ def _section(kind: type, values: Mapping[str, Any]) -> Any:
 
 
 def _plain(section: Any) -> dict[str, Any]:
-    """Convert a dataclass to a dict for JSON: tuples become lists."""
-    return {k: list(x) if isinstance(x, tuple) else x for k, x in dataclasses.asdict(section).items()}
+    """Convert a dataclass to a dict for JSON: tuples become lists, enumerations strings."""
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value.value if isinstance(value, Choice) else value
+
+    return {name: plain(value) for name, value in dataclasses.asdict(section).items()}
 
 
 TINY = WallXConfig(

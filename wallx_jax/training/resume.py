@@ -29,7 +29,7 @@ from wallx_jax.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-FREE_NUMERICS = ("remat", "masked_dims")  # no effect on updates: a memory/time trade-off, and sampling
+FREE_NUMERICS = ("remat", "masked_dims", "kernels")  # updates differ by rounding at most: memory, sampling, speed
 ANEW = "or start anew from its weights with resume.load_ckpt_only=True"
 UNTOLD = ("resume.", "distributed.", "pretrained_")  # changes that are expected, or reported separately
 
