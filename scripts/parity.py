@@ -50,7 +50,6 @@ ADAMW = OptimConfig(
     weight_decay=0.1,
     max_grad_norm=1.0,
     freeze_vlm=False,
-    train_action_expert_only=False,
     train_action_heads=True,
 )
 DECAY_STEPS = 10

@@ -320,7 +320,7 @@ def test_the_optimizers_state_fits_other_rates(adapted, name):
 
 
 DECISIONS = {
-    "compared": {"optimizer", "freeze_vlm", "train_action_expert_only", "train_action_heads", "lora"},
+    "compared": {"optimizer", "freeze_vlm", "train_action_heads", "lora"},
     "whether there is one is compared": {"ema_decay"},
     "acts": {
         "learning_rate", "min_lr", "warmup_steps", "action_expert_learning_rate", "weight_decay", "max_grad_norm",

@@ -27,7 +27,6 @@ OPTIM = OptimConfig(
     weight_decay=0.1,
     max_grad_norm=1.0,
     freeze_vlm=False,
-    train_action_expert_only=False,
     train_action_heads=True,
 )
 SMALL = TINY.replace(

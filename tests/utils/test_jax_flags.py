@@ -33,7 +33,7 @@ HOSTS = {
     "no jit": jax.disable_jit,
 }
 TRACED = ("64 bits", "strict promotion", "no rank promotion", "another generator", "the old threefry")
-OPTIM = OptimConfig(1e-3, 1e-4, 1, None, 0.1, 1.0, False, False, True)
+OPTIM = OptimConfig(learning_rate=1e-3, min_lr=1e-4, warmup_steps=1)
 PICTURE = np.random.default_rng(0).integers(0, 256, (56, 84, 3), np.uint8)
 OBSERVATION = {"images": {"face_view": PICTURE}, "state": np.linspace(-1, 1, 4), "instruction": "open the cabinet"}
 

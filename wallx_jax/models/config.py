@@ -8,10 +8,10 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
 from wallx_jax.utils.json_fields import field_errors, mismatch, section
+from wallx_jax.utils.settings import Choice, setting
 
 IGNORE = -100  # label of a position without a target, as in PyTorch's cross-entropy
 
@@ -127,13 +127,6 @@ class TokenIds:
     action: int = 151666
 
 
-class Choice(StrEnum):
-    """A string with a fixed set of values; equal to, and printed as, the plain string."""
-
-    def __repr__(self) -> str:
-        return repr(self.value)
-
-
 class ActionAttention(Choice):
     """Attention among the action tokens, see `Numerics`."""
 
@@ -191,34 +184,43 @@ class Numerics:
     """Numerical choices on which the reference implementations differ, dtypes, rematerialisation, and kernels.
 
     Saved in checkpoints and exported configs. Strings are accepted for the enumerations.
-
-    Attributes:
-        action_attention: attention among the action tokens: "bidirectional" as in lerobot's port, or "causal" as in
-            upstream with flash_attention_2, its shipped default.
-        mrope_layout: "qwen" as in transformers and lerobot, or "upstream_cuda" as in upstream's rotary kernel.
-        flow_loss: mean over "all" channels, masked ones counted as zero (upstream, lerobot), or over the "valid" ones.
-        masked_dims: during sampling, channels that the robot lacks "drift" (upstream, lerobot) or are "held" on the
-            straight line to the normalised zero (upstream since 2026).
-        param_dtype: dtype of the parameters.
-        compute_dtype: dtype of the activations.
-        float32_islands: keep and compute decoder norms and action heads in float32 (lerobot, later upstream).
-        remat: activations of each layer that are saved for the backward pass: "full" saves none and recomputes all,
-            "dots" saves matmul outputs, "none" saves all.
-        kernels: implementation of linear layers, norms and attention: "xla" (plain jax.numpy), "cpu" (custom gradients
-            and attention tuned for CPUs), "cudnn" (cuDNN flash attention, NVIDIA GPUs), or "auto" ("cpu" on CPU
-            devices, "xla" elsewhere). "auto" is decided when a program is traced and saved as "auto", so a checkpoint
-            is not tied to the devices that it was trained on.
     """
 
-    action_attention: ActionAttention = ActionAttention.BIDIRECTIONAL
-    mrope_layout: MropeLayout = MropeLayout.QWEN
-    flow_loss: FlowLoss = FlowLoss.ALL
-    masked_dims: MaskedDims = MaskedDims.DRIFT
-    param_dtype: Dtype = Dtype.BFLOAT16
-    compute_dtype: Dtype = Dtype.BFLOAT16
-    float32_islands: bool = True
-    remat: Remat = Remat.FULL
-    kernels: Kernels = Kernels.AUTO
+    action_attention: ActionAttention = setting(
+        ActionAttention.BIDIRECTIONAL,
+        'attention among the action tokens: "bidirectional" as in lerobot\'s port, or "causal" as in upstream with '
+        "flash_attention_2, its shipped default",
+    )
+    mrope_layout: MropeLayout = setting(
+        MropeLayout.QWEN,
+        'M-RoPE: "qwen" as in transformers and lerobot, or "upstream_cuda" as in upstream\'s rotary kernel',
+    )
+    flow_loss: FlowLoss = setting(
+        FlowLoss.ALL,
+        'mean over "all" channels, masked ones counted as zero (upstream, lerobot), or over the "valid" ones',
+    )
+    masked_dims: MaskedDims = setting(
+        MaskedDims.DRIFT,
+        'during sampling, channels that the robot lacks "drift" (upstream, lerobot) or are "held" on the straight line '
+        "to the normalised zero (upstream since 2026)",
+    )
+    param_dtype: Dtype = setting(Dtype.BFLOAT16, "dtype of the parameters and the optimizer's moments")
+    compute_dtype: Dtype = setting(Dtype.BFLOAT16, "dtype of the activations")
+    float32_islands: bool = setting(
+        True, "keep and compute decoder norms and action heads in float32 (lerobot, later upstream)"
+    )
+    remat: Remat = setting(
+        Remat.FULL,
+        'activations of each layer that are saved for the backward pass: "full" saves none and recomputes all, "dots" '
+        'saves matmul outputs, "none" saves all',
+    )
+    # "auto" is decided when a program is traced and saved as "auto": a checkpoint is not tied to a kind of device.
+    kernels: Kernels = setting(
+        Kernels.AUTO,
+        'implementation of linear layers, norms and attention: "xla" (plain jax.numpy), "cpu" (custom gradients and '
+        'attention tuned for CPUs), "cudnn" (cuDNN flash attention, NVIDIA GPUs), "auto": cpu on CPU devices, xla '
+        "elsewhere",
+    )
 
     def __post_init__(self):
         for option in dataclasses.fields(self):
@@ -233,17 +235,17 @@ class Numerics:
 class LoraConfig:
     """Low-rank adapters, see models.lora.
 
-    Attributes:
-        rank: rank of the adapters; 0: no adapters.
-        alpha: the adapter's output is scaled by alpha / rank.
-        targets: regular expressions; a linear layer of the decoder, vision tower or language model head is adapted if
-            any of them is found in its path ("decoder/layers/attn/q"). The action heads never are: they are small and
-            trained in full.
+    A linear layer of the decoder, vision tower or language model head is adapted if any of `targets` is found in its
+    path ("decoder/layers/attn/q"). The action heads never are: they are small and trained in full.
     """
 
-    rank: int = 0
-    alpha: float = 32.0
-    targets: tuple[str, ...] = ("decoder/layers/",)
+    rank: int = setting(
+        0, "rank of the low-rank adapters, trained instead of the layers they adapt; 0: none", minimum=0
+    )
+    alpha: float = setting(32.0, "the adapters' output is scaled by alpha / rank", above=0)
+    targets: tuple[str, ...] = setting(
+        ("decoder/layers/",), "regular expressions for the paths of the linear layers to adapt"
+    )
 
     @property
     def scale(self) -> float:

@@ -36,8 +36,8 @@ def group_of(path: str, config: OptimConfig) -> str:
     if path.startswith(ACTION_EXPERT):
         return "action_expert"
     if is_adapter(path):
-        return "frozen" if config.freeze_vlm or config.train_action_expert_only else "vlm"
-    if config.freeze_vlm or config.train_action_expert_only or config.lora.rank:
+        return "frozen" if config.freeze_vlm else "vlm"
+    if config.freeze_vlm or config.lora.rank:
         return "vlm" if path.startswith(ACTION_HEADS) and config.train_action_heads else "frozen"
     return "vlm"
 

@@ -125,7 +125,7 @@ def _of_training(settings: RunConfig, before: Mapping[str, Any]) -> Pairs:
     pairs = {
         "optimizer": (optim.optimizer, before["optimizer"]),
         "freeze_vlm (train_action_expert_only)": (
-            optim.freeze_vlm or optim.train_action_expert_only,
+            optim.freeze_vlm,
             before["freeze_vlm"] or before["train_action_expert_only"],
         ),
         "train_action_heads": (optim.train_action_heads, before["train_action_heads"]),
