@@ -67,7 +67,7 @@ def page() -> str:
 
 
 def _type(setting: Setting) -> str:
-    names = {dict: "table", tuple: "tuple of str"}
+    names: dict[type, str] = {dict: "table", tuple: "tuple of str"}
     return names.get(setting.kind, setting.kind.__name__)
 
 

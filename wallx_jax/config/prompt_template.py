@@ -84,7 +84,8 @@ def _problems(text: str, placeholders: tuple[str, ...] | None) -> list[str]:
         return problems
     braces = "write {{ and }} for braces that are text"
     try:
-        found = [_placeholder(*part[1:]) for part in Formatter().parse(text) if part[1] is not None]
+        parts = [(name, spec, conversion) for _, name, spec, conversion in Formatter().parse(text) if name is not None]
+        found = [_placeholder(name, spec or "", conversion) for name, spec, conversion in parts]
     except ValueError as error:
         return [*problems, f"{error}; {braces}"]
     if unknown := [name for name in found if name not in placeholders]:

@@ -1,5 +1,6 @@
 """Check each value of a configuration against the setting that the schema declares."""
 
+import copy
 import math
 import re
 from collections.abc import Mapping
@@ -24,12 +25,13 @@ def read_types(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     ]
     values = {}
     for key, setting in SETTINGS.items():
-        value = given.get(key, setting.default)
+        default = copy.copy(setting.default)
+        value = given.get(key, default)
         if setting.optional and value == "None":  # a None string setting on the command line
             value = None
         if problem := setting.type_problem(value):
             errors.append(f"{key} = {value!r}: {problem}")
-            value = setting.default
+            value = default
         elif setting.kind in (tuple, dict):
             errors += _item_errors(setting, value)
         values[key] = value

@@ -490,7 +490,7 @@ TINY = WallXConfig(
                     num_key_value_heads=2, mrope_section=(2, 3, 3)),
     action=ActionConfig(intermediate_size=32),
     tokens=TokenIds(image=655, video=656, vision_start=652, pad=643, eos=645, propri=665, action=666),
-    numerics=Numerics(param_dtype="float32", compute_dtype="float32"),
+    numerics=Numerics(param_dtype=Dtype.FLOAT32, compute_dtype=Dtype.FLOAT32),
 )  # fmt: skip
 
 MID = WallXConfig(
@@ -500,7 +500,7 @@ MID = WallXConfig(
                     num_attention_heads=12, num_key_value_heads=2, mrope_section=(8, 12, 12)),
     action=ActionConfig(intermediate_size=768),
     tokens=TokenIds(image=4055, video=4056, vision_start=4052, pad=4043, eos=4045, propri=4065, action=4066),
-    numerics=Numerics(param_dtype="float32", compute_dtype="float32"),
+    numerics=Numerics(param_dtype=Dtype.FLOAT32, compute_dtype=Dtype.FLOAT32),
 )  # fmt: skip
 
 PRESETS = {"tiny": TINY, "mid": MID, "wall_oss_3b": WallXConfig()}

@@ -157,7 +157,7 @@ def section(kind: type, *, prefix: bool = True, unset: bool = False, default: An
     return dataclasses.field(default=default, metadata={"section": Section(kind, prefix, unset)})
 
 
-def settings_of(kind: type, prefix: str = "", unset: bool = False) -> Iterator[Setting]:
+def settings_of(kind: Any, prefix: str = "", unset: bool = False) -> Iterator[Setting]:
     """Yield the settings of a dataclass and its sections, complete with key, type and choices, in order of the fields.
 
     Args:
