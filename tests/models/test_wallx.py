@@ -161,6 +161,25 @@ def test_flags_change_what_they_name(params):
         TINY.replace(numerics={"action_attention": "both"})
 
 
+@pytest.mark.parametrize("layers", ["stacked", "unrolled"])
+def test_kernels_compute_the_same_losses_and_gradients(params, layers):
+    """Also beside padding, whose rows attend to nothing."""
+    data = inputs()
+    params = params if layers == "stacked" else scan.unstack_layers(params)
+
+    def loss(params, kernels):
+        net = from_params(TINY.replace(numerics={"kernels": kernels}), params)
+        sums = net.loss_sums(prefix_of(net, data), jnp.asarray(data[0][:, -6:]), data[-1])
+        return sums.cross_entropy + sums.flow
+
+    (cpu, cpu_grads), (xla, xla_grads) = (
+        jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, kernels) for kernels in ("cpu", "xla")
+    )
+    assert float(cpu) == pytest.approx(float(xla), rel=1e-5)
+    for (path, a), b in zip(tree.flatten(cpu_grads).items(), jax.tree.leaves(xla_grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * max(np.abs(b).max(), 1e-3), err_msg=path)
+
+
 def test_flow_loss_reductions():
     mask = jnp.asarray(np.broadcast_to(np.arange(20) < 7, (2, 3, 20)), jnp.float32)
     assert float(flow.flow_count(mask, "all")) == 120
