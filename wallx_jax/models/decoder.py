@@ -116,7 +116,7 @@ class Attention(nnx.Module):
         kv = KV(k.swapaxes(1, 2), v.swapaxes(1, 2))
         if cache is not None:
             kv = jax.tree.map(
-                lambda x, own: jax.lax.dynamic_update_slice_in_dim(x, own, inputs.start, axis=2), cache, kv
+                lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, inputs.start, axis=2), cache, kv
             )
         return self.o(dot_product_attention(q, *kv, inputs.mask[:, -keep:], self.kernels)), kv
 
@@ -204,16 +204,16 @@ class Decoder(nnx.Module):
         past = cache or KVCache()
         inputs = LayerInputs(cos, sin, mask, num_actions, past.start, length)
 
-        def body(x, layer_and_rest):
-            layer, (kv, keep) = layer_and_rest
-            x, kv = layer(x, inputs._replace(tokens_to_keep=keep or length), kv)
+        def body(x, layer_and_extra):
+            layer, (kv, layer_keep) = layer_and_extra
+            x, kv = layer(x, inputs._replace(tokens_to_keep=layer_keep or length), kv)
             return x, (None if cache is None else kv, x if output_hidden_states else None)
 
         if scan.is_stacked(self.layers):
             x, outputs = scan.run(body, x, self.layers, remat, (past.kv, None))
             return DecoderOutput(self.norm(x[:, -keep:]), *outputs)
-        rest = zip(past.kv or [None] * count, [length] * (count - 1) + [keep], strict=True)
-        x, outputs = scan.run(body, x, self.layers, remat, list(rest))
+        extra = zip(past.kv or [None] * count, [length] * (count - 1) + [keep], strict=True)
+        x, outputs = scan.run(body, x, self.layers, remat, list(extra))
         kv = None if cache is None else [kv for kv, _ in outputs]
         hidden_states = jnp.stack([x for _, x in outputs]) if output_hidden_states else None
         return DecoderOutput(self.norm(x), kv, hidden_states)

@@ -68,23 +68,23 @@ def generate(
     prefix_mask = jnp.pad(prefix.mask, ((0, 0), (0, max_new_tokens)))
     indices = jnp.arange(cache_length)
 
-    def pick(logits: jax.Array, draws: jax.Array | None) -> jax.Array:
+    def next_token(logits: jax.Array, sample_keys: jax.Array | None) -> jax.Array:
         logits = logits.astype(jnp.float32)
         if temperature is None:
             token = jnp.argmax(logits, axis=-1)
         else:  # subtract the maximum, so that no temperature makes the logits infinite
-            likely = (logits - logits.max(axis=-1, keepdims=True)) / temperature
-            token = jax.vmap(jax.random.categorical)(draws, likely)
+            scaled = (logits - logits.max(axis=-1, keepdims=True)) / temperature
+            token = jax.vmap(jax.random.categorical)(sample_keys, scaled)
         return jnp.where(jnp.isfinite(logits).all(axis=-1), token, NOT_FINITE).astype(jnp.int32)
 
     def unfinished(state: _State) -> jax.Array:
         return (state.step < max_new_tokens) & ~jnp.all(state.done)
 
     def one_token(state: _State) -> _State:
-        keys = draws = None
+        keys = sample_keys = None
         if temperature is not None:
-            keys, draws = jnp.moveaxis(jax.vmap(jax.random.split)(state.keys), 1, 0)
-        token = jnp.where(state.done, fill_token, pick(state.logits, draws))
+            keys, sample_keys = jnp.moveaxis(jax.vmap(jax.random.split)(state.keys), 1, 0)
+        token = jnp.where(state.done, fill_token, next_token(state.logits, sample_keys))
         tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1)
         done = state.done | jnp.isin(token, jnp.array([*end_tokens, NOT_FINITE], jnp.int32))
 

@@ -167,7 +167,7 @@ class Merger(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """Patch embedding, transformer blocks and merger.
+    """Patch embedding, transformer blocks and merger: [B, P, patch_dim] -> [B, P / 4, out_hidden_size].
 
     The blocks are stacked and scanned if `stacked`, else unrolled; see models.scan.
     """
