@@ -7,6 +7,8 @@ Legend: B batch, T query tokens, S key tokens, N query heads, K key heads, H hea
 R rows.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -40,7 +42,7 @@ def resolve_kernels(numerics: Numerics, platform: str) -> Kernels:
 def use_kernels(net: nnx.Module, kernels: Kernels) -> None:
     """Switch the modules of `net` in place to the given kernels, which must not be "auto"."""
     for _, module in nnx.iter_modules(net):
-        if hasattr(module, "kernels"):  # attention
+        if hasattr(module, "kernels"):  # attention and decoder
             module.kernels = kernels
         if kernels == Kernels.CPU and type(module) in _CPU_CLASSES:
             module.__class__ = _CPU_CLASSES[type(module)]
@@ -129,6 +131,11 @@ def _rms_norm_backward(saved, dy):
 
 
 rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
+def materialize(x: Any) -> Any:
+    """Return the pytree x, computed once: XLA would recompute rotary tables for every head of every layer."""
+    return jax.lax.optimization_barrier(x)
 
 
 def _rows(x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from wallx_jax.models import scan
+from wallx_jax.models import cpu_ops, scan
 from wallx_jax.models.attention import dot_product_attention
 from wallx_jax.models.config import Kernels, WallXConfig
 from wallx_jax.models.layers import Linear, RMSNorm, SwiGLU
@@ -162,8 +162,11 @@ class DecoderLayer(nnx.Module):
 class Decoder(nnx.Module):
     """All decoder layers and the final norm, [B, T, D] -> [B, T, D].
 
-    The layers are stacked and scanned if `stacked`, else unrolled; see models.scan.
+    The layers are stacked and scanned if `stacked`, else unrolled; see models.scan. `models.cpu_ops.use_kernels` sets
+    `kernels`.
     """
+
+    kernels = Kernels.XLA
 
     def __init__(self, config: WallXConfig, stacked: bool = True, *, rngs: nnx.Rngs):
         self.config = config
@@ -196,8 +199,9 @@ class Decoder(nnx.Module):
             output_hidden_states: return the output of each layer.
         """
         angles = mrope_angles(positions, self.config.text, self.config.numerics.mrope_layout)
-        # The barrier keeps XLA from recomputing both for every head of every layer.
-        cos, sin = jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        if self.kernels == Kernels.CPU:
+            cos, sin = cpu_ops.materialize((cos, sin))
 
         length, remat, count = x.shape[1], self.config.numerics.remat, self.config.text.num_hidden_layers
         keep = tokens_to_keep or length

@@ -199,9 +199,14 @@ class WallX(nnx.Module):
             Decoder output with hidden [B, T + A, D], or [B, tokens_to_keep, D]; the last A tokens are the action
             tokens.
         """
-        output = {"tokens_to_keep": tokens_to_keep, "output_hidden_states": output_hidden_states}
         if actions is None:
-            return self.decoder(prefix.embeddings, prefix.positions, prefix_mask(prefix.mask), **output)
+            return self.decoder(
+                prefix.embeddings,
+                prefix.positions,
+                prefix_mask(prefix.mask),
+                tokens_to_keep=tokens_to_keep,
+                output_hidden_states=output_hidden_states,
+            )
         noisy, mask, time = actions
         suffix = self.action.embed_actions(noisy, mask, self.action.embed_time(time)).astype(self.dtype)
         length, horizon = prefix.mask.shape[1], suffix.shape[1]
@@ -211,7 +216,8 @@ class WallX(nnx.Module):
             jnp.concatenate([prefix.positions, suffix_positions], axis=-1),
             sequence_mask(prefix.mask, horizon, self.config.numerics.action_attention),
             num_actions=horizon,
-            **output,
+            tokens_to_keep=tokens_to_keep,
+            output_hidden_states=output_hidden_states,
         )
 
     def encode_prefix(self, prefix: Prefix, cache_length: int) -> tuple[PrefixCache, jax.Array]:
