@@ -9,7 +9,7 @@ from flax import nnx
 from wallx_jax.models import scan
 from wallx_jax.models.config import TINY, Kernels, Numerics
 from wallx_jax.models.cpu_ops import CpuLinear, CpuRMSNorm, resolve_kernels, rms_norm, use_kernels
-from wallx_jax.models.decoder import Attention
+from wallx_jax.models.decoder import Attention, Decoder
 from wallx_jax.models.layers import Linear, RMSNorm
 from wallx_jax.models.params import abstract_params, from_params, init_params
 from wallx_jax.models.vision import VisionAttention
@@ -116,9 +116,9 @@ def test_a_model_is_switched_as_a_whole(layers, monkeypatch):
         net = from_params(TINY.replace(numerics={"kernels": kernels}), params)
         assert net.config.numerics.kernels == kernels
         modules = [module for _, module in nnx.iter_modules(net)]
-        attention = {m.kernels for m in modules if isinstance(m, Attention | VisionAttention)}
-        assert len(attention) == 1
-        return *attention, {type(m) for m in modules if isinstance(m, Linear | RMSNorm)}
+        chosen = {m.kernels for m in modules if isinstance(m, Attention | VisionAttention | Decoder)}
+        assert len(chosen) == 1
+        return *chosen, {type(m) for m in modules if isinstance(m, Linear | RMSNorm)}
 
     on_cpu, elsewhere = (Kernels.CPU, {CpuLinear, CpuRMSNorm}), (Kernels.XLA, {Linear, RMSNorm})
     assert built("cpu") == built("auto") == on_cpu
