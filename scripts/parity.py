@@ -27,7 +27,7 @@ from wallx_jax.models import flow, losses
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.models.generate import generate
 from wallx_jax.models.params import from_params
-from wallx_jax.models.positions import next_position, position_ids
+from wallx_jax.models.positions import position_ids, rope_delta
 from wallx_jax.models.vision_plan import Grid, token_count
 from wallx_jax.models.wallx import FlowTarget, LossTotals, Prefix
 from wallx_jax.training.optimizer import clip, global_norm, make_optimizer, schedule
@@ -207,8 +207,8 @@ class Case:
             suffix = None
             if (target := self.flow_target(arrays)) is not None:
                 suffix = (flow.interpolate(target.actions, target.noise, target.time), target.mask, target.time)
-            out = net.forward(self.prefix(net, group, arrays), suffix, keep_layers=True)
-            return out.hidden, out.layers, net.logits(out.hidden)
+            out = net.forward(self.prefix(net, group, arrays), suffix, output_hidden_states=True)
+            return out.hidden, out.hidden_states, net.logits(out.hidden)
 
         hidden, layers, logits = zip(*self.run(of, semantics), strict=True)
         return {
@@ -289,8 +289,7 @@ class Case:
         if base == "position_ids":
             return self.positions
         if base == "rope_deltas":
-            after = next_position(jnp.asarray(self.positions), jnp.asarray(self.mask))
-            return np.asarray(after)[:, None] - self.mask.shape[1]
+            return np.asarray(rope_delta(jnp.asarray(self.positions), jnp.asarray(self.mask)))[:, None]
         if base in ("hidden", "hidden_layers", "logits"):
             return self.hidden(semantics)[base]
         if base in ("loss", "cross_entropy_loss", "flow_loss"):
@@ -349,7 +348,7 @@ def compare(name: str, expected: np.ndarray, actual: np.ndarray | None, mask: np
     return Comparison(name, bool(relative <= tolerance), float(error), float(relative))
 
 
-def run(model_dir: Path, golden: Path) -> list[Comparison]:
+def run(model_dir: Path, golden: Path, kernels: str = "auto") -> list[Comparison]:
     """Compare every out.* array of a golden file with what this model computes from its in.* arrays."""
     with np.load(golden) as file:
         meta = json.loads(str(file["meta"])) if "meta" in file else {}
@@ -357,7 +356,7 @@ def run(model_dir: Path, golden: Path) -> list[Comparison]:
         expected = {key.removeprefix("out."): file[key] for key in file.files if key.startswith("out.")}
     if not expected:
         raise SystemExit(f"{golden} holds no out.* arrays")
-    config, params = load_params(model_dir, numerics=FLOAT32)
+    config, params = load_params(model_dir, numerics=FLOAT32 | {"kernels": kernels})
     ids = {"propri": meta.get("propri_token_id"), "action": meta.get("action_token_id")}
     config = config.replace(tokens={name: number for name, number in ids.items() if number is not None})
     case = Case(config, jax.tree.map(jnp.asarray, params), inputs)
