@@ -13,9 +13,12 @@ import tiny_run
 
 import wallx_jax.train
 from wallx_jax.checkpoints.layout import CheckpointError
+from wallx_jax.config import resolve
+from wallx_jax.data.datasets import open_datasets
 from wallx_jax.data.fast import FastTokenizer
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.models.params import abstract_params
+from wallx_jax.training import init
 from wallx_jax.utils import tree
 from wallx_jax.utils.errors import ConfigError
 from wallx_jax.weights.load import Weights, read_config
@@ -67,12 +70,13 @@ def test_the_plan(plan_of, model_dir):
     assert "activations on top" in text and not Path("cache").exists()
 
 
-def test_an_accelerator_is_measured_against_the_plan(plan_of, monkeypatch):
-    kept = []
-    real = wallx_jax.train.make_plan
-    monkeypatch.setattr(wallx_jax.train, "make_plan", lambda *arguments: kept.append(real(*arguments)) or kept[0])
-    plan_of()
-    plan = kept[0]
+def test_an_accelerator_is_measured_against_the_plan(model_dir, dataset_dir, tmp_path):
+    config = tiny_run.run_config(model_dir, dataset_dir, tmp_path / "run", mesh__fsdp=2)
+    settings = resolve(config)
+    specs = open_datasets(settings)
+    source, processors = init.plan_datasets(specs)
+    mesh = wallx_jax.train.connect_devices(settings)
+    plan = wallx_jax.train.plan_run(config, specs, processors, source, mesh, None).plan
     assert "device has" not in str(plan) and "at the peak" not in str(plan), "a CPU has neither"
     update = plan.flops * plan.length.global_batch
     on_device = dataclasses.replace(plan, device_limit=80 << 30, peak_flops=update / 1800)

@@ -15,7 +15,7 @@ from wallx_jax.training import sharding
 from wallx_jax.training.loop import Steps, averages, validate
 from wallx_jax.training.optimizer import make_optimizer
 from wallx_jax.training.state import create_state
-from wallx_jax.training.step import Objective, frame_noise_and_time, make_eval_step, make_train_step
+from wallx_jax.training.step import Objective, frame_noise_and_time, learning_rates, make_eval_step, make_train_step
 from wallx_jax.training.stochastic_rounding import stochastic
 from wallx_jax.utils import tree
 
@@ -385,3 +385,35 @@ def test_optimizers_lower_the_loss_on_any_mesh(name):
     assert max(after, averaged) < 0.97 * before
     np.testing.assert_array_equal(inference["action/w1/kernel"], average["action/w1/kernel"])
     assert not np.array_equal(average["action/w1/kernel"], last["action/w1/kernel"])
+
+
+def test_the_rate_of_each_group_is_logged(state):
+    """The rates that the update uses; after a skipped update, those of before it."""
+    rules = (("^vision/", 1e-5), ("^decoder/", 2e-5))
+    config = dataclasses.replace(OPTIM, action_expert_learning_rate=7e-4, learning_rates=rules)
+    optimizer = make_optimizer(config, 10)
+    step = jax.jit(make_train_step(SMALL, optimizer, Objective(), seed=0))
+    current, good = create_state(state.params, optimizer), random_batch((1, 2))
+    bad = dataclasses.replace(good, actions=good.actions + np.float32("nan"))
+    names = {"learning_rate": "vlm", "learning_rate/rule:^vision/": "rule:^vision/"}
+    names["learning_rate/rule:^decoder/"] = "rule:^decoder/"
+    window = []
+    for batch, count in ((good, 0), (bad, 1), (good, 1), (good, 2)):
+        current, metrics = step(current, batch)
+        window.append(jax.device_get(metrics))
+        logged = averages(window)
+        assert {name for name in logged if name.startswith("learning_rate")} == names.keys(), "the expert is in a rule"
+        for name, group in names.items():
+            assert logged[name] == pytest.approx(float(optimizer.schedules[group](count)))
+        assert logged["learning_rate/rule:^vision/"] == pytest.approx(1e-2 * logged["learning_rate"])
+
+
+def test_a_run_with_one_group_logs_one_rate(state):
+    optimizer = make_optimizer(
+        dataclasses.replace(
+            OPTIM, freeze_vlm=True, train_action_heads=False, action_expert_learning_rate=7e-4, warmup_steps=0
+        ),
+        10,
+    )
+    rates = learning_rates(optimizer, tree.split(state.params, optimizer.is_trainable)[0], np.int32(0))
+    assert rates == {"learning_rate": pytest.approx(7e-4)}
