@@ -91,7 +91,7 @@ def run_config(model: Path, dataset: Path, save_path: Path, **changes):
 
 
 def killed_after(run: Path, step: int, copy: Path) -> Path:
-    """A copy of a run as if it had been killed after the checkpoint of `step`: with later metrics, no later checkpoint."""
+    """A copy of a run as if it had been killed before the checkpoint after `step`: its metrics go further."""
     shutil.copytree(run, copy)
     for folder in (copy / "checkpoints").iterdir():
         if int(folder.name) > step:
