@@ -129,12 +129,12 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
         data = stack.enter_context(open_data(setup))
         distributed.meet()
         state = initial_state(setup, data.batches)
-        outputs = stack.enter_context(open_outputs(setup, state, data.batches))
+        outputs = stack.enter_context(open_outputs(setup, int(state.step), data.batches))
         steps = compile_steps(setup, state, outputs.progress)
         distributed.meet()  # compile times differ between processes
         stop = stack.enter_context(StopRequest(mesh, functools.partial(abandon, setup.save_path)))
         state = run_loop(state, steps, data, outputs, settings.loop, setup.length, stop.reached)
-    return finished(setup, state, stop)
+    return finish(setup, state, stop)
 
 
 @dataclass(frozen=True)
@@ -339,12 +339,12 @@ def initial_state(setup: Setup, batches: DataLoader) -> TrainState:
 
 
 @contextlib.contextmanager
-def open_outputs(setup: Setup, state: TrainState, batches: DataLoader) -> Iterator[RunOutputs]:
-    """Open the progress display, the metrics and the checkpoints of a run that starts from `state`."""
+def open_outputs(setup: Setup, first_step: int, batches: DataLoader) -> Iterator[RunOutputs]:
+    """Open the progress display, the metrics and the checkpoints of a run that starts after `first_step` updates."""
     loop, save_path = setup.settings.loop, setup.save_path
-    config, resumed_step = flatten(setup.config), int(state.step) if setup.continues else None
+    config, resumed_step = flatten(setup.config), first_step if setup.continues else None
     with (
-        contextlib.closing(Progress(setup.length.total_steps, int(state.step))) as progress,
+        contextlib.closing(Progress(setup.length.total_steps, first_step)) as progress,
         contextlib.closing(
             MetricWriter(
                 save_path,
@@ -405,7 +405,7 @@ def abandon(save_path: Path, number: Signals) -> NoReturn:
     shutdown.leave(f"ended by a second signal ({number.name}): {lost}", 128 + number)
 
 
-def finished(setup: Setup, state: TrainState, stop: StopRequest) -> Path:
+def finish(setup: Setup, state: TrainState, stop: StopRequest) -> Path:
     """Return the run's last checkpoint.
 
     Raises:

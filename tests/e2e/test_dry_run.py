@@ -120,6 +120,21 @@ def test_what_is_wrong_is_an_error_as_in_a_real_run(plan_of, model_dir, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_no_frame_is_cached_before_everything_is_checked(model_dir, dataset_dir, tmp_path):
+    cache = tmp_path / "cache"
+    config = tiny_run.run_config(
+        model_dir, dataset_dir, tmp_path / "run", mesh__fsdp=2, frame_cache=str(cache), learning_rates=("^vison/=1",)
+    )
+    with pytest.raises(ConfigError, match="matches no parameter"):
+        wallx_jax.train.run(config)
+    assert not cache.exists()
+
+
+def test_no_dataset_of_a_mixture_is_cached(plan_of, dataset_dir, tmp_path):
+    text = plan_of(datasets={"other": {"repo_id": str(dataset_dir)}}, frame_cache=str(tmp_path / "cache"))
+    assert text.count("4 episodes, 26 frames") == 2 and not (tmp_path / "cache").exists()
+
+
 def test_folders_that_cannot_be_written_are_found(plan_of, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "gone")

@@ -70,7 +70,7 @@ def save(config):
     with wallx_jax.train.run_folder(setup), wallx_jax.train.open_data(setup) as data:
         state = wallx_jax.train.initial_state(setup, data.batches)
         state = dataclasses.replace(state, params=tree.map_with_path(leaf, state.params))
-        with wallx_jax.train.open_outputs(setup, state, data.batches) as outputs:
+        with wallx_jax.train.open_outputs(setup, 0, data.batches) as outputs:
             outputs.save(0, state, None)
     return setup.save_path / "checkpoints" / "0"
 
