@@ -414,7 +414,7 @@ def finish(setup: Setup, state: TrainState, stop: StopRequest) -> Path:
     last, step, total_steps = find_checkpoints(setup.save_path)[0], int(state.step), setup.length.total_steps
     if stop.stopped and step < total_steps:
         raise Interrupted(
-            f"interrupted after step {step} of {total_steps}; saved {last}; go on with resume.ckpt=latest"
+            f"interrupted after step {step} of {total_steps}; saved {last}; continue with resume.ckpt=latest"
         )
     return last
 

@@ -128,6 +128,7 @@ def test_checkpoints_act_with_the_moving_average(model_dir, dataset_dir, tmp_pat
     train(half)
     losses = [[line["loss"] for line in curve(config.save_path).values()] for config in (plain, whole, half)]
     assert losses[0] == losses[1] == losses[2]
+    assert curve(whole.save_path)[2]["learning_rate/rule:^vision/"] == pytest.approx(1e-4), "after warm-up"
     last, average, resumed = (tree.flatten(restore_params(config.save_path)) for config in (plain, whole, half))
     for path in last:
         np.testing.assert_array_equal(average[path], resumed[path], err_msg=path)

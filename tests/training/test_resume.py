@@ -88,6 +88,15 @@ def resumed(config, **changes):
     wallx_jax.train.run(config, dry_run=True)
 
 
+def test_latest_is_found_in_the_home_directory(model_dir, dataset_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = tiny_run.run_config(model_dir, dataset_dir, "~/run")
+    save(config)
+    config.resume.ckpt = "latest"
+    assert init.resumable(resolve(config)).loop.resume_ckpt == "latest"
+    resumed(config)
+
+
 CONFIGS = {
     "aloha": "",
     "aloha_fast": "",

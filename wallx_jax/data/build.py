@@ -58,11 +58,6 @@ class DatasetRun(DatasetSpec):
     held_out: FrameSource
     number: int | None = None
 
-    def replace_splits(self, source: LeRobotSource | CachedSource) -> "DatasetRun":
-        """Return the dataset with the same splits, read from another source of its frames."""
-        train, held_out = (_select(self.settings, source, split.frames) for split in (self.train, self.held_out))
-        return dataclasses.replace(self, train=train, held_out=held_out)
-
 
 def split_datasets(specs: Sequence[DatasetSpec], processors: Sequence[Processor]) -> tuple[DatasetRun, ...]:
     """Combine each dataset with its processor, and split it into training and held-out frames as configured.
@@ -78,8 +73,8 @@ def split_datasets(specs: Sequence[DatasetSpec], processors: Sequence[Processor]
             for frames in split_frames(spec.info, data.train_test_split, data.split_mode, data.split_seed)
         )
         require_frames(train)
-        own = spec.name, spec.weight, spec.settings, spec.source
-        datasets.append(DatasetRun(*own, processor, train, held_out, number if len(specs) > 1 else None))
+        index = number if len(specs) > 1 else None
+        datasets.append(DatasetRun(**vars(spec), processor=processor, train=train, held_out=held_out, number=index))
     return tuple(datasets)
 
 
@@ -95,7 +90,8 @@ def cache_frames(dataset: DatasetRun) -> DatasetRun:
         return dataset
     cached = CachedSource(dataset.source, dataset.processor.config, data.frame_cache)
     cached.fill(skip_unreadable=data.unreadable_frames == "skip")
-    return dataset.replace_splits(cached)
+    train, held_out = (_select(dataset.settings, cached, split.frames) for split in (dataset.train, dataset.held_out))
+    return dataclasses.replace(dataset, train=train, held_out=held_out)
 
 
 def training_stream(datasets: Sequence[DatasetRun], seed: int) -> grain.MapDataset:

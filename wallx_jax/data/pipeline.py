@@ -201,17 +201,17 @@ def eval_batches(
         shard_count: number of shards.
         dataset: index stored in each sample when training on a mixture.
     """
-    places = np.arange(len(source))
+    positions = np.arange(len(source))
     if limit is not None and limit < len(source):
-        places = np.linspace(0, len(source) - 1, limit).round().astype(int)
+        positions = np.linspace(0, len(source) - 1, limit).round().astype(int)
     encode = Encode(processor, dataset)
 
-    def read(place: int) -> tuple[Batch, bool]:
-        raw, asked = source[place], source.low_dim(place)
+    def read(position: int) -> tuple[Batch, bool]:
+        raw, asked = source[position], source.low_dim(position)
         return encode(raw), (raw.episode, raw.frame) == (asked.episode, asked.frame)
 
-    for start in range(0, len(places), batch_size):
-        chosen = places[start : start + batch_size]
+    for start in range(0, len(positions), batch_size):
+        chosen = positions[start : start + batch_size]
         filled = np.pad(chosen, (0, batch_size - len(chosen)), constant_values=chosen[0])[shard_index::shard_count]
         found = {int(i): read(int(i)) for i in np.unique(filled)}
         samples, itself = zip(*(found[int(i)] for i in filled), strict=True)
