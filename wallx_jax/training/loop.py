@@ -1,6 +1,5 @@
 """Run the training loop: draw batches, run the compiled step, log, validate and save."""
 
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +165,7 @@ def run_loop(
         """Save the state after `step`, if possible, and return the exception to raise."""
         saved = "nothing was trained"
         if step > first and jax.process_count() == 1:
-            skipped.check_all()
+            skipped.check_last()
             outputs.save(step, state, loss)
             saved = f"the {step - first} updates before it are saved as step {step}"
         elif step > first:
@@ -213,7 +212,7 @@ def run_loop(
                     outputs.writer.write(step, scalars)
                     progress.note(f"step {step}/{total_steps} | validation loss {scalars['val_loss']:.4g}")
             if step % config.save_interval == 0 or step == total_steps or stopping:
-                skipped.check_all()
+                skipped.check_last()
                 with watch.paused():
                     outputs.save(step, state, loss)
             profiler.after(step, state.step)
@@ -234,23 +233,22 @@ class SkippedUpdates:
 
     def __init__(self, count: int, config: LoopConfig, progress: Progress):
         self._count, self._config, self._progress = count, config, progress
-        self._pending: deque[tuple[int, Batch, Mapping[str, jax.Array]]] = deque()
+        self._last: tuple[int, Batch, Mapping[str, jax.Array]] | None = None
 
     def add(self, step: int, batch: Batch, metrics: Mapping[str, jax.Array]) -> None:
-        """Check all updates before this one: fetching the result of the one in progress would stall the device.
+        """Add an update and check the one before it, because fetching the result of this one would stall the device.
 
         Raises:
             NonFiniteError: see `run_loop`.
         """
-        self.check_all()
-        self._pending.append((step, batch, metrics))
+        self.check_last()
+        self._last = (step, batch, metrics)
 
-    def check_all(self) -> None:
-        """Check all updates so far. Raises as `add` does."""
-        while self._pending:
-            self._check(*self._pending.popleft())
-
-    def _check(self, step: int, batch: Batch, metrics: Mapping[str, jax.Array]) -> None:
+    def check_last(self) -> None:
+        """Check the last update added, too. Raises as `add` does."""
+        if self._last is None:
+            return
+        (step, batch, metrics), self._last = self._last, None
         if bool(metrics["finite"]):
             return
         self._count += 1
@@ -258,7 +256,7 @@ class SkippedUpdates:
         if self._count < self._config.max_nonfinite_steps:
             return
         try:
-            kept = f"the last batch is in {save_bad_batch(batch, Path(self._config.save_path), step)}"
+            kept = f"the last batch is in {save_bad_batch(batch, Path(self._config.save_path).expanduser(), step)}"
         except OSError as error:
             kept = f"the last batch could not be kept ({error})"
         raise NonFiniteError(
