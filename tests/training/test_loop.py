@@ -1,4 +1,4 @@
-"""The training loop around a step that computes next to nothing: what it logs, validates and saves, and where it ends."""
+"""The training loop around a step that computes next to nothing: what it logs and saves, and where it ends."""
 
 import dataclasses
 import io
