@@ -79,17 +79,18 @@ def median_ms(call, repeats: int) -> float:
     return float(np.median(times[1:]))
 
 
-def train_step_of(model, optimizer: str = "adamw", freeze_vlm: bool = False):
-    """Return (optimizer settings, train step) with the defaults of a run."""
+def train_step_of(model, name: str = "adamw", freeze_vlm: bool = False):
+    """Return (optimizer, train step) with the defaults of a run."""
     from wallx_jax.config import default_config, resolve
+    from wallx_jax.training.optimizer import make_optimizer
     from wallx_jax.training.step import Objective, make_train_step
 
     c = default_config()
     c.pretrained_wallx_path = c.repo_id = c.save_path = "unused"
     c.camera_views = {"face_view": "unused"}
-    c.optimizer, c.freeze_vlm = optimizer, freeze_vlm
-    optim = dataclasses.replace(resolve(c).optim, lora=model.lora)
-    return optim, make_train_step(model, optim, 1000, Objective(), seed=0)
+    c.optimizer, c.freeze_vlm = name, freeze_vlm
+    optimizer = make_optimizer(dataclasses.replace(resolve(c).optim, lora=model.lora), 1000)
+    return optimizer, make_train_step(model, optimizer, Objective(), seed=0)
 
 
 def time_chunk(model, params, batch, repeats: int) -> dict:
@@ -290,11 +291,11 @@ def train_program(model, params, batch, scan_layers: bool):
     from wallx_jax.training.state import create_state, with_gradient_buffer
     from wallx_jax.training.step import compile_train_step
 
-    optim, step = train_step_of(model)
+    optimizer, step = train_step_of(model)
     params = params if scan_layers else unstack_layers(params)
-    state = jax.jit(lambda p: create_state(p, optim, 1000))(params)
+    state = jax.jit(lambda p: create_state(p, optimizer))(params)
     if jax.default_backend() == "cpu":  # as in a training run
-        state = with_gradient_buffer(state, optim)
+        state = with_gradient_buffer(state, optimizer)
     micro = jax.tree.map(lambda x: x[None], batch)
     start = time.perf_counter()
     compiled = compile_train_step(step, state, micro)
@@ -394,12 +395,12 @@ def main() -> None:
         model = model.replace(numerics={"remat": remat})
     scan_layers = not arguments.compare_torch if arguments.scan_layers is None else arguments.scan_layers
     if arguments.aot:
-        optim, step = train_step_of(model, arguments.optimizer, arguments.freeze_vlm)
+        optimizer, step = train_step_of(model, arguments.optimizer, arguments.freeze_vlm)
         sample = jax.tree.map(lambda x: x[0], random_batch(model, 1))
         figures = {"optimizer": arguments.optimizer, "lora_rank": arguments.lora_rank}
         figures |= {"freeze_vlm": arguments.freeze_vlm}
         figures |= aot.plan(
-            model, optim, step, sample, arguments.batch, scan_layers, arguments.target, arguments.devices
+            model, optimizer, step, sample, arguments.batch, scan_layers, arguments.target, arguments.devices
         )
     elif arguments.compare_torch:
         from wallx_jax.models.params import init_params

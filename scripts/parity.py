@@ -21,6 +21,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from wallx_jax.config.schema import OptimConfig
 from wallx_jax.models import flow, losses
@@ -30,7 +31,7 @@ from wallx_jax.models.params import from_params
 from wallx_jax.models.positions import position_ids, rope_delta
 from wallx_jax.models.vision_plan import Grid, token_count
 from wallx_jax.models.wallx import FlowTarget, LossTotals, Prefix
-from wallx_jax.training.optimizer import clip, global_norm, make_optimizer, schedule
+from wallx_jax.training.optimizer import clip, make_optimizer
 from wallx_jax.weights.load import load_params
 from wallx_jax.weights.names import torch_tensors
 
@@ -255,20 +256,20 @@ class Case:
 
     @functools.cache  # noqa: B019
     def adamw(self, semantics: str, updates: int) -> dict[str, object]:
-        optimizer, rate = make_optimizer(ADAMW, DECAY_STEPS), schedule(ADAMW.learning_rate, ADAMW, DECAY_STEPS)
-        params, state = self.params, optimizer.init(self.params)
+        optimizer = make_optimizer(ADAMW, DECAY_STEPS)
+        params, state = self.params, optimizer.tx.init(self.params)
         seen = []
 
         @jax.jit
         def update(params, state, grads):
-            norm = global_norm(grads)
-            changes, state = optimizer.update(clip(grads, norm, ADAMW.max_grad_norm), state, params)
+            norm = optax.tree.norm(grads)
+            changes, state = optimizer.tx.update(clip(grads, norm, ADAMW.max_grad_norm), state, params)
             return jax.tree.map(jnp.add, params, changes), state, norm
 
         for step in range(updates):
             (loss, _), grads = self.grad_fn(semantics)(params)
             params, state, norm = update(params, state, grads)
-            seen.append((loss, norm, rate(step)))
+            seen.append((loss, norm, optimizer.schedules["vlm"](step)))
         lost, norms, rates = (np.array(column, np.float64) for column in zip(*seen, strict=True))
         return {"losses": lost, "grad_norms": norms, "lrs": rates, "param": torch_tensors(self.config, params)}
 

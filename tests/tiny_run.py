@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -87,6 +88,15 @@ def run_config(model: Path, dataset: Path, save_path: Path, **changes):
             node = node[parent]
         node[last] = value
     return c
+
+
+def killed_after(run: Path, step: int, copy: Path) -> Path:
+    """A copy of a run as if it had been killed before the checkpoint after `step`: its metrics go further."""
+    shutil.copytree(run, copy)
+    for folder in (copy / "checkpoints").iterdir():
+        if int(folder.name) > step:
+            shutil.rmtree(folder)
+    return copy
 
 
 def unit_stats(dims: int) -> NormStats:

@@ -12,7 +12,7 @@ from wallx_jax.data.batch import Batch
 from wallx_jax.data.fast import FastTokenizer
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.normalize import NormStats, Stats
-from wallx_jax.data.pipeline import DataLoader, samples
+from wallx_jax.data.pipeline import DataLoader, training_dataset
 from wallx_jax.data.processor import Processor, ProcessorConfig, acts_relatively, required_prompt_length
 from wallx_jax.data.stats import compute_stats
 from wallx_jax.data.tokenizer import Tokenizer
@@ -460,7 +460,7 @@ def test_one_entry_per_camera(tokenizer):
 def test_dataset_to_batch(dataset_info, tokenizer):
     processor = Processor(config(tokenizer), tokenizer, compute_stats(dataset_info))
     source = LeRobotSource(dataset_info, HORIZON, processor.config.camera_keys)
-    batch = next(DataLoader(samples(source, processor, seed=0), 3))
+    batch = next(DataLoader(training_dataset(source, processor, seed=0), 3))
     assert batch.tokens.shape == (3, processor.config.prompt_length)
     assert [x.shape for x in batch.images] == [(3, *size, 3) for size in SIZES]
     assert np.abs(batch.actions).max() <= 1

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from wallx_jax.data.build import load_stats
-from wallx_jax.data.datasets import Part
+from wallx_jax.data.datasets import DatasetSpec
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.metadata import DatasetInfo
 from wallx_jax.data.normalize import Stats
@@ -74,7 +74,7 @@ class Report:
         return self.info.tasks[int(self.source.table.task[self.info.start_of(episode)])]
 
 
-def check(part: Part, decode: int | None) -> Report:
+def check(part: DatasetSpec, decode: int | None) -> Report:
     """Check the tables, video headers and frames of a dataset.
 
     Args:
@@ -92,7 +92,7 @@ def check(part: Part, decode: int | None) -> Report:
     return Report(part.source, part.settings.data.action_horizon, tables, look, found)
 
 
-def check_tables(part: Part) -> Tables:
+def check_tables(part: DatasetSpec) -> Tables:
     """Check the tables only, without decoding any frame; raises as `check`."""
     source, info, run, data = part.source, part.info, part.settings, part.settings.data
     source.table.load()
