@@ -20,6 +20,7 @@ from wallx_jax.data.normalize import NormStats, load_norm_stats
 from wallx_jax.data.pipeline import split_frames
 from wallx_jax.data.processor import Processor, ProcessorConfig, required_prompt_length
 from wallx_jax.data.prompt import FAST_CLOSING_TOKENS
+from wallx_jax.data.source import FrameSource
 from wallx_jax.data.stats import compute_stats
 from wallx_jax.data.tokenizer import Tokenizer
 from wallx_jax.data.unreadable import SkipUnreadable
@@ -33,13 +34,12 @@ def load_fast_tokenizer(run: RunConfig) -> FastTokenizer | None:
     """Load the FAST tokenizer of a run from a local directory or hub repo id; return None in flow mode."""
     if not run.model.use_fast_tokenizer:
         return None
+    if run.model.action_tokenizer_path is None:
+        raise ValueError("action_tokenizer_path: required by use_fast_tokenizer = True")
     return FastTokenizer.from_dir(hub.resolve(run.model.action_tokenizer_path, kind="model"))
 
 
-Source = LeRobotSource | CachedSource | SkipUnreadable
-
-
-def split_sources(run: RunConfig, source: LeRobotSource, config: ProcessorConfig) -> tuple[Source, Source]:
+def split_sources(run: RunConfig, source: LeRobotSource, config: ProcessorConfig) -> tuple[FrameSource, FrameSource]:
     """Split a dataset into training and held-out frames as configured by `run`.
 
     If a frame cache is configured, it is filled here.
@@ -49,12 +49,15 @@ def split_sources(run: RunConfig, source: LeRobotSource, config: ProcessorConfig
     """
     data, skip = run.data, run.data.unreadable_frames == "skip"
     frames = split_frames(source.info, data.train_test_split, data.split_mode, data.split_seed)
-    splits: list[Source] = [source.select(chosen) for chosen in frames]
+    whole: LeRobotSource | CachedSource = source
     if data.frame_cache is not None:
-        cached = CachedSource(source, config, data.frame_cache)
-        cached.fill(skip_unreadable=skip)
-        splits = [cached.select(chosen) for chosen in frames]
-    return tuple(SkipUnreadable(split) if skip else split for split in splits)
+        whole = CachedSource(source, config, data.frame_cache)
+        whole.fill(skip_unreadable=skip)
+    splits: list[FrameSource] = [whole.select(chosen) for chosen in frames]
+    if skip:
+        splits = [SkipUnreadable(split) for split in splits]
+    train, held_out = splits
+    return train, held_out
 
 
 def build_augment(run: RunConfig) -> Augment | None:
@@ -161,7 +164,7 @@ def build_processor(
         except ValueError as error:
             file = info.root / "meta" / "tasks.parquet"
             raise DatasetError(f"{file}: task_index {number}: {error}; repair it and start again") from None
-    longest = max(lengths, key=lengths.get)
+    longest = max(lengths, key=lengths.__getitem__)
     check_horizon(run, lengths[longest])
     config = ProcessorConfig(
         views=views,
