@@ -3,7 +3,7 @@
 #   make demo       records, trains and evaluates a tiny model on the CPU; about 1.1 GB of packages, no PyTorch
 #   make test       all tests, with lerobot and PyTorch as references
 #   make test-fast  those that take seconds
-#   make lint       ruff
+#   make lint       ruff and mypy
 #
 # Others that a change may need: extras, test-install, test-lowest, torch-reference, test-loaders, clean.
 PYTHON ?= python3
@@ -27,6 +27,7 @@ test-fast: $(VENV)/.test
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Every combination of extras, resolved for both pythons: no PyTorch and no second CUDA where it does not belong.
 extras: $(VENV)/.uv
@@ -58,7 +59,7 @@ test-loaders: torch-reference $(VENV)/.test
 	$(BIN)/python -m pytest tests/checkpoints/test_loaders.py
 
 clean:
-	rm -rf .venv .venv-torch .venv-install .venv-lowest *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-torch .venv-install .venv-lowest *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # One resolution by uv: pip backtracks for more than ten minutes between the pins of lerobot and of transformers.
 # uv does not read pip's settings, so an index that was set for pip is handed over.

@@ -35,7 +35,7 @@ def test_groups():
     assert grouped()["action_expert"] == expert and not grouped()["frozen"]
     assert grouped(freeze_vlm=True)["vlm"] == heads
     assert grouped(freeze_vlm=True, train_action_heads=False)["vlm"] == []
-    assert set(grouped(train_action_expert_only=True)["frozen"]) == set(paths) - set(expert) - set(heads)
+    assert set(grouped(freeze_vlm=True)["frozen"]) == set(paths) - set(expert) - set(heads)
     config = dataclasses.replace(OPTIM, freeze_vlm=True)
     frozen_state = create_state(init_params(SMALL, 0), make_optimizer(config, 10))
     moments = sum(x.size for x in jax.tree.leaves(frozen_state.opt_state))

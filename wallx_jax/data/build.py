@@ -39,6 +39,8 @@ def load_fast_tokenizer(run: RunConfig) -> FastTokenizer | None:
     """Load the FAST tokenizer of a run from a local directory or hub repo id; return None in flow mode."""
     if not run.model.use_fast_tokenizer:
         return None
+    if run.model.action_tokenizer_path is None:
+        raise ValueError("action_tokenizer_path: required by use_fast_tokenizer = True")
     return FastTokenizer.from_dir(hub.resolve(run.model.action_tokenizer_path, kind="model"))
 
 
@@ -225,7 +227,7 @@ def build_processor(
         except ValueError as error:
             file = info.root / "meta" / "tasks.parquet"
             raise DatasetError(f"{file}: task_index {number}: {error}; repair it and start again") from None
-    longest = max(lengths, key=lengths.get)
+    longest = max(lengths, key=lengths.__getitem__)
     check_horizon(run, lengths[longest])
     config = ProcessorConfig(
         views=views,

@@ -7,7 +7,6 @@ the seed, not on the number of workers.
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import grain
 import numpy as np
@@ -26,7 +25,7 @@ UPSTREAM_FRACTIONS = (0.95, 0.05)
 
 
 def split_frames(
-    info: DatasetInfo, ratio: float, mode: Literal["episode", "frame"] = "episode", seed: int = 42
+    info: DatasetInfo, ratio: float, mode: str = "episode", seed: int = 42
 ) -> tuple[np.ndarray, np.ndarray]:
     """Split a dataset into training and validation frames.
 

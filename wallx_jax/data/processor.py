@@ -80,7 +80,7 @@ class ProcessorConfig:
     state_names: tuple[str, ...] = ()
     action_names: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         lengths = {name: len(getattr(self, name)) for name in ("views", "camera_keys", "resolutions", "image_sizes")}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"one entry per camera expected in each, got {lengths}")
@@ -267,7 +267,7 @@ class Processor:
         self, instruction: str, actions: np.ndarray | None, task: prompt.Task
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return tokens [T], mask [T] and labels [W]; `actions` is normalised [A, C], or None at inference."""
-        if self.config.objective == "flow" or actions is None:
+        if self.config.objective == "flow" or self.fast is None or actions is None:
             return _unanswered(self.tokenizer, instruction, self.config, task)
         config = self.config
         # Without padding and masked dims, whose zeros would change the tokens.
@@ -322,7 +322,7 @@ class Processor:
             ValueError: for an id that is not an action token, or as `decode_actions`.
             FastDecodeError: if the tokens do not form a chunk.
         """
-        if self.fast is None:
+        if self.fast is None or self.tokenizer.fast_start is None:
             raise ValueError("this checkpoint has no action tokenizer; it was trained with objective 'flow'")
         start, size = self.tokenizer.fast_start, self.fast.vocab_size
         tokens = [int(i) - start for i in ids]
@@ -381,7 +381,8 @@ def read_config(directory: str | Path) -> ProcessorConfig:
     if "prompt" in fields:
         _check_fields(file, fields["prompt"], PromptTemplate, "prompt: ")
         fields["prompt"] = PromptTemplate(**fields["prompt"])
-    return ProcessorConfig(**{k: tuple(map(_tuples, v)) if isinstance(v, list) else v for k, v in fields.items()})
+    values: dict[str, Any] = {k: tuple(map(_tuples, v)) if isinstance(v, list) else v for k, v in fields.items()}
+    return ProcessorConfig(**values)
 
 
 def _check_fields(file: Path, given: dict[str, Any], kind: type, prefix: str = "") -> None:
@@ -458,7 +459,7 @@ def _check_instruction(instruction: Any) -> None:
         raise ValueError(f"instruction is {instruction!r}; it must be a sentence")
 
 
-def _image(view: str, image: Any, resolution: int, size: tuple[int, int]) -> np.ndarray:
+def _image(view: str, image: Any, resolution: int | None, size: tuple[int, int]) -> np.ndarray:
     """Check an image and resize it to uint8 [*size, 3]; `resolution` None means that it is resized already."""
     resized = image if resolution is None else image_ops.resize(image, resolution, view)
     if resized.shape != (*size, 3):

@@ -5,6 +5,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -39,6 +40,7 @@ class VideoFile:
         self.path, self._half_frame, self._fps = path, 0.5 / fps, fps
         self._container = open_video(path)
         self._stream = self._container.streams.video[0]
+        self._tick = tick(self._stream)
         context = self._stream.codec_context
         # A frame within a quarter of the video's own frame interval is the target: no other frame can be nearer.
         rates = (self._stream.average_rate, self._stream.base_rate, fps)
@@ -72,7 +74,7 @@ class VideoFile:
         return to_rgb(frame, self._reformatter)
 
     def _time(self, frame: av.VideoFrame) -> float:
-        return float(frame.pts * self._stream.time_base)
+        return float(frame.pts * self._tick)
 
     def _near(self, seconds: float) -> av.VideoFrame | None:
         """Return the frame if it is the last decoded one or follows soon after it, else None."""
@@ -87,7 +89,7 @@ class VideoFile:
         """Seek to the last key frame that is not later than this time."""
         # A key frame less than half of the video's own frame interval later is still the target.
         margin = 0.5 / max(self._fps, float(self._stream.average_rate or self._fps))
-        ticks = int((seconds + margin) / self._stream.time_base) - 1 if seconds > 0 else 0
+        ticks = int((seconds + margin) / self._tick) - 1 if seconds > 0 else 0
         self._container.seek(ticks, stream=self._stream, backward=True)
         self._frames = (frame for frame in self._container.decode(self._stream) if frame.pts is not None)
         self._last = None
@@ -273,6 +275,11 @@ def open_video(path: Path) -> av.container.InputContainer:
         container.close()
         raise ValueError(f"{path} holds depth maps ({pixels}); choose a color camera")
     return container
+
+
+def tick(stream: av.VideoStream) -> Fraction:
+    """Return the unit of a stream's time stamps in seconds; FFmpeg's own for a stream that does not name one."""
+    return stream.time_base or Fraction(1, av.time_base)
 
 
 def _is_cut_off(path: Path) -> bool:

@@ -13,6 +13,7 @@ from wallx_jax.data.datasets import DatasetSpec
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.metadata import DatasetInfo
 from wallx_jax.data.normalize import Stats
+from wallx_jax.data.validate import sizes
 from wallx_jax.dataset_check import findings, frames, signals
 from wallx_jax.dataset_check.findings import Finding, Vector
 from wallx_jax.dataset_check.frames import FrameScan
@@ -102,8 +103,8 @@ def check_tables(part: DatasetSpec) -> Tables:
     stats = load_stats(run, source) if data.norm_stats_path else None
     robot, vectors = run.robot, []
     for what, key, groups, used, values in (
-        ("state", data.state_key, robot.agent_pos, robot.observed(), states),
-        ("action", data.action_key, robot.dof, robot.predicted(), actions),
+        ("state", data.state_key, sizes(robot.agent_pos), robot.observed(), states),
+        ("action", data.action_key, sizes(robot.dof), robot.predicted(), actions),
     ):
         relative_to = robot.relative_to() if what == "action" else ()
         bounds = None if stats is None else _bounds(getattr(stats, what), relative_to)
