@@ -16,7 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 class _Generation(Extension):
-    """Reads `{% generation %}...{% endgeneration %}`, which marks the assistant's text for training masks, as a block."""
+    """Reads `{% generation %}...{% endgeneration %}`, which marks text for training masks, as a plain block."""
 
     tags = {"generation"}
 
@@ -46,7 +46,7 @@ def render(template: str, messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _seen(part: Mapping[str, Any]) -> dict[str, str]:
-    """Return a part with the value of an image or video replaced: arrays have methods that the sandbox does not stop."""
+    """Return a part without the pixels of an image or video: arrays have methods that the sandbox does not stop."""
     kind = part["type"]
     return {"type": kind, kind: part["text"] if kind == "text" else f"<{kind}>"}
 
