@@ -57,7 +57,7 @@ def write_model(folder: Path, qwen: bool = False, seed: int = 0, **text) -> Path
     """Random weights: Wall-X's layout, or Qwen2.5-VL's with more vocabulary rows than tokens, as published."""
     tokenizer = write_tokenizer(folder)
     if not qwen:
-        tokenizer.add_wallx_tokens(None)
+        tokenizer = tokenizer.with_wallx_tokens(None)
         tokenizer.save(folder)
     config = TINY.replace(
         vision={"depth": 2, "hidden_size": 16, "out_hidden_size": 32, "fullatt_block_indexes": (1,)},

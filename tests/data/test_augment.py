@@ -107,7 +107,7 @@ def source(dataset_info):
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory):
     tokenizer = tiny_run.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    tokenizer.add_wallx_tokens(None)
+    tokenizer = tokenizer.with_wallx_tokens(None)
     config = ProcessorConfig(
         views=VIEWS, camera_keys=tuple(synthetic.CAMERAS), resolutions=(84, 56), image_sizes=((56, 84), (56, 56)),
         horizon=3, prompt_length=120,

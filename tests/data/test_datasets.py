@@ -126,7 +126,7 @@ def processors(parts, tmp_path_factory):
     from wallx_jax.data.build import build_processor, load_stats
 
     tokenizer = tiny_run.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    tokenizer.add_wallx_tokens(None)
+    tokenizer = tokenizer.with_wallx_tokens(None)
     return [
         build_processor(part.settings, part.source, tokenizer, None, load_stats(part.settings, part.source), 20, 20)
         for part in parts

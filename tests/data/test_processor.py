@@ -31,7 +31,7 @@ def tokenizer():
     from qwen_vocab import tokenizer_dir
 
     tokenizer = Tokenizer.from_dir(tokenizer_dir())
-    tokenizer.add_wallx_tokens(FAST_SIZE)
+    tokenizer = tokenizer.with_wallx_tokens(FAST_SIZE)
     return tokenizer
 
 
@@ -362,7 +362,7 @@ def test_fast_needs_its_tokenizer(tokenizer, stats, fast):
     from qwen_vocab import tokenizer_dir
 
     plain = Tokenizer.from_dir(tokenizer_dir())
-    plain.add_wallx_tokens(None)
+    plain = plain.with_wallx_tokens(None)
     with pytest.raises(ValueError, match=f"has {fast.vocab_size} tokens, but the vocabulary has 0"):
         Processor(config(tokenizer, objective="fast"), plain, stats, fast)
 

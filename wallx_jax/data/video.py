@@ -182,10 +182,24 @@ class VideoReader:
 
 
 def place_in_video(info: DatasetInfo, camera: str, spans: VideoSpans, frame: int) -> tuple[Path, float]:
-    """Return the video file that contains a frame, and the frame's time in it in seconds."""
+    """Return the video file that contains a frame, and the frame's time in it in seconds.
+
+    Raises:
+        ValueError: if the dataset has no such frame.
+    """
+    _check_frame(info, frame)
     episode, place = info.locate(frame)
     file = info.root / info.video_file(camera, spans.chunk[episode], spans.file[episode])
     return file, float(spans.start[episode] + place / info.fps)
+
+
+def _check_frame(info: DatasetInfo, frame: int) -> None:
+    """Refuse a frame that does not exist: its time would be that of a frame of another episode in the same file."""
+    if not 0 <= frame < info.num_frames:
+        raise ValueError(
+            f"{info.root}: frame {frame} is asked for, but the {info.num_episodes} episodes in use have "
+            f"{info.num_frames} frames, 0 to {info.num_frames - 1}"
+        )
 
 
 def video_runs(info: DatasetInfo, spans: VideoSpans) -> Iterator[np.ndarray]:
@@ -211,6 +225,7 @@ def decode_in_order(
         The frame number and its image, uint8 RGB [H, W, 3].
 
     Raises:
+        ValueError: if the dataset has no such frame.
         FrameError: naming dataset, episode, frame and file.
     """
     spans = read_spans(info, camera) if spans is None else spans
@@ -231,10 +246,11 @@ def read_frame(info: DatasetInfo, camera: str, frame: int) -> np.ndarray:
     """Read the image of one frame, uint8 RGB [H, W, 3], even if other parts of the dataset are damaged.
 
     Raises:
-        ValueError: if the dataset has no such camera.
+        ValueError: if the dataset has no such camera or frame.
         FrameError: naming dataset, episode, frame and file.
     """
     info.check_camera(camera)
+    _check_frame(info, frame)
     if info.is_video(camera):
         return next(decode_in_order(info, camera, [frame]))[1]
     episode, place = info.locate(frame)

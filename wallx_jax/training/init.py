@@ -100,8 +100,9 @@ def find(run: RunConfig, robot_state_dim: int, robot_action_dim: int, fast: Fast
     if run.loop.resume_ckpt is None:
         folder, is_pytorch = find_model(run.model.path, run.model.revision)
         if is_pytorch:
-            config, tokenizer = read_config(folder, dict(run.model.numerics)), Tokenizer.from_dir(folder)
-            config = _final_config(run, config, tokenizer, robot_state_dim, robot_action_dim, fast)
+            config = read_config(folder, dict(run.model.numerics))
+            tokenizer = _with_tokens(Tokenizer.from_dir(folder), fast)
+            config = _final_config(run, config, tokenizer, robot_state_dim, robot_action_dim)
             return ModelSource(config, tokenizer, folder)
         checkpoint = folder
     else:
@@ -111,8 +112,8 @@ def find(run: RunConfig, robot_state_dim: int, robot_action_dim: int, fast: Fast
     assets = assets_dir(checkpoint)
     if run.loop.resume_ckpt is None or run.loop.load_ckpt_only:
         config = dataclasses.replace(config, numerics=run.model.apply_numerics(config.numerics))
-        tokenizer = Tokenizer.from_dir(assets)
-        config = _final_config(run, config, tokenizer, robot_state_dim, robot_action_dim, fast)
+        tokenizer = _with_tokens(Tokenizer.from_dir(assets), fast)
+        config = _final_config(run, config, tokenizer, robot_state_dim, robot_action_dim)
         return ModelSource(config, tokenizer, assets, checkpoint)
     if not (assets / processors.FILE_NAME).is_file():
         raise CheckpointError(
@@ -135,21 +136,23 @@ def _with_small_files(checkpoint: Path) -> Path:
     return checkpoint
 
 
+def _with_tokens(tokenizer: Tokenizer, fast: FastTokenizer | None) -> Tokenizer:
+    return tokenizer.with_wallx_tokens(fast.vocab_size if fast is not None else None)
+
+
 def _final_config(
     run: RunConfig,
     config: WallXConfig,
     tokenizer: Tokenizer,
     state_dim: int,
     action_dim: int,
-    fast: FastTokenizer | None,
 ) -> WallXConfig:
-    """Add Wall-X's tokens to the tokenizer, and return the config updated for the tokenizer, the robot and adapters.
+    """Return the config updated for the tokenizer, the robot and adapters.
 
     As upstream does, a Qwen2.5-VL vocabulary is truncated or extended to the tokenizer's length, while a Wall-X model
     keeps rows beyond it.
     """
     rows = config.text.vocab_size
-    tokenizer.add_wallx_tokens(fast.vocab_size if fast is not None else None)
     fresh = config.action.intermediate_size is None
     rows = len(tokenizer) if fresh else max(rows, len(tokenizer))
     config = dataclasses.replace(config, lora=run.optim.lora)
