@@ -4,7 +4,7 @@ import gc
 import os
 import socket
 
-import xla_flags
+from helpers import xla_flags
 
 # Before jax is imported anywhere.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -19,8 +19,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no warning when worker process
 import hypothesis
 import jax
 import pytest
-import synthetic
 from absl import flags
+from helpers import synthetic
 
 jax.config.update("jax_default_matmul_precision", "highest")
 # The same examples at every run; `pytest --hypothesis-profile=default` draws new ones.
@@ -62,7 +62,7 @@ def release_programs():
 
 @pytest.fixture(scope="session")
 def dataset_dir(tmp_path_factory):
-    """A LeRobot v3.0 dataset on disk: see synthetic.py. Read-only; copy it to break it."""
+    """A LeRobot v3.0 dataset on disk: see helpers/synthetic.py. Read-only; copy it to break it."""
     return synthetic.write_dataset(tmp_path_factory.mktemp("lerobot") / "synthetic")
 
 

@@ -13,9 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import guides
 import pytest
 from absl import app, flags
+from helpers import guides
 
 from wallx_jax.config import default_config, flatten, resolve
 from wallx_jax.config.upstream_yaml import MAPPED, WITHOUT_MEANING

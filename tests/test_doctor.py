@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-import tiny_run
+from helpers import tiny_run
 from orbax.checkpoint import v1 as ocp
 
 from wallx_jax import doctor, train

@@ -5,7 +5,7 @@ import time
 
 import jax
 import pytest
-import tiny_run
+from helpers import tiny_run
 
 import wallx_jax.train
 from wallx_jax.checkpoints.layout import latest_step

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_run
+from helpers import tiny_run
 
 from wallx_jax.checkpoints.from_pytorch import convert_model
 from wallx_jax.utils import hub

@@ -6,9 +6,8 @@ import benchmark
 import jax
 import numpy as np
 import pytest
-import tiny_run
-import torch_qwen
-from torch_qwen import torch
+from helpers import tiny_run, torch_qwen
+from helpers.torch_qwen import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from wallx_jax.checkpoints.from_pytorch import convert_model

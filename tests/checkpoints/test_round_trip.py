@@ -6,8 +6,8 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers.tiny_models import SMALL, SMALL_QWEN, Directory, random_params
 from jax.sharding import AxisType
-from tiny_models import SMALL, SMALL_QWEN, Directory, random_params
 
 from wallx_jax.checkpoints import from_pytorch, stream
 from wallx_jax.checkpoints.checkpointer import restore_params

@@ -8,7 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import tiny_run
+from helpers import tiny_run
 
 import wallx_jax
 import wallx_jax.train

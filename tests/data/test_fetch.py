@@ -8,10 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import edits
 import pytest
-import synthetic
-from hub_stand_in import HubStandIn
+from helpers import edits, synthetic
+from helpers.hub_stand_in import HubStandIn
 
 from wallx_jax.data.fetch import data_files, video_files
 from wallx_jax.data.metadata import read_info

@@ -8,7 +8,7 @@ import shutil
 import av
 import numpy as np
 import pytest
-import synthetic
+from helpers import synthetic
 
 from wallx_jax.data.lerobot import LeRobotSource, read_info
 from wallx_jax.data.video import decode_in_order

@@ -6,8 +6,8 @@ import sys
 import unicodedata
 
 import pytest
-import qwen_vocab
 import tiktoken
+from helpers import qwen_vocab
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 

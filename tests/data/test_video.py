@@ -6,7 +6,7 @@ import threading
 import av
 import numpy as np
 import pytest
-import synthetic
+from helpers import synthetic
 
 from wallx_jax.data import video
 from wallx_jax.data.errors import FrameError

@@ -9,9 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import synthetic
-import tiny_run
 from absl.testing import flagsaver
+from helpers import synthetic, tiny_run
 from PIL import Image
 
 from wallx_jax.config import resolve

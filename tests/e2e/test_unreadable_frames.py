@@ -5,11 +5,9 @@ import os
 import re
 import shutil
 
-import edits
 import numpy as np
 import pytest
-import synthetic
-import tiny_run
+from helpers import edits, synthetic, tiny_run
 
 import wallx_jax.train
 from wallx_jax.checkpoints.layout import latest_step

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import synthetic
-import tiny_run
+from helpers import synthetic, tiny_run
 from PIL import Image
 
 import wallx_jax
@@ -47,8 +46,8 @@ def robot_config(wallx_dir, dataset_dir, tmp_path):
     file = tmp_path / "robot.py"
     file.write_text(
         "import sys\n"
-        f"sys.path[:0] = {[str(ROOT / 'tests'), str(ROOT / 'tests/data')]}\n"
-        "import tiny_run\n"
+        f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        "from helpers import tiny_run\n"
         f"def get_config(arg=''): return tiny_run.run_config({str(wallx_dir)!r}, {str(dataset_dir)!r}, 'unused')\n"
     )
     return file

@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-import tiny_run
+from helpers import tiny_run
 from PIL import Image
 
 import wallx_jax

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-import tiny_run
+from helpers import tiny_run
+from helpers.torch_qwen import qwen_config, random_model, token_types, torch
 from PIL import Image
-from torch_qwen import qwen_config, random_model, token_types, torch
 from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
 import wallx_jax

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from tiny_models import SMALL
+from helpers.tiny_models import SMALL
 
 from wallx_jax.models import lora
 from wallx_jax.models.config import LoraConfig, WallXConfig

@@ -9,9 +9,8 @@ import benchmark_stats
 import compute_norm_stats
 import numpy as np
 import pytest
-import synthetic
-import tiny_run
 from absl.testing import flagsaver
+from helpers import synthetic, tiny_run
 
 from wallx_jax.config import resolve
 from wallx_jax.config.command_line import CommandLineError

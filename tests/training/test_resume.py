@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import synthetic
-import tiny_run
 import yaml
+from helpers import synthetic, tiny_run
 
 import wallx_jax.train
 from wallx_jax.checkpoints.checkpointer import restore_params

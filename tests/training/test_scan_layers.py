@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from test_step import OPTIM, SMALL, random_batch
+from helpers.tiny_step import OPTIM, SMALL, random_batch
 
 from wallx_jax.config.schema import MeshConfig
 from wallx_jax.models import scan

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_run
+from helpers import tiny_run
 
 import wallx_jax
 from wallx_jax.config.schema import OptimConfig

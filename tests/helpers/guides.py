@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import flags
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 CONFIG = re.compile(r"# (configs/\w+\.py)\n")  # first line of a Python block that the reader saves as a file
