@@ -1,4 +1,4 @@
-"""convert/*.py and scripts/benchmark_convert.py as a user runs them."""
+"""convert/*.py and scripts/bench/benchmark_convert.py as a user runs them."""
 
 import json
 import re
@@ -75,7 +75,7 @@ def test_revision_reaches_the_hub(wallx_dir, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_benchmark(tmp_path):
     out = tmp_path / "figures.json"
-    done = run("scripts/benchmark_convert.py", "--preset", "tiny", "--folder", tmp_path, "--json", out)
+    done = run("scripts/bench/benchmark_convert.py", "--preset", "tiny", "--folder", tmp_path, "--json", out)
     assert done.returncode == 0, done.stderr
     figures = json.loads(out.read_text())
     assert figures == json.loads(done.stdout) and figures["byte_identical"]

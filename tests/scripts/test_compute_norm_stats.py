@@ -5,11 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import benchmark_stats
 import compute_norm_stats
 import numpy as np
 import pytest
 from absl.testing import flagsaver
+from bench import benchmark_stats
 from helpers import synthetic, tiny_run
 
 from wallx_jax.config import resolve

@@ -26,7 +26,7 @@ BLOCKS = {
 }
 WITH_EXTRA = [
     f"scripts/{name}.py"
-    for name in ("ablate", "check_dataset", "compute_norm_stats", "demo_assets", "fake_inference", "inspect_batch",
+    for name in ("ablate", "check_dataset", "compute_norm_stats", "fake_inference", "inspect_batch",
                  "openloop_plot", "semantics", "vqa")
 ]  # fmt: skip
 WITHOUT = [
