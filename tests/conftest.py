@@ -20,12 +20,32 @@ import hypothesis
 import jax
 import pytest
 from absl import flags
-from helpers import synthetic
+from helpers import global_state, synthetic
 
 jax.config.update("jax_default_matmul_precision", "highest")
 # The same examples at every run; `pytest --hypothesis-profile=default` draws new ones.
 hypothesis.settings.load_profile("ci")
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags
+
+
+def _leaves_no_trace():
+    before = global_state.snapshot()
+    yield
+    changes = global_state.restore(before)
+    assert not changes, "left behind in this process:\n" + "\n".join(changes)
+
+
+# What one test leaves behind makes another fail, depending on their order. Fixtures of a module are set up in its first
+# test, and what they leave behind shows at its end.
+leaves_no_trace = pytest.fixture(_leaves_no_trace, autouse=True)
+module_leaves_no_trace = pytest.fixture(_leaves_no_trace, autouse=True, scope="module")
+
+
+@pytest.fixture
+def restored_state():
+    """For tests that run a program in this process, which sets up logging and flags for itself."""
+    with global_state.restored():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

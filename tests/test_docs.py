@@ -36,7 +36,7 @@ def workplace(tmp_path_factory):
 
 
 @pytest.fixture
-def only_parsing(monkeypatch):
+def only_parsing(monkeypatch, restored_state):
     """Programs end behind their parser: argparse's, or absl's with a configuration, which has to be without errors."""
     real = argparse.ArgumentParser.parse_args
 

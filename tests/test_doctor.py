@@ -1,7 +1,6 @@
 """The doctor: what it says of an installation, and of checkpoints whole and broken."""
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -64,9 +63,8 @@ def run(written, tmp_path):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(monkeypatch, capsys, restored_state):
     """Runs the doctor in this process: (exit message or None, output)."""
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "true")  # restored afterwards
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["doctor", *map(str, arguments)])
@@ -75,8 +73,6 @@ def command(monkeypatch, capsys):
             doctor.main()
         except SystemExit as end:
             failed = end.code
-        finally:
-            logging.disable(logging.NOTSET)
         return failed, capsys.readouterr().out
 
     return call
@@ -203,19 +199,15 @@ def test_other_directories(command, model_dir, tmp_path):
 
 
 def test_a_silent_fall_to_the_cpu_is_refused(command, monkeypatch):
-    before = jax.config.jax_platforms
     jax.config.update("jax_platforms", None)
-    try:
-        monkeypatch.setattr(devices, "nvidia_gpus", lambda: ["NVIDIA H100"])
-        monkeypatch.setattr(devices, "cuda_plugins", lambda: {})
-        failed, text = command()
-        assert failed.startswith("error: this machine has 1 x NVIDIA H100") and "jax[cuda12]" in failed
-        assert "NVIDIA       1 x NVIDIA H100" in text and "nothing is wrong" not in text
-        assert command("--platform", "cpu")[0] is None
-        jax.config.update("jax_platforms", None)
-        assert "asks for the TPU" in command("--platform", "tpu")[0]
-    finally:
-        jax.config.update("jax_platforms", before)
+    monkeypatch.setattr(devices, "nvidia_gpus", lambda: ["NVIDIA H100"])
+    monkeypatch.setattr(devices, "cuda_plugins", lambda: {})
+    failed, text = command()
+    assert failed.startswith("error: this machine has 1 x NVIDIA H100") and "jax[cuda12]" in failed
+    assert "NVIDIA       1 x NVIDIA H100" in text and "nothing is wrong" not in text
+    assert command("--platform", "cpu")[0] is None
+    jax.config.update("jax_platforms", None)
+    assert "asks for the TPU" in command("--platform", "tpu")[0]
 
 
 def test_packages_are_compared_with_what_is_asked_for(command, monkeypatch):

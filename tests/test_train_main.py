@@ -11,6 +11,8 @@ import wallx_jax.train
 from wallx_jax.checkpoints.layout import latest_step
 from wallx_jax.training.interruption import StopRequest
 
+pytestmark = pytest.mark.usefixtures("restored_state")
+
 
 @pytest.mark.parametrize(
     "error, line",

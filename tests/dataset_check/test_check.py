@@ -347,7 +347,7 @@ def test_pairs():
 
 
 @pytest.fixture
-def script(monkeypatch, capsys):
+def script(monkeypatch, capsys, restored_state):
     """script("--dataset=...") -> (exit code, what it printed)."""
     import check_dataset
 

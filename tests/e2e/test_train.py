@@ -422,7 +422,7 @@ def test_frame_cache_and_profile(four_steps, model_dir, dataset_dir, tmp_path):
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
 
-def test_what_the_disk_refuses_is_told(model_dir, dataset_dir, tmp_path, capsys):
+def test_what_the_disk_refuses_is_told(model_dir, dataset_dir, tmp_path, capsys, restored_state):
     (tmp_path / "file").touch()
     cached = tiny_run.run_config(model_dir, dataset_dir, tmp_path / "a", frame_cache=str(tmp_path / "file"))
     for config in (tiny_run.run_config(model_dir, dataset_dir, tmp_path / "file" / "run"), cached):

@@ -42,7 +42,7 @@ def train(model, dataset, folder, **changes):
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.multiprocess])])
 def test_the_run_saves_and_ends_with_one_line_and_goes_on_when_mended(
-    model_dir, damaged, dataset_dir, tmp_path, capsys, workers
+    model_dir, damaged, dataset_dir, tmp_path, capsys, restored_state, workers
 ):
     run, settings = tmp_path / "run", {"num_workers": workers, "num_training_steps": 12, "log_interval": 1}
     config = tiny_run.run_config(model_dir, damaged, run, eval_interval=0, save_interval=100, **settings)

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(monkeypatch, capsys, restored_state):
     """run("ablate", "--frames", "3") -> (exit code, what it printed)."""
 
     def command(name: str, *arguments) -> tuple[object, str]:
