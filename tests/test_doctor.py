@@ -78,6 +78,7 @@ def command(monkeypatch, capsys, restored_state):
     return call
 
 
+@pytest.mark.medium
 def test_a_run_is_whole(command, written):
     failed, text = command("--checkpoint", written)
     assert failed is None and text.endswith("nothing is wrong\n")
@@ -232,6 +233,7 @@ def test_caches_that_cannot_be_written_are_said(command, monkeypatch, tmp_path):
     assert f"{tmp_path / 'file'} is a file, no folder: set XDG_CACHE_HOME to another folder" in text
 
 
+@pytest.mark.medium
 def test_command_line(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "wallx_jax.doctor", "--checkpoint", str(tmp_path)],

@@ -22,6 +22,7 @@ def run(*command) -> subprocess.CompletedProcess:
     return done
 
 
+@pytest.mark.medium
 def test_there_and_back(wallx_dir, tmp_path):
     done = run("convert/wall_oss.py", "--model", wallx_dir, "--output", tmp_path / "checkpoint")
     assert done.returncode == 0 and done.stdout == f"wrote {tmp_path / 'checkpoint'}\n"
@@ -40,6 +41,7 @@ def test_there_and_back(wallx_dir, tmp_path):
     assert "only in B:\n  action_preprocessor.action_proj_back.weight" in done.stdout
 
 
+@pytest.mark.medium
 def test_qwen(tmp_path):
     model = tiny_run.write_model(tmp_path / "qwen", qwen=True)
     assert run("convert/qwen2_5_vl.py", "--model", model, "--output", tmp_path / "checkpoint").returncode == 0

@@ -165,6 +165,7 @@ def command(script: str, *arguments, prefix: tuple = ()) -> subprocess.Completed
     return subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("limit", [40_000, 100], ids=["tensors", "small files"])
 def test_a_disk_that_fills_up(wallx, tmp_path, limit):
     folder, limited = wallx.write(), ("-c", LIMITED, limit)
@@ -200,6 +201,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("count", [1, 17, 40])
 def test_kill_leaves_nothing_that_loads(wallx, tmp_path, count):
     folder = wallx.write()

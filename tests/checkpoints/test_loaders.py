@@ -50,6 +50,7 @@ def test_transformers_loads_an_exported_qwen(tmp_path, tied, shard_bytes):
         assert torch.equal(ours(**inputs).logits, theirs(**inputs).logits)
 
 
+@pytest.mark.medium
 def test_transformers_loads_the_vlm_part_of_a_wall_x(wallx_dir, tmp_path):
     checkpoint = convert_model(wallx_dir, tmp_path / "checkpoint", acts=True)
     model = load(export_model(checkpoint, tmp_path / "vlm", layout="qwen2_5_vl"))

@@ -77,6 +77,7 @@ CASES = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("pieces", ["whole", "small"])
 def test_comes_back_bit_for_bit(tmp_path, monkeypatch, case, pieces):
@@ -137,6 +138,7 @@ def test_values_beyond_a_dtype_are_refused(wallx, tmp_path):
     assert not list(tmp_path.glob("*out*"))
 
 
+@pytest.mark.medium
 def test_shards(wallx, tmp_path):
     checkpoint = convert_model(wallx.write(), tmp_path / "checkpoint", acts=True)
     exported = export_model(checkpoint, tmp_path / "out", shard_bytes=250_000)
@@ -219,6 +221,7 @@ def test_a_piece_that_reads_back_otherwise_is_noticed(wallx, tmp_path, monkeypat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["wallx"]
 
 
+@pytest.mark.medium
 def test_many_pieces_are_in_flight_but_not_all(wallx, tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "CHUNK_BYTES", 1)
     running, most = set(), 0

@@ -86,6 +86,7 @@ def assert_equal(a, b):
             assert np.asarray(left).dtype == np.asarray(right).dtype
 
 
+@pytest.mark.medium
 def test_shapes_and_dtypes_keep_the_contract(flow, observation, actions):
     sample = flow.encode(**observation, actions=actions, action_is_pad=np.arange(HORIZON) > 3)
     length = flow.config.prompt_length

@@ -49,6 +49,7 @@ def plan_of(model_dir, dataset_dir, tmp_path, capsys, monkeypatch):
     return call
 
 
+@pytest.mark.medium
 def test_the_plan(plan_of, model_dir):
     text = plan_of(gradient_accumulation_steps=3, num_training_steps=20, num_warmup_steps=5, frame_cache="cache")
     specs = tree.flatten(abstract_params(read_config(model_dir)))

@@ -40,6 +40,7 @@ def train(model, dataset, folder, **changes):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.multiprocess])])
 def test_the_run_saves_and_ends_with_one_line_and_goes_on_when_mended(
     model_dir, damaged, dataset_dir, tmp_path, capsys, restored_state, workers
@@ -63,6 +64,7 @@ def test_the_run_saves_and_ends_with_one_line_and_goes_on_when_mended(
     assert [line["loss"] for line in lines] == [line["loss"] for line in whole]
 
 
+@pytest.mark.medium
 def test_a_held_out_frame_that_cannot_be_read_costs_no_update(model_dir, dataset_dir, tmp_path, monkeypatch):
     def broken(*args):
         raise FrameError("d: episode 3, frame 0: cam_high cannot be read")
@@ -75,6 +77,7 @@ def test_a_held_out_frame_that_cannot_be_read_costs_no_update(model_dir, dataset
     assert latest_step(tmp_path / "run") == 2
 
 
+@pytest.mark.medium
 def test_a_first_batch_that_cannot_be_read_saves_nothing(model_dir, damaged, tmp_path, monkeypatch):
     def broken(self):
         raise ValueError("episode 0, frame 3: NaN")
@@ -85,6 +88,7 @@ def test_a_first_batch_that_cannot_be_read_saves_nothing(model_dir, damaged, tmp
     assert latest_step(tmp_path / "run") is None
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.multiprocess])])
 def test_skipped_frames_are_counted_and_a_resumed_run_is_the_same(model_dir, damaged, tmp_path, capsys, workers):
     settings = {"unreadable_frames": "skip", "num_workers": workers, "save_interval": 6, "log_interval": 6}

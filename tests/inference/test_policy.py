@@ -82,6 +82,7 @@ def fast_policy(model_dir, fast_dir, tmp_path_factory):
     )
 
 
+@pytest.mark.medium
 def test_chunk_in_robot_units(policy):
     prediction = policy.predict(observation())
     assert prediction.actions.shape == (HORIZON, DIMS) and prediction.actions.dtype == np.float32
@@ -162,6 +163,7 @@ def test_one_compilation_per_shape(policy):
     assert policy.compilations == before + 1
 
 
+@pytest.mark.medium
 def test_forgotten_programs_are_compiled_again(model_dir):
     policy = wallx_jax.load_policy(model_dir, norm_stats=robot_stats(), views=VIEWS, resolution=84, horizon=2)
     policy._flow._limit = 2
@@ -313,6 +315,7 @@ def test_what_is_not_finite_never_reaches_a_robot(policy, monkeypatch, bad):
     np.testing.assert_array_equal(e.value.actions[:2], right[:2])
 
 
+@pytest.mark.medium
 def test_weights_that_went_bad(policy, fast_policy):
     """In memory, where nobody looked when they were loaded: flow, FAST and words."""
     for acts in (policy, fast_policy):

@@ -122,6 +122,7 @@ def test_settings_that_do_not_fit(run, dataset_dir):
         run(config, state_key="observation.state")
 
 
+@pytest.mark.medium
 def test_command_line_without_torch(tables, tmp_path):
     """The script as a program: it imports neither torch nor lerobot, which reading a table does not need."""
     code = (

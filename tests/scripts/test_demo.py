@@ -135,6 +135,7 @@ def test_tokenizer_has_qwens_tokens_and_a_token_per_colour(tmp_path):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.medium
 def test_model_directory_loads(model_dir):
     config, params = load_params(model_dir)
     assert config.action.action_dim == config.action.state_dim == simulator.DIMS

@@ -41,6 +41,7 @@ def leaves(params):
     return tree.flatten(jax.device_get(params))
 
 
+@pytest.mark.medium
 def test_a_non_finite_update_is_left_out_and_counted(step, state):
     good, bad = random_batch((1, 2)), random_batch((1, 2))
     bad = dataclasses.replace(bad, actions=bad.actions + np.float32("nan"))
@@ -53,6 +54,7 @@ def test_a_non_finite_update_is_left_out_and_counted(step, state):
     assert float(next_metrics["learning_rate"]) == pytest.approx(5e-4), "the schedule counts updates, not batches"
 
 
+@pytest.mark.medium
 def test_loss_falls_and_noise_follows_seed_and_step(step, state):
     batch, losses, current = random_batch((1, 2)), [], state
     for _ in range(30):
@@ -65,6 +67,7 @@ def test_loss_falls_and_noise_follows_seed_and_step(step, state):
     assert float(other["loss"]) != losses[0]
 
 
+@pytest.mark.medium
 def test_accumulation_weighs_labels_not_micro_batches():
     """Micro-batches with different numbers of labels: the mean is over all labels, as in one batch."""
     step = jax.jit(make_train_step(SMALL, OPTIM, 10, Objective(use_flow=False), seed=0))
@@ -87,6 +90,7 @@ def fast_batch(action_labels: bool = True) -> Batch:
     return batch
 
 
+@pytest.mark.medium
 def test_action_accuracy_is_that_of_greedy_prediction():
     """Sums and counts: micro-batches and devices change nothing; a batch without action tokens has no accuracy."""
     objective = Objective(use_flow=False, action_ids=(7, 10))
@@ -138,6 +142,7 @@ def test_padded_actions_can_be_left_out(state):
     assert float(masked(state.params, held_out(nothing))[0].flow) == pytest.approx(float(whole), rel=1e-6)
 
 
+@pytest.mark.medium
 def test_losses_of_each_dataset(step, state):
     """They are the parts of the one loss; a dataset without samples in a batch has none."""
     mixed = Objective(datasets=("a", "b", "c"))
@@ -174,6 +179,7 @@ def test_losses_of_each_dataset(step, state):
     assert np.isnan(sums.flow[1]) and float(sums.flow[0]) == pytest.approx(float(only_a), rel=1e-5)
 
 
+@pytest.mark.medium
 def test_validation_noise_belongs_to_the_frame(state):
     evaluate = jax.jit(make_eval_step(SMALL, Objective(), seed=3))
     batch = random_batch((2,))
@@ -195,6 +201,7 @@ OBJECTIVES = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 def test_validation_is_the_same_in_any_batches_and_on_any_mesh(state, objective):
     """Every frame once, each with its own noise, whatever the batch size, the order or the devices."""
@@ -222,6 +229,7 @@ def test_validation_is_the_same_in_any_batches_and_on_any_mesh(state, objective)
         assert other == pytest.approx(alone, rel=1e-5)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("fast", [False, True])
 def test_validation_is_the_mean_of_what_each_frame_gives_alone(state, fast):
     frames, objective = random_batch((5,), labels=4 if fast else 0), Objective(use_flow=not fast)
@@ -338,6 +346,7 @@ def test_stochastic_rounding_is_right_on_average():
     np.testing.assert_array_equal(stochastic(jax.random.key(1), odd).astype(jnp.float32), odd)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("rounding", [True, False])
 def test_small_updates_of_bfloat16_are_kept_by_stochastic_rounding(rounding):
     """Weight decay alone: each update is a 2000th of the parameter, far below a step of bfloat16."""
@@ -356,6 +365,7 @@ def test_small_updates_of_bfloat16_are_kept_by_stochastic_rounding(rounding):
     assert mean == (pytest.approx((1 - 5e-4) ** 40, abs=2e-3) if rounding else 1.0)
 
 
+@pytest.mark.medium
 def test_bfloat16_training_follows_float32():
     """The same model, data and noise: after 30 updates the losses agree better than the run has moved."""
 
@@ -374,6 +384,7 @@ def test_bfloat16_training_follows_float32():
     assert np.abs(wide - narrow).max() < 0.1 * (wide[:5].mean() - wide[-5:].mean())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_optimizers_lower_the_loss_on_any_mesh(optimizer):
     config = dataclasses.replace(OPTIM, optimizer=optimizer, ema_decay=0.9)
@@ -418,6 +429,7 @@ def test_every_peak_falls_to_the_same_share_of_itself(peak):
     assert rate(9) > 0.1 * peak, "the last update's"
 
 
+@pytest.mark.medium
 def test_learning_rates_by_pattern():
     config = dataclasses.replace(
         OPTIM, action_expert_learning_rate=7e-4, learning_rates=(("^vision/", 1e-5), ("mlp/action/down", 2e-5))

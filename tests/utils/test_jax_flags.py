@@ -63,6 +63,7 @@ def plain(model_dir):
     return act(model_dir)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("host", HOSTS)
 def test_acting_and_answering(model_dir, plain, host):
     with HOSTS[host]():
