@@ -204,7 +204,7 @@ def anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", guides.PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*guides.PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for target, name in re.findall(r"(?<!!)\[[^]]*\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text()):
         if "://" not in target:
