@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -142,7 +143,7 @@ def test_an_empty_output_folder_may_be_there(wallx, tmp_path):
 
 
 def test_a_disk_that_is_too_small_is_refused_before_writing(wallx, tmp_path, monkeypatch):
-    monkeypatch.setattr(from_pytorch.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1 << 19))
+    monkeypatch.setattr(from_pytorch.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 19))
     with pytest.raises(CheckpointError, match=r"needs 0\.0 GiB, but .* has 0\.0 GiB free; make room"):
         convert_model(wallx.write(), tmp_path / "checkpoint", acts=True)
     assert left_behind(tmp_path) == []

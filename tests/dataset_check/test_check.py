@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 
+import check_dataset
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -349,7 +350,6 @@ def test_pairs():
 @pytest.fixture
 def script(monkeypatch, capsys, restored_state):
     """script("--dataset=...") -> (exit code, what it printed)."""
-    import check_dataset
 
     def command(*arguments):
         monkeypatch.setattr(sys, "argv", ["check_dataset.py", *arguments])

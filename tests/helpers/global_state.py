@@ -12,11 +12,12 @@ from typing import Any
 import jax
 from absl import flags
 
+FOREIGN = ("PYTEST_", "TORCH", "TRITON", "SVT_")  # variables that packages set for themselves, once for all
 LOGGERS = ("root", "absl", "jax", "orbax", "wallx_jax")  # those of other packages get their levels when imported
 
 
 def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    return {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
 
 
 def _set_environment(values: dict[str, str]) -> None:
@@ -45,6 +46,16 @@ def _set_log_levels(levels: dict[str, int]) -> None:
         logging.getLogger(name).setLevel(level)
 
 
+def _log_handlers() -> list[logging.Handler]:
+    """Without pytest's, which come and go with the phases of a test."""
+    return [handler for handler in logging.root.handlers if not type(handler).__module__.startswith("_pytest.")]
+
+
+def _set_log_handlers(handlers: list[logging.Handler]) -> None:
+    pytests = [handler for handler in logging.root.handlers if handler not in _log_handlers()]
+    logging.root.handlers[:] = handlers + pytests
+
+
 def _set_jax_config(values: dict[str, Any]) -> None:
     for name, value in values.items():
         if jax.config.values[name] != value:
@@ -68,10 +79,7 @@ STATES: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
     ),
     "signal handlers": (_signal_handlers, _set_signal_handlers),
     "log levels": (_log_levels, _set_log_levels),
-    "handlers of the root logger": (
-        lambda: logging.root.handlers[:],
-        lambda value: logging.root.handlers.__setitem__(slice(None), value),
-    ),
+    "handlers of the root logger": (_log_handlers, _set_log_handlers),
     "logging.disable": (lambda: logging.root.manager.disable, logging.disable),
     "jax.config": (lambda: dict(jax.config.values), _set_jax_config),
     "absl flags": (lambda: set(flags.FLAGS), _set_flags),
@@ -87,6 +95,8 @@ def restore(before: dict[str, Any]) -> list[str]:
     changes = []
     for name, (read, write) in STATES.items():
         now = read()
+        if name == "jax.config":  # a module may bring settings of its own
+            now = {key: now[key] for key in before[name]}
         if now != before[name]:
             changes.append(f"{name}: {_difference(before[name], now)}")
             write(before[name])

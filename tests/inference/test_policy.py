@@ -163,17 +163,6 @@ def test_one_compilation_per_shape(policy):
     assert policy.compilations == before + 1
 
 
-@pytest.mark.medium
-def test_forgotten_programs_are_compiled_again(model_dir):
-    policy = wallx_jax.load_policy(model_dir, norm_stats=robot_stats(), views=VIEWS, resolution=84, horizon=2)
-    policy._flow._limit = 2
-    for steps in (1, 2, 3, 1):
-        policy.predict(observation(), steps=steps)
-    assert policy.compilations == 4 and len(policy._flow._programs) == 2
-    policy.predict(observation(), steps=3)
-    assert policy.compilations == 4
-
-
 @pytest.mark.parametrize(
     "words",
     [

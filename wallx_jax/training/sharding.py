@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from wallx_jax.config.schema import MeshConfig
-from wallx_jax.utils import tree
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -113,12 +112,3 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
-
-
-def describe(params: tree.Tree, mesh: Mesh) -> str:
-    """Return a table for the log, with the total size (MiB) of the parameters of each distinct PartitionSpec."""
-    totals: dict[str, int] = {}
-    for path, leaf in tree.flatten(params).items():
-        spec = str(param_spec(path, leaf.shape, mesh))
-        totals[spec] = totals.get(spec, 0) + int(np.prod(leaf.shape)) * leaf.dtype.itemsize
-    return "\n".join(f"{size / 2**20:10.1f} MiB  {spec}" for spec, size in sorted(totals.items(), key=lambda x: -x[1]))
