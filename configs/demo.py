@@ -1,4 +1,4 @@
-"""Train a tiny, randomly initialized Wall-X on the tabletop dataset that scripts/demo_assets.py writes.
+"""Train a tiny, randomly initialized Wall-X on the tabletop dataset that scripts/demo.py writes.
 
 `make demo` runs the whole demo. To run only the training, after its first two steps:
 

@@ -30,7 +30,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import aot
+from bench import aot
 
 ACTIONS, TOKENS, IMAGE, CAMERAS, STEPS = 32, 285, (196, 252), 3, 10
 WHAT = ("train", "chunk", "parts")
@@ -177,7 +177,7 @@ def chunk_program(model, params, batch, noise):
 
 
 class TorchReference:
-    """A subprocess that runs scripts/torch_reference.py in its own environment.
+    """A subprocess that runs scripts/bench/torch_reference.py in its own environment.
 
     Args:
         python: interpreter of that environment.
@@ -213,7 +213,7 @@ class TorchReference:
             noise=np.asarray(noise),
             tokens=json.dumps({name: getattr(model.tokens, name) for name in ("propri", "action")}),
         )
-        worker = Path(__file__).with_name("torch_reference.py")
+        worker = Path(__file__).parent / "bench/torch_reference.py"
         command = [str(python), str(worker), str(folder), str(folder / "inputs.npz")]
         environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
         self._log = (folder / "log").open("w", encoding="utf-8")

@@ -36,11 +36,11 @@ from wallx_jax.utils import extras
 extras.require("train", __name__, __doc__)
 
 import av
-import demo_assets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from tabletop import assets
 
 from wallx_jax.config import default_config, resolve
 from wallx_jax.config.schema import Camera
@@ -131,7 +131,7 @@ def prepare(root: Path, folder: Path) -> DatasetRun:
     c.pretrained_wallx_path, c.repo_id, c.save_path = "unused", str(root), str(folder / "run")
     c.camera_views, c.train_test_split = VIEWS, 1.0
     (spec,) = open_datasets(resolve(c))
-    tokenizer = demo_assets.write_tokenizer(folder / "tokenizer")
+    tokenizer = assets.write_tokenizer(folder / "tokenizer")
     stats = load_stats(spec.settings, spec.source)
     processor = build_processor(spec.settings, spec.source, tokenizer, None, stats, CHANNELS, CHANNELS)
     (dataset,) = split_datasets([spec], [processor])

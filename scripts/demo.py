@@ -9,11 +9,13 @@ Prints a table and writes the results to results.json and demo.png in WORKDIR.
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from wallx_jax.utils import extras
@@ -38,8 +40,8 @@ def main() -> None:
     args.workdir.mkdir(parents=True, exist_ok=True)
 
     say(start, f"recording {args.episodes} demonstrations in {dataset}")
-    make_assets("dataset", dataset, "--episodes", str(args.episodes))
-    make_assets("model", model)
+    in_process(write_dataset, dataset, args.episodes)
+    in_process(write_model, model)
 
     say(start, "training")
     overrides = {"pretrained_wallx_path": model, "repo_id": dataset, "frame_cache": cache}
@@ -60,17 +62,31 @@ def say(start: float, what: str) -> None:
     print(f"[{time.perf_counter() - start:4.0f} s] {what}", flush=True)
 
 
-def make_assets(what: str, folder: Path, *options: str) -> None:
-    """Run demo_assets.py."""
-    command = [sys.executable, str(ROOT / "scripts/demo_assets.py"), what, str(folder), *options]
-    if subprocess.run(command).returncode:
-        sys.exit(f"error: {' '.join(command)} failed")
+def in_process(work: Callable[..., None], *args) -> None:
+    """Run `work(*args)` in a process of its own, whose memory is free afterwards."""
+    process = multiprocessing.get_context("spawn").Process(target=work, args=args)
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(process.exitcode)
+
+
+def write_dataset(folder: Path, episodes: int) -> None:
+    from tabletop import assets
+
+    assets.write_dataset(folder, episodes, progress=True)
+
+
+def write_model(folder: Path) -> None:
+    from tabletop import assets
+
+    assets.write_model(folder)
 
 
 def evaluate(model: Path, run: Path, figure: Path) -> dict:
     """Evaluate errors and success rates of the trained policy, also with inputs blanked, and of the untrained one."""
     # Imported only after the earlier commands have finished, since they need the memory that it would take.
-    import demo_evaluate as ev
+    from tabletop import evaluate as ev
     from tqdm import tqdm
 
     from wallx_jax.evaluation import openloop

@@ -3,8 +3,9 @@
 import gc
 import os
 import socket
+from pathlib import Path
 
-import xla_flags
+from helpers import xla_flags
 
 # Before jax is imported anywhere.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -19,13 +20,33 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no warning when worker process
 import hypothesis
 import jax
 import pytest
-import synthetic
 from absl import flags
+from helpers import global_state, synthetic
 
 jax.config.update("jax_default_matmul_precision", "highest")
 # The same examples at every run; `pytest --hypothesis-profile=default` draws new ones.
 hypothesis.settings.load_profile("ci")
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags
+
+
+def _leaves_no_trace():
+    before = global_state.snapshot()
+    yield
+    changes = global_state.restore(before)
+    assert not changes, "left behind in this process:\n" + "\n".join(changes)
+
+
+# What one test leaves behind makes another fail, depending on their order. Fixtures of a module are set up in its first
+# test, and what they leave behind shows at its end.
+leaves_no_trace = pytest.fixture(_leaves_no_trace, autouse=True)
+module_leaves_no_trace = pytest.fixture(_leaves_no_trace, autouse=True, scope="module")
+
+
+@pytest.fixture
+def restored_state():
+    """For tests that run a program in this process, which sets up logging and flags for itself."""
+    with global_state.restored():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -57,12 +78,14 @@ def release_programs():
     beyond them XLA cannot compile and the process dies."""
     yield
     jax.clear_caches()
-    gc.collect()
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 20_000:  # what takes the time is to collect
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
 def dataset_dir(tmp_path_factory):
-    """A LeRobot v3.0 dataset on disk: see synthetic.py. Read-only; copy it to break it."""
+    """A LeRobot v3.0 dataset on disk: see helpers/synthetic.py. Read-only; copy it to break it."""
     return synthetic.write_dataset(tmp_path_factory.mktemp("lerobot") / "synthetic")
 
 

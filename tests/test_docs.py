@@ -13,9 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import guides
 import pytest
 from absl import app, flags
+from helpers import guides
 
 from wallx_jax.config import default_config, flatten, resolve
 from wallx_jax.config.upstream_yaml import MAPPED, WITHOUT_MEANING
@@ -36,7 +36,7 @@ def workplace(tmp_path_factory):
 
 
 @pytest.fixture
-def only_parsing(monkeypatch):
+def only_parsing(monkeypatch, restored_state):
     """Programs end behind their parser: argparse's, or absl's with a configuration, which has to be without errors."""
     real = argparse.ArgumentParser.parse_args
 
@@ -204,7 +204,7 @@ def anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", guides.PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*guides.PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for target, name in re.findall(r"(?<!!)\[[^]]*\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text()):
         if "://" not in target:

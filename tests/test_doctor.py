@@ -1,7 +1,6 @@
 """The doctor: what it says of an installation, and of checkpoints whole and broken."""
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-import tiny_run
+from helpers import tiny_run
 from orbax.checkpoint import v1 as ocp
 
 from wallx_jax import doctor, train
@@ -66,9 +65,8 @@ def run(written, tmp_path):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(monkeypatch, capsys, restored_state):
     """Runs the doctor in this process: (exit message or None, output)."""
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "true")  # restored afterwards
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["doctor", *map(str, arguments)])
@@ -77,13 +75,12 @@ def command(monkeypatch, capsys):
             doctor.main()
         except SystemExit as end:
             failed = end.code
-        finally:
-            logging.disable(logging.NOTSET)
         return failed, capsys.readouterr().out
 
     return call
 
 
+@pytest.mark.medium
 def test_a_run_is_whole(command, written):
     failed, text = command("--checkpoint", written)
     assert failed is None and text.endswith("nothing is wrong\n")
@@ -205,19 +202,15 @@ def test_other_directories(command, model_dir, tmp_path):
 
 
 def test_a_silent_fall_to_the_cpu_is_refused(command, monkeypatch):
-    before = jax.config.jax_platforms
     jax.config.update("jax_platforms", None)
-    try:
-        monkeypatch.setattr(devices, "nvidia_gpus", lambda: ["NVIDIA H100"])
-        monkeypatch.setattr(devices, "cuda_plugins", lambda: {})
-        failed, text = command()
-        assert failed.startswith("error: this machine has 1 x NVIDIA H100") and "jax[cuda12]" in failed
-        assert "NVIDIA       1 x NVIDIA H100" in text and "nothing is wrong" not in text
-        assert command("--platform", "cpu")[0] is None
-        jax.config.update("jax_platforms", None)
-        assert "asks for the TPU" in command("--platform", "tpu")[0]
-    finally:
-        jax.config.update("jax_platforms", before)
+    monkeypatch.setattr(devices, "nvidia_gpus", lambda: ["NVIDIA H100"])
+    monkeypatch.setattr(devices, "cuda_plugins", lambda: {})
+    failed, text = command()
+    assert failed.startswith("error: this machine has 1 x NVIDIA H100") and "jax[cuda12]" in failed
+    assert "NVIDIA       1 x NVIDIA H100" in text and "nothing is wrong" not in text
+    assert command("--platform", "cpu")[0] is None
+    jax.config.update("jax_platforms", None)
+    assert "asks for the TPU" in command("--platform", "tpu")[0]
 
 
 def test_packages_are_compared_with_what_is_asked_for(command, monkeypatch):
@@ -242,6 +235,7 @@ def test_caches_that_cannot_be_written_are_said(command, monkeypatch, tmp_path):
     assert f"{tmp_path / 'file'} is a file, no folder: set XDG_CACHE_HOME to another folder" in text
 
 
+@pytest.mark.medium
 def test_command_line(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "wallx_jax.doctor", "--checkpoint", str(tmp_path)],

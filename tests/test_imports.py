@@ -77,6 +77,7 @@ def test_nothing_imports_torch(module):
     assert not heavy, f"{module} imports {heavy}"
 
 
+@pytest.mark.medium
 def test_no_dependency_brings_torch_along():
     """Importing every module loads no torch, where it is installed."""
     names = [f"wallx_jax.{name}".rstrip(".") for name in modules()]

@@ -5,11 +5,13 @@ import time
 
 import jax
 import pytest
-import tiny_run
+from helpers import tiny_run
 
 import wallx_jax.train
 from wallx_jax.checkpoints.layout import latest_step
 from wallx_jax.training.interruption import StopRequest
+
+pytestmark = pytest.mark.usefixtures("restored_state")
 
 
 @pytest.mark.parametrize(

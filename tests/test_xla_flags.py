@@ -1,5 +1,5 @@
 import pytest
-import xla_flags
+from helpers import xla_flags
 
 
 def test_unknown_flags_are_left_out():

@@ -1,6 +1,6 @@
 import pytest
-import tiny_run
-from tiny_models import SMALL, SMALL_QWEN, Directory, random_params
+from helpers import tiny_run
+from helpers.tiny_models import SMALL, SMALL_QWEN, Directory, random_params
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""convert/*.py and scripts/benchmark_convert.py as a user runs them."""
+"""convert/*.py and scripts/bench/benchmark_convert.py as a user runs them."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_run
+from helpers import tiny_run
 
 from wallx_jax.checkpoints.from_pytorch import convert_model
 from wallx_jax.utils import hub
@@ -22,6 +22,7 @@ def run(*command) -> subprocess.CompletedProcess:
     return done
 
 
+@pytest.mark.medium
 def test_there_and_back(wallx_dir, tmp_path):
     done = run("convert/wall_oss.py", "--model", wallx_dir, "--output", tmp_path / "checkpoint")
     assert done.returncode == 0 and done.stdout == f"wrote {tmp_path / 'checkpoint'}\n"
@@ -40,6 +41,7 @@ def test_there_and_back(wallx_dir, tmp_path):
     assert "only in B:\n  action_preprocessor.action_proj_back.weight" in done.stdout
 
 
+@pytest.mark.medium
 def test_qwen(tmp_path):
     model = tiny_run.write_model(tmp_path / "qwen", qwen=True)
     assert run("convert/qwen2_5_vl.py", "--model", model, "--output", tmp_path / "checkpoint").returncode == 0
@@ -75,7 +77,7 @@ def test_revision_reaches_the_hub(wallx_dir, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_benchmark(tmp_path):
     out = tmp_path / "figures.json"
-    done = run("scripts/benchmark_convert.py", "--preset", "tiny", "--folder", tmp_path, "--json", out)
+    done = run("scripts/bench/benchmark_convert.py", "--preset", "tiny", "--folder", tmp_path, "--json", out)
     assert done.returncode == 0, done.stderr
     figures = json.loads(out.read_text())
     assert figures == json.loads(done.stdout) and figures["byte_identical"]

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tiny_models import SMALL, Directory, random_params
+from helpers.tiny_models import SMALL, Directory, random_params
 
 from wallx_jax.checkpoints.compare import compare
 from wallx_jax.checkpoints.from_pytorch import convert_model

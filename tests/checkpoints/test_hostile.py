@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -142,7 +143,7 @@ def test_an_empty_output_folder_may_be_there(wallx, tmp_path):
 
 
 def test_a_disk_that_is_too_small_is_refused_before_writing(wallx, tmp_path, monkeypatch):
-    monkeypatch.setattr(from_pytorch.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1 << 19))
+    monkeypatch.setattr(from_pytorch.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 19))
     with pytest.raises(CheckpointError, match=r"needs 0\.0 GiB, but .* has 0\.0 GiB free; make room"):
         convert_model(wallx.write(), tmp_path / "checkpoint", acts=True)
     assert left_behind(tmp_path) == []
@@ -165,6 +166,7 @@ def command(script: str, *arguments, prefix: tuple = ()) -> subprocess.Completed
     return subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("limit", [40_000, 100], ids=["tensors", "small files"])
 def test_a_disk_that_fills_up(wallx, tmp_path, limit):
     folder, limited = wallx.write(), ("-c", LIMITED, limit)
@@ -200,6 +202,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("count", [1, 17, 40])
 def test_kill_leaves_nothing_that_loads(wallx, tmp_path, count):
     folder = wallx.write()

@@ -6,9 +6,8 @@ import benchmark
 import jax
 import numpy as np
 import pytest
-import tiny_run
-import torch_qwen
-from torch_qwen import torch
+from helpers import tiny_run, torch_qwen
+from helpers.torch_qwen import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from wallx_jax.checkpoints.from_pytorch import convert_model
@@ -51,6 +50,7 @@ def test_transformers_loads_an_exported_qwen(tmp_path, tied, shard_bytes):
         assert torch.equal(ours(**inputs).logits, theirs(**inputs).logits)
 
 
+@pytest.mark.medium
 def test_transformers_loads_the_vlm_part_of_a_wall_x(wallx_dir, tmp_path):
     checkpoint = convert_model(wallx_dir, tmp_path / "checkpoint", acts=True)
     model = load(export_model(checkpoint, tmp_path / "vlm", layout="qwen2_5_vl"))

@@ -8,9 +8,9 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers.tiny_models import SMALL, SMALL_QWEN, Directory, random_params
 from jax.sharding import AxisType
 from packaging.requirements import Requirement
-from tiny_models import SMALL, SMALL_QWEN, Directory, random_params
 
 from wallx_jax.checkpoints import from_pytorch, stream
 from wallx_jax.checkpoints.checkpointer import restore_params
@@ -80,6 +80,7 @@ CASES = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("pieces", ["whole", "small"])
 def test_comes_back_bit_for_bit(tmp_path, monkeypatch, case, pieces):
@@ -140,6 +141,7 @@ def test_values_beyond_a_dtype_are_refused(wallx, tmp_path):
     assert not list(tmp_path.glob("*out*"))
 
 
+@pytest.mark.medium
 def test_shards(wallx, tmp_path):
     checkpoint = convert_model(wallx.write(), tmp_path / "checkpoint", acts=True)
     exported = export_model(checkpoint, tmp_path / "out", shard_bytes=250_000)
@@ -250,6 +252,7 @@ def test_the_known_versions_are_those_that_are_installed():
     assert orbax.specifier == stream.ORBAX
 
 
+@pytest.mark.medium
 def test_many_pieces_are_in_flight_but_not_all(wallx, tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "CHUNK_BYTES", 1)
     running, most = set(), 0

@@ -8,7 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import tiny_run
+from helpers import tiny_run
 
 import wallx_jax
 import wallx_jax.train
@@ -45,6 +45,7 @@ def pair(request, tmp_path_factory):
     return model, convert_model(model, folder / "checkpoint", acts=acts), acts
 
 
+@pytest.mark.medium
 def test_acts_and_answers_as_its_origin(pair):
     model, checkpoint, acts = pair
     answers = [wallx_jax.load_vlm(path).ask("what is it?", max_tokens=4).tokens for path in (model, checkpoint)]
@@ -84,6 +85,7 @@ def test_a_converted_model_is_no_run(pair, dataset_dir, tmp_path):
         wallx_jax.train.run(config)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("words", [PromptTemplate(), PromptTemplate("Act.", {"face_view": "head"})])
 def test_the_prompt_travels_beside_the_numerics(wallx_dir, tmp_path, words):
     """Where it is Wall-X's own nothing is said of it: that is what PyTorch's loaders build."""

@@ -4,8 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-import synthetic
-import tiny_run
+from helpers import synthetic, tiny_run
 from PIL import Image
 
 from wallx_jax.config import default_config

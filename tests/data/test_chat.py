@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-import tiny_run
+from helpers import tiny_run
 from PIL import Image
 
 from wallx_jax.data.chat import FRAMES_PER_TOKEN, encode_chat

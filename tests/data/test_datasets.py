@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-import tiny_run
+from helpers import tiny_run
 
 from wallx_jax.config import resolve
 from wallx_jax.data.datasets import open_datasets, unify_prompt_length

@@ -8,10 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import edits
 import pytest
-import synthetic
-from hub_stand_in import HubStandIn
+from helpers import edits, synthetic
+from helpers.hub_stand_in import HubStandIn
 
 from wallx_jax.data.fetch import data_files, video_files
 from wallx_jax.data.metadata import read_info
@@ -144,6 +143,7 @@ def test_an_interrupted_download_goes_on(hub, client, folders):
     assert hub.bytes_sent[name] < 2 * size, "the first half was not sent again"
 
 
+@pytest.mark.medium
 def test_without_a_network_the_cache_serves(hub, client):
     message = client(offline=True)
     assert "HF_HUB_OFFLINE is set" in message and "hf download acme/arm --repo-type dataset" in message
@@ -159,6 +159,7 @@ def test_no_such_repository(hub, client):
     assert "dataset 'acme/arm'" in message and "no such repository" in message and "lerobot's cache" in message
 
 
+@pytest.mark.medium
 def test_a_file_that_the_repository_lacks(client, folders, hub, tmp_path):
     root = shutil.copytree(folders["v3.0"], tmp_path / "partial")
     missing = root / "data/chunk-000/file-002.parquet"

@@ -3,10 +3,9 @@ import os
 import pickle
 import shutil
 
-import edits
 import numpy as np
 import pytest
-import synthetic
+from helpers import edits, synthetic
 
 from wallx_jax.data import frame_cache
 from wallx_jax.data.cameras import CameraReader

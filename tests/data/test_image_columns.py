@@ -2,12 +2,11 @@
 
 import io
 
-import edits
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import synthetic
+from helpers import edits, synthetic
 from PIL import Image
 
 from wallx_jax.data.errors import DatasetError, FrameError

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-import synthetic
+from helpers import synthetic
 
 from wallx_jax.data.errors import FrameError
 from wallx_jax.data.lerobot import LeRobotSource, read_info

@@ -4,12 +4,11 @@ import dataclasses
 import importlib.util
 import shutil
 
-import edits
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import synthetic
+from helpers import edits, synthetic
 
 from wallx_jax.data.errors import DatasetError
 from wallx_jax.data.lerobot import LeRobotSource

@@ -3,7 +3,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import synthetic
+from helpers import synthetic
 
 from wallx_jax.data.batch import Batch, stack_samples
 from wallx_jax.data.lerobot import LeRobotSource

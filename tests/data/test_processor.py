@@ -3,7 +3,7 @@ import json
 
 import numpy as np
 import pytest
-import synthetic
+from helpers import synthetic
 from PIL import Image
 
 from wallx_jax.config.prompt_template import PromptTemplate
@@ -28,7 +28,7 @@ FAST_BUDGET = 120
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from qwen_vocab import tokenizer_dir
+    from helpers.qwen_vocab import tokenizer_dir
 
     tokenizer = Tokenizer.from_dir(tokenizer_dir())
     tokenizer = tokenizer.with_wallx_tokens(FAST_SIZE)
@@ -86,6 +86,7 @@ def assert_equal(a, b):
             assert np.asarray(left).dtype == np.asarray(right).dtype
 
 
+@pytest.mark.medium
 def test_shapes_and_dtypes_keep_the_contract(flow, observation, actions):
     sample = flow.encode(**observation, actions=actions, action_is_pad=np.arange(HORIZON) > 3)
     length = flow.config.prompt_length
@@ -359,7 +360,7 @@ def test_fast_leaves_out_masked_dims(tokenizer, stats, fast, observation, action
 def test_fast_needs_its_tokenizer(tokenizer, stats, fast):
     with pytest.raises(ValueError, match="needs an action tokenizer"):
         Processor(config(tokenizer, objective="fast"), tokenizer, stats)
-    from qwen_vocab import tokenizer_dir
+    from helpers.qwen_vocab import tokenizer_dir
 
     plain = Tokenizer.from_dir(tokenizer_dir())
     plain = plain.with_wallx_tokens(None)

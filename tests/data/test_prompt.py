@@ -2,7 +2,7 @@ import hashlib
 
 import numpy as np
 import pytest
-import qwen_vocab
+from helpers import qwen_vocab
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -8,7 +8,7 @@ import shutil
 import av
 import numpy as np
 import pytest
-import synthetic
+from helpers import synthetic
 
 from wallx_jax.data.lerobot import LeRobotSource, read_info
 from wallx_jax.data.video import decode_in_order
@@ -146,6 +146,7 @@ def assert_same(sample, item, info):
         assert image.shape == (*info.frame_size(camera), 3)
 
 
+@pytest.mark.medium
 def test_every_frame(root):
     info = read_info(root)
     steps = {ACTION: [step / info.fps for step in range(HORIZON)]}
@@ -199,6 +200,7 @@ def test_one_dim(tmp_path):
         assert sample.actions[:, 0].tolist() == item[ACTION].reshape(HORIZON).tolist()
 
 
+@pytest.mark.medium
 def test_recording_goes_on(tmp_path):
     """A second session appends to the dataset, in new files."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset

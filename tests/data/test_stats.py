@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import synthetic
+from helpers import synthetic
 
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.metadata import DatasetInfo
@@ -133,6 +133,7 @@ def test_bars_go_to_stderr(robot, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.medium
 def test_a_million_frames_take_seconds(tmp_path):
     values = np.random.default_rng(0).normal(size=(1_000_000, 14)).astype(np.float32)
     info = table_only(tmp_path, values)

@@ -7,12 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import edits
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import synthetic
+from helpers import edits, synthetic
 
 from wallx_jax.data import parquet, tables
 from wallx_jax.data.errors import DatasetError

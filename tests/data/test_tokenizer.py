@@ -6,8 +6,8 @@ import sys
 import unicodedata
 
 import pytest
-import qwen_vocab
 import tiktoken
+from helpers import qwen_vocab
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -87,6 +87,7 @@ def test_wallx_tokens(qwen):
     assert qwen.added_tokens_in("a<|action|>b<tool_call><|action|>") == ["<|action|>", "<tool_call>"]
 
 
+@pytest.mark.medium
 def test_save_round_trip_and_transformers(qwen, tmp_path):
     from transformers import AutoTokenizer
 
@@ -121,6 +122,7 @@ def test_tokens_added_by_transformers_are_read(tmp_path):
     assert ours.config["chat_template"] == theirs.chat_template
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("listing", ["added_tokens.json", "tokenizer_config.json"])
 def test_slow_files_alone(qwen, tmp_path, listing):
     qwen = qwen.with_wallx_tokens(4)

@@ -3,10 +3,9 @@
 import pickle
 import shutil
 
-import edits
 import numpy as np
 import pytest
-import synthetic
+from helpers import edits, synthetic
 
 from wallx_jax.data.batch import Batch
 from wallx_jax.data.errors import FrameError

@@ -4,10 +4,10 @@ import itertools
 import threading
 
 import av
-import edits
+from helpers import edits
 import numpy as np
 import pytest
-import synthetic
+from helpers import synthetic
 
 from wallx_jax.data import fetch, video
 from wallx_jax.data.errors import FrameError

@@ -5,13 +5,13 @@ import re
 import shutil
 import sys
 
+import check_dataset as program
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import synthetic
-import tiny_run
 from absl.testing import flagsaver
+from helpers import synthetic, tiny_run
 from PIL import Image
 
 from wallx_jax.config import resolve
@@ -348,14 +348,13 @@ def test_pairs():
 
 
 @pytest.fixture
-def script(monkeypatch, capsys):
+def script(monkeypatch, capsys, restored_state):
     """script("--dataset=...") -> (exit code, what it printed)."""
-    import check_dataset
 
     def command(*arguments):
         monkeypatch.setattr(sys, "argv", ["check_dataset.py", *arguments])
         with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
-            launch(check_dataset.main, needs_config=False)
+            launch(program.main, needs_config=False)
         captured = capsys.readouterr()
         return ended.value.code, captured.out + captured.err
 

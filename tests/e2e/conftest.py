@@ -1,5 +1,5 @@
 import pytest
-import tiny_run
+from helpers import tiny_run
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,9 @@ import runpy
 import shlex
 from pathlib import Path
 
-import guides
 import numpy as np
 import pytest
-import tiny_run
+from helpers import guides, tiny_run
 
 import wallx_jax.train
 from wallx_jax.config import default_config

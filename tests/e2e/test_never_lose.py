@@ -11,8 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tiny_jobs
-import tiny_run
+from helpers import tiny_jobs, tiny_run
 
 import wallx_jax.train
 from wallx_jax.checkpoints.checkpointer import restore_params

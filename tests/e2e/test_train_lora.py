@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-import tiny_run
+from helpers import tiny_run
 
 import wallx_jax
 import wallx_jax.train

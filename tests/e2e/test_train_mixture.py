@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import synthetic
-import tiny_run
+from helpers import synthetic, tiny_run
 
 import wallx_jax
 import wallx_jax.train

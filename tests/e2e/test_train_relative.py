@@ -7,8 +7,7 @@ import logging
 
 import numpy as np
 import pytest
-import synthetic
-import tiny_run
+from helpers import synthetic, tiny_run
 
 import wallx_jax
 import wallx_jax.train

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_jobs
-import tiny_run
+from helpers import tiny_jobs, tiny_run
 
 from wallx_jax.checkpoints.checkpointer import restore_params
 from wallx_jax.checkpoints.layout import latest_step

@@ -5,11 +5,9 @@ import os
 import re
 import shutil
 
-import edits
 import numpy as np
 import pytest
-import synthetic
-import tiny_run
+from helpers import edits, synthetic, tiny_run
 
 import wallx_jax.train
 from wallx_jax.checkpoints.layout import latest_step
@@ -42,9 +40,10 @@ def train(model, dataset, folder, **changes):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.multiprocess])])
 def test_the_run_saves_and_ends_with_one_line_and_goes_on_when_mended(
-    model_dir, damaged, dataset_dir, tmp_path, capsys, workers
+    model_dir, damaged, dataset_dir, tmp_path, capsys, restored_state, workers
 ):
     run, settings = tmp_path / "run", {"num_workers": workers, "num_training_steps": 12, "log_interval": 1}
     config = tiny_run.run_config(model_dir, damaged, run, eval_interval=0, save_interval=100, **settings)
@@ -65,6 +64,7 @@ def test_the_run_saves_and_ends_with_one_line_and_goes_on_when_mended(
     assert [line["loss"] for line in lines] == [line["loss"] for line in whole]
 
 
+@pytest.mark.medium
 def test_a_held_out_frame_that_cannot_be_read_costs_no_update(model_dir, tmp_path):
     root = synthetic.write_dataset(tmp_path / "odd", camera_type="image")
     (camera, *_) = synthetic.CAMERAS
@@ -77,6 +77,7 @@ def test_a_held_out_frame_that_cannot_be_read_costs_no_update(model_dir, tmp_pat
     assert latest_step(tmp_path / "run") == 2
 
 
+@pytest.mark.medium
 def test_a_first_batch_that_cannot_be_read_saves_nothing(model_dir, damaged, tmp_path, monkeypatch):
     def broken(self):
         raise ValueError("episode 0, frame 3: NaN")
@@ -87,6 +88,7 @@ def test_a_first_batch_that_cannot_be_read_saves_nothing(model_dir, damaged, tmp
     assert latest_step(tmp_path / "run") is None
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.multiprocess])])
 def test_skipped_frames_are_counted_and_a_resumed_run_is_the_same(model_dir, damaged, tmp_path, capsys, workers):
     settings = {"unreadable_frames": "skip", "num_workers": workers, "save_interval": 6, "log_interval": 6}

@@ -4,8 +4,7 @@ import json
 
 import numpy as np
 import pytest
-import synthetic
-import tiny_run
+from helpers import synthetic, tiny_run
 
 import wallx_jax.train
 from wallx_jax.data.fast import FastTokenizer

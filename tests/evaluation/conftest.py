@@ -1,6 +1,6 @@
 import jax
 import pytest
-import tiny_run
+from helpers import tiny_run
 
 import wallx_jax.train
 from wallx_jax.training import sharding

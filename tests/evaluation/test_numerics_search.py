@@ -107,6 +107,7 @@ def test_decides_only_by_what_batches_agree_on():
     assert len(equal.rivals) == 1, "what makes no difference is not decided"
 
 
+@pytest.mark.medium
 def test_recorded_numerics_are_what_the_next_user_reads(wallx_dir, run_dir, tmp_path):
     other = {"mrope_layout": "upstream_cuda", "action_attention": "causal"}
     folder = tmp_path / "model"
@@ -131,6 +132,7 @@ def test_the_cache_of_the_hub_is_left_alone(wallx_dir, tmp_path):
         numerics_search.write_numerics(tmp_path / "snapshot", COMBINATIONS[0])
 
 
+@pytest.mark.medium
 def test_losses_are_those_of_the_model_under_each_combination(policy, source):
     """Against a direct computation of one batch's flow loss."""
     (held_out,) = eval_batches(source, policy.processor, 2, limit=2)

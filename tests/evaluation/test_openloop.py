@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-import synthetic
+from helpers import synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

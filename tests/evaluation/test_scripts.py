@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import synthetic
-import tiny_run
+from helpers import synthetic, tiny_run
 from PIL import Image
 
 import wallx_jax
@@ -26,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(monkeypatch, capsys, restored_state):
     """run("ablate", "--frames", "3") -> (exit code, what it printed)."""
 
     def command(name: str, *arguments) -> tuple[object, str]:
@@ -47,8 +46,8 @@ def robot_config(wallx_dir, dataset_dir, tmp_path):
     file = tmp_path / "robot.py"
     file.write_text(
         "import sys\n"
-        f"sys.path[:0] = {[str(ROOT / 'tests'), str(ROOT / 'tests/data')]}\n"
-        "import tiny_run\n"
+        f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        "from helpers import tiny_run\n"
         f"def get_config(arg=''): return tiny_run.run_config({str(wallx_dir)!r}, {str(dataset_dir)!r}, 'unused')\n"
     )
     return file

@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-import tiny_run
+from helpers import tiny_run
 from PIL import Image
 
 import wallx_jax
@@ -82,6 +82,7 @@ def fast_policy(model_dir, fast_dir, tmp_path_factory):
     )
 
 
+@pytest.mark.medium
 def test_chunk_in_robot_units(policy):
     prediction = policy.predict(observation())
     assert prediction.actions.shape == (HORIZON, DIMS) and prediction.actions.dtype == np.float32
@@ -160,16 +161,6 @@ def test_one_compilation_per_shape(policy):
     assert policy.compilations == before
     policy.predict(observation(200, 60), steps=3)
     assert policy.compilations == before + 1
-
-
-def test_forgotten_programs_are_compiled_again(model_dir):
-    policy = wallx_jax.load_policy(model_dir, norm_stats=robot_stats(), views=VIEWS, resolution=84, horizon=2)
-    policy._flow._limit = 2
-    for steps in (1, 2, 3, 1):
-        policy.predict(observation(), steps=steps)
-    assert policy.compilations == 4 and len(policy._flow._programs) == 2
-    policy.predict(observation(), steps=3)
-    assert policy.compilations == 4
 
 
 @pytest.mark.parametrize(
@@ -313,6 +304,7 @@ def test_what_is_not_finite_never_reaches_a_robot(policy, monkeypatch, bad):
     np.testing.assert_array_equal(e.value.actions[:2], right[:2])
 
 
+@pytest.mark.medium
 def test_weights_that_went_bad(policy, fast_policy):
     """In memory, where nobody looked when they were loaded: flow, FAST and words."""
     for acts in (policy, fast_policy):

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-import tiny_run
+from helpers import tiny_run
+from helpers.torch_qwen import qwen_config, random_model, token_types, torch
 from PIL import Image
-from torch_qwen import qwen_config, random_model, token_types, torch
 from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
 import wallx_jax
@@ -99,6 +99,7 @@ def test_greedy_answer_is_that_of_transformers(reference, vlm, parts):
     assert answer.finished == (len(answer.tokens) < TOKENS)
 
 
+@pytest.mark.medium
 def test_batch_of_different_lengths_is_that_of_transformers(reference, vlm):
     conversations = [
         ask("stack", image(100, 130)),
@@ -110,6 +111,7 @@ def test_batch_of_different_lengths_is_that_of_transformers(reference, vlm):
     assert [a.tokens for a in together] == [a.tokens for a in alone]
 
 
+@pytest.mark.medium
 def test_conversations_with_pictures_of_different_sizes_go_together(vlm):
     conversations = [ask("one", image(60, 60)), ask("two", image(120, 60)), ask("three"), ask("four", image(60, 60))]
     together = vlm.chat(conversations, max_tokens=4)
@@ -133,6 +135,7 @@ def test_sampling_follows_its_seed(vlm):
     assert cold == vlm.chat(question, max_tokens=16).tokens
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("seeds", [7, [7, 1, 7, 2]], ids=["one", "each"])
 def test_what_is_drawn_does_not_depend_on_the_place_in_the_list(vlm, seeds):
     conversations = [ask("one", image(60, 60)), ask("two"), ask("three", image(60, 60)), ask("four " * 9)]
@@ -147,6 +150,7 @@ def test_what_is_drawn_does_not_depend_on_the_place_in_the_list(vlm, seeds):
     assert same[0].tokens == same[1].tokens != same[2].tokens
 
 
+@pytest.mark.medium
 def test_weights_that_went_bad_say_nothing(vlm):
     flat = tree.flatten(vlm.params)
     flat["decoder/norm/scale"] = flat["decoder/norm/scale"].at[0].set(np.inf)

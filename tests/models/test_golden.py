@@ -31,6 +31,7 @@ def test_qwen(case, kernels):
     assert [result.line() for result in results if not result.ok] == []
 
 
+@pytest.mark.medium
 def test_wall_x_says_what_torch_says_after_a_state(tmp_path):
     """Greedy text of Wall-X weights, with images and a proprioception token in the prompt."""
     from safetensors.numpy import load_file, save_file
@@ -58,6 +59,7 @@ def test_wall_x_says_what_torch_says_after_a_state(tmp_path):
     assert not agrees(**{"in.proprioception": -inputs["in.proprioception"]})
 
 
+@pytest.mark.medium
 def test_command_fails_on_wrong_weights_and_unknown_outputs(tmp_path):
     with np.load(FIXTURES / "golden_qwen" / "text.npz") as file:
         arrays = {key: file[key] for key in file.files if key.startswith("in.") or key == "out.position_ids"}
@@ -76,6 +78,7 @@ def test_command_fails_on_wrong_weights_and_unknown_outputs(tmp_path):
     assert failed == {"position_ids", "unheard_of"}
 
 
+@pytest.mark.medium
 def test_wrong_weights_fail(tmp_path):
     from safetensors.numpy import load_file, save_file
 

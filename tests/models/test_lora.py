@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from tiny_models import SMALL
+from helpers.tiny_models import SMALL
 
 from wallx_jax.models import lora
 from wallx_jax.models.config import LoraConfig, WallXConfig
@@ -44,6 +44,7 @@ def losses(model: WallXConfig, params) -> np.ndarray:
     return np.array([sums.cross_entropy, sums.flow])
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("config", [RANK4, EVERYWHERE], ids=["decoder", "everywhere"])
 def test_merged_computes_the_same(config):
     model, params = adapted(config)

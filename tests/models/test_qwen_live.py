@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from torch_qwen import IMAGE, PAD, VISION_END, VISION_START, qwen_config, random_model, token_types, torch
+from helpers.torch_qwen import IMAGE, PAD, VISION_END, VISION_START, qwen_config, random_model, token_types, torch
 
 from wallx_jax.models.params import from_params
 from wallx_jax.models.vision import patchify

@@ -50,6 +50,7 @@ def prefix_of(net, data):
     return net.embed_prefix(jnp.asarray(tokens), jnp.asarray(mask), features, grids, state, state_mask)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("action_attention", ["bidirectional", "causal"])
 @pytest.mark.parametrize("mrope_layout", ["qwen", "upstream_cuda"])
 def test_prefix_cache_equals_full_recomputation(params, action_attention, mrope_layout):
@@ -69,6 +70,7 @@ def test_prefix_cache_equals_full_recomputation(params, action_attention, mrope_
     np.testing.assert_allclose(hidden[0], net.forward(prefix).hidden[0], atol=5e-5)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("action_attention", ["bidirectional", "causal"])
 @pytest.mark.parametrize("masked_dims", ["drift", "held"])
 @pytest.mark.parametrize("layers", ["stacked", "unrolled"])
@@ -88,6 +90,7 @@ def test_sampling_equals_full_recomputation_at_every_step(params, action_attenti
     np.testing.assert_allclose(net.sample_actions(prefix_of(net, data), noise, mask, steps), expected, atol=5e-5)
 
 
+@pytest.mark.medium
 def test_unrolled_layers_are_those_of_the_stack(params):
     data, unrolled = inputs(), scan.unstack_layers(params)
     assert scan.is_unrolled(unrolled) and not scan.is_unrolled(params)
@@ -145,6 +148,7 @@ def test_row_does_not_depend_on_its_padding(params):
     np.testing.assert_allclose(short, long, atol=2e-5)
 
 
+@pytest.mark.medium
 def test_flags_change_what_they_name(params):
     data = inputs()
     labels = jnp.zeros((2, 0), jnp.int32)

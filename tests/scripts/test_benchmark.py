@@ -39,6 +39,7 @@ def test_plans_the_memory_of_several_devices(tmp_path):
     assert two["per_device_gib"] >= two["arguments_gib"] + two["temporary_gib"] > 0
 
 
+@pytest.mark.medium
 def test_says_how_to_set_the_reference_up(tmp_path):
     done, _ = benchmark(tmp_path, "--compare-torch", "--torch-python", str(tmp_path / "python"))
     assert done.returncode == 1 and "make torch-reference" in done.stderr and "Traceback" not in done.stderr

@@ -55,7 +55,7 @@ def test_beside_lerobots_loader(tmp_path):
 
 def test_opening_a_dataset(tmp_path):
     sizes = ("--frames", "3000", "--episode", "50", "--files", "3", "--workers", "2", "--samples", "20")
-    figures = figures_of("benchmark_open.py", tmp_path, *sizes)
+    figures = figures_of("bench/benchmark_open.py", tmp_path, *sizes)
     assert (figures["frames"], figures["episodes"]) == (3000, 60)
     assert all(figures[name] > 0 for name in ("read_info_s", "open_s", "first_sample_s", "convert_all_s"))
     assert len(figures["workers"]) == 2 and all(worker["samples_per_s"] > 0 for worker in figures["workers"])

@@ -4,7 +4,7 @@ import tomllib
 
 import check_extras
 import pytest
-from guides import ROOT
+from helpers.guides import ROOT
 
 CUDA12 = {"jax-cuda12-plugin": "0.10.2", "nvidia-cudnn-cu12": "9.28.0.42", "nvidia-cuda-runtime-cu12": "12.9.79"}
 CUDA13 = {"jax-cuda13-plugin": "0.12.0", "nvidia-cublas": "13.1.0.3", "nvidia-cuda-runtime": "13.0.96"}

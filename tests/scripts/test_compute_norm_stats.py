@@ -5,13 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import benchmark_stats
 import compute_norm_stats
 import numpy as np
 import pytest
-import synthetic
-import tiny_run
 from absl.testing import flagsaver
+from bench import benchmark_stats
+from helpers import synthetic, tiny_run
 
 from wallx_jax.config import resolve
 from wallx_jax.config.command_line import CommandLineError
@@ -123,6 +122,7 @@ def test_settings_that_do_not_fit(run, dataset_dir):
         run(config, state_key="observation.state")
 
 
+@pytest.mark.medium
 def test_command_line_without_torch(tables, tmp_path):
     """The script as a program: it imports neither torch nor lerobot, which reading a table does not need."""
     code = (

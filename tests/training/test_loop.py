@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_run
+from helpers import tiny_run
 from test_step import random_batch
 
 from wallx_jax.config import resolve

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-import xla_flags
-from test_step import OPTIM, SMALL, random_batch
+from helpers import xla_flags
+from helpers.tiny_step import OPTIM, SMALL, random_batch
 
 from wallx_jax.config.schema import MeshConfig
 from wallx_jax.models.params import init_params

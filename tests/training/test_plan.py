@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
-import tiny_run
+from helpers import tiny_run
 
 from wallx_jax.config import resolve
 from wallx_jax.config.schema import MeshConfig

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import synthetic
-import tiny_run
 import yaml
+from helpers import synthetic, tiny_run
 
 import wallx_jax.train
 from wallx_jax.checkpoints.checkpointer import restore_params
@@ -110,6 +109,7 @@ def test_every_example_is_here():
     assert {file.stem for file in (ROOT / "configs").glob("*.py")} == CONFIGS.keys()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_same_configuration_goes_on(name, model_dir, qwen_dir, fast_dirs, dataset_dir, tmp_path, caplog):
     data = {"lerobot_config": {"repo_id": "x"}, "resolution": {"face_view": 84, "left_wrist_view": 56}}
@@ -364,6 +364,7 @@ ADAPTERS = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("by", ["pretrained_wallx_path", "resume.load_ckpt_only"])
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_new_run_starts_with_the_policy_of_the_adapters(adapted, tmp_path, name, by):
@@ -391,6 +392,7 @@ def test_a_new_run_starts_with_the_policy_of_the_adapters(adapted, tmp_path, nam
     assert kept == (name in ("the same", "alpha")), "adapters of the same shapes go on, others begin"
 
 
+@pytest.mark.medium
 def test_adapters_are_merged_as_precisely_as_the_new_run_keeps_them(model_dir, dataset_dir, tmp_path):
     config = tiny_run.run_config(
         model_dir, dataset_dir, tmp_path / "run", lora__rank=2, numerics__param_dtype="bfloat16"

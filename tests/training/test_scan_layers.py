@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from test_step import OPTIM, SMALL, random_batch
+from helpers.tiny_step import OPTIM, SMALL, random_batch
 
 from wallx_jax.config.schema import MeshConfig
 from wallx_jax.models import scan
@@ -54,6 +54,7 @@ def three_updates(model, optim, scan_layers: bool, keep: bool = False):
     return losses, restack_like(dataclasses.replace(state, gradients=None), stored), step
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_same_updates(options):
     optim = dataclasses.replace(OPTIM, **options)
@@ -70,6 +71,7 @@ def test_same_updates(options):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-2 * moved + 1e-9, err_msg=path)
 
 
+@pytest.mark.medium
 def test_recomputing_changes_nothing():
     kept = three_updates(MODEL, OPTIM, scan_layers=False)
     recomputed = three_updates(MODEL.replace(numerics={"remat": "full"}), OPTIM, scan_layers=False)
@@ -77,6 +79,7 @@ def test_recomputing_changes_nothing():
     assert recomputed[2].cost_analysis()["flops"] > 1.1 * kept[2].cost_analysis()["flops"]
 
 
+@pytest.mark.medium
 def test_memory_of_gradients_is_passed_on():
     plain, kept = (three_updates(MODEL, OPTIM, scan_layers=False, keep=keep) for keep in (False, True))
     np.testing.assert_allclose(kept[0], plain[0], rtol=1e-6)
@@ -86,6 +89,7 @@ def test_memory_of_gradients_is_passed_on():
     assert after.alias_size_in_bytes - before.alias_size_in_bytes == gradients
 
 
+@pytest.mark.medium
 def test_a_state_survives_being_taken_apart_and_stacked():
     optim = dataclasses.replace(OPTIM, freeze_vlm=True, ema_decay=0.9)
     mesh = sharding.make_mesh(MeshConfig(1, 2, 1), jax.devices()[:2])

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.tiny_step import HORIZON, OPTIM, SMALL, random_batch
 
-from wallx_jax.config.schema import MeshConfig, OptimConfig
+from wallx_jax.config.schema import MeshConfig
 from wallx_jax.data.batch import Batch, EvalBatch
-from wallx_jax.models.config import PRESETS, TINY, LoraConfig
+from wallx_jax.models.config import PRESETS, LoraConfig
 from wallx_jax.models.params import abstract_params, from_params, init_params
 from wallx_jax.training import sharding
 from wallx_jax.training.loop import Steps, averages, validate
@@ -18,41 +19,6 @@ from wallx_jax.training.state import create_state
 from wallx_jax.training.step import Objective, frame_noise_and_time, learning_rates, make_eval_step, make_train_step
 from wallx_jax.training.stochastic_rounding import stochastic
 from wallx_jax.utils import tree
-
-OPTIM = OptimConfig(
-    learning_rate=1e-3,
-    min_lr=1e-4,
-    warmup_steps=2,
-    action_expert_learning_rate=None,
-    weight_decay=0.1,
-    max_grad_norm=1.0,
-    freeze_vlm=False,
-    train_action_heads=True,
-)
-SMALL = TINY.replace(
-    vision={"depth": 1, "hidden_size": 16, "out_hidden_size": 32, "fullatt_block_indexes": (0,)},
-    text={"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "mrope_section": (1, 1, 2)},
-    action={"intermediate_size": 16, "action_dim": 6, "state_dim": 6},
-)
-HORIZON = 3
-
-
-def random_batch(leading: tuple[int, ...], seed: int = 0, labels: int = 0) -> Batch:
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, 600, (*leading, 12))
-    tokens[..., 3], tokens[..., 8] = SMALL.tokens.image, SMALL.tokens.propri
-    channels = np.broadcast_to((np.arange(6) < 4).astype(np.float32), (*leading, HORIZON, 6))
-    return Batch(
-        images=(rng.integers(0, 256, (*leading, 28, 28, 3), dtype=np.uint8),),
-        tokens=tokens.astype(np.int32),
-        token_mask=np.ones(tokens.shape, bool),
-        labels=np.where(rng.random((*leading, labels)) < 0.5, -100, 7).astype(np.int32),
-        state=rng.uniform(-1, 1, (*leading, 6)).astype(np.float32),
-        state_mask=np.ones((*leading, 6), np.float32),
-        actions=(rng.uniform(-1, 1, (*leading, HORIZON, 6)) * channels).astype(np.float32),
-        action_mask=channels,
-        action_is_pad=np.zeros((*leading, HORIZON), bool),
-    )
 
 
 def held_out(batch: Batch, first: int = 0) -> EvalBatch:
@@ -75,6 +41,7 @@ def leaves(params):
     return tree.flatten(jax.device_get(params))
 
 
+@pytest.mark.medium
 def test_a_non_finite_update_is_left_out_and_counted(step, state):
     good, bad = random_batch((1, 2)), random_batch((1, 2))
     bad = dataclasses.replace(bad, actions=bad.actions + np.float32("nan"))
@@ -88,6 +55,7 @@ def test_a_non_finite_update_is_left_out_and_counted(step, state):
     assert float(next_metrics["learning_rate"]) == pytest.approx(5e-4), "the schedule counts updates, not batches"
 
 
+@pytest.mark.medium
 def test_loss_falls_and_noise_follows_seed_and_step(step, state):
     batch, losses, current = random_batch((1, 2)), [], state
     for _ in range(30):
@@ -100,6 +68,7 @@ def test_loss_falls_and_noise_follows_seed_and_step(step, state):
     assert float(other["loss"]) != losses[0]
 
 
+@pytest.mark.medium
 def test_accumulation_weighs_labels_not_micro_batches():
     """Micro-batches with different numbers of labels: the mean is over all labels, as in one batch."""
     step = jax.jit(make_train_step(SMALL, make_optimizer(OPTIM, 10), Objective(use_flow=False), seed=0))
@@ -122,6 +91,7 @@ def fast_batch(action_labels: bool = True) -> Batch:
     return batch
 
 
+@pytest.mark.medium
 def test_action_accuracy_is_that_of_greedy_prediction():
     """Sums and counts: micro-batches and devices change nothing; a batch without action tokens has no accuracy."""
     objective = Objective(use_flow=False, action_ids=(7, 10))
@@ -173,6 +143,7 @@ def test_padded_actions_can_be_left_out(state):
     assert float(masked(state.params, held_out(nothing))[0].flow) == pytest.approx(float(whole), rel=1e-6)
 
 
+@pytest.mark.medium
 def test_losses_of_each_dataset(step, state):
     """They are the parts of the one loss; a dataset without samples in a batch has none."""
     mixed = Objective(datasets=("a", "b", "c"))
@@ -209,6 +180,7 @@ def test_losses_of_each_dataset(step, state):
     assert np.isnan(sums.flow[1]) and float(sums.flow[0]) == pytest.approx(float(only_a), rel=1e-5)
 
 
+@pytest.mark.medium
 def test_validation_noise_belongs_to_the_frame(state):
     evaluate = jax.jit(make_eval_step(SMALL, Objective(), seed=3))
     batch = random_batch((2,))
@@ -230,6 +202,7 @@ OBJECTIVES = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 def test_validation_is_the_same_in_any_batches_and_on_any_mesh(state, objective):
     """Every frame once, each with its own noise, whatever the batch size, the order or the devices."""
@@ -257,6 +230,7 @@ def test_validation_is_the_same_in_any_batches_and_on_any_mesh(state, objective)
         assert other == pytest.approx(alone, rel=1e-5)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("fast", [False, True])
 def test_validation_is_the_mean_of_what_each_frame_gives_alone(state, fast):
     frames, objective = random_batch((5,), labels=4 if fast else 0), Objective(use_flow=not fast)
@@ -320,6 +294,7 @@ def test_stochastic_rounding_is_right_on_average():
     np.testing.assert_array_equal(stochastic(jax.random.key(1), odd).astype(jnp.float32), odd)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("rounding", [True, False])
 def test_small_updates_of_bfloat16_are_kept_by_stochastic_rounding(rounding):
     """Weight decay alone: each update is a 2000th of the parameter, far below a step of bfloat16."""
@@ -339,6 +314,7 @@ def test_small_updates_of_bfloat16_are_kept_by_stochastic_rounding(rounding):
     assert mean == (pytest.approx((1 - 5e-4) ** 40, abs=2e-3) if rounding else 1.0)
 
 
+@pytest.mark.medium
 def test_bfloat16_training_follows_float32():
     """The same model, data and noise: after 30 updates the losses agree better than the run has moved."""
 
@@ -359,6 +335,7 @@ def test_bfloat16_training_follows_float32():
     assert np.abs(wide - narrow).max() < 0.1 * (wide[:5].mean() - wide[-5:].mean())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_optimizers_lower_the_loss_on_any_mesh(name):
     optimizer = make_optimizer(dataclasses.replace(OPTIM, optimizer=name, ema_decay=0.9), 30)

@@ -35,6 +35,7 @@ def run(*where, **environment):
     return folder, *map(int, counts.split())
 
 
+@pytest.mark.medium
 def test_the_second_process_does_not_compile(tmp_path):
     folder, hits, misses = run(XDG_CACHE_HOME=str(tmp_path))
     assert folder == str(tmp_path / "wallx_jax" / "xla") and hits == 0 and misses > 0
@@ -48,6 +49,7 @@ def test_the_second_process_does_not_compile(tmp_path):
     assert run(XDG_CACHE_HOME=str(tmp_path))[1] == 0
 
 
+@pytest.mark.medium
 def test_where_it_is(tmp_path):
     assert run("auto", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "env"))[0] == str(tmp_path / "env")
     assert run(str(tmp_path / "own"), JAX_COMPILATION_CACHE_DIR=str(tmp_path / "env2"))[0] == str(tmp_path / "own")

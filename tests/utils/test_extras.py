@@ -26,7 +26,7 @@ BLOCKS = {
 }
 WITH_EXTRA = [
     f"scripts/{name}.py"
-    for name in ("ablate", "check_dataset", "compute_norm_stats", "demo_assets", "fake_inference", "inspect_batch",
+    for name in ("ablate", "check_dataset", "compute_norm_stats", "fake_inference", "inspect_batch",
                  "openloop_plot", "semantics", "vqa")
 ]  # fmt: skip
 WITHOUT = [
@@ -90,6 +90,7 @@ def test_what_the_core_does_needs_no_extra(run, script):
     assert code == 0 and "usage: " in out and "not installed" not in out + err
 
 
+@pytest.mark.medium
 def test_the_library_without_the_extra(run):
     assert run("-c", "import wallx_jax; wallx_jax.load_policy, wallx_jax.load_vlm, wallx_jax.load_params")[0] == 0
     code, _, err = run("-c", "import wallx_jax; wallx_jax.compute_stats")

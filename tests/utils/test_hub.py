@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_stand_in import HubStandIn
+from helpers.hub_stand_in import HubStandIn
 
 from wallx_jax.utils import hub
 

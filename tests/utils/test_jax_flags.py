@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_run
+from helpers import tiny_run
 
 import wallx_jax
 from wallx_jax.config.schema import OptimConfig
@@ -64,6 +64,7 @@ def plain(model_dir):
     return act(model_dir)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("host", HOSTS)
 def test_acting_and_answering(model_dir, plain, host):
     with HOSTS[host]():

@@ -1,5 +1,5 @@
 import pytest
-from tiny_models import SMALL, SMALL_QWEN, Directory, random_params
+from helpers.tiny_models import SMALL, SMALL_QWEN, Directory, random_params
 
 from wallx_jax.weights.export import save_directory
 

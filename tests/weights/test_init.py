@@ -1,7 +1,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from tiny_models import SMALL, random_params
+from helpers.tiny_models import SMALL, random_params
 
 from wallx_jax.models.params import abstract_params
 from wallx_jax.utils import tree

@@ -6,7 +6,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from tiny_models import SMALL, SMALL_QWEN, Directory, random_params
+from helpers.tiny_models import SMALL, SMALL_QWEN, Directory, random_params
 
 from wallx_jax.models.config import ActionConfig
 from wallx_jax.models.params import KEEP_IN_FP32, abstract_params

@@ -99,11 +99,6 @@ def products(model: WallXConfig, sample: Batch, use_flow: bool = True) -> Iterat
     yield Product("decoder", None, 4 * text.hidden_size * text.num_hidden_layers * (prefix + horizon) ** 2)
 
 
-def forward_flops(model: WallXConfig, sample: Batch, use_flow: bool = True) -> int:
-    """Return the FLOPs of one sample's forward pass."""
-    return sum(product.flops for product in products(model, sample, use_flow))
-
-
 def update_flops(model: WallXConfig, sample: Batch, trainable: Callable[[str], bool], use_flow: bool = True) -> int:
     """Return one sample's FLOPs in an update, forward and backward.
 

@@ -31,7 +31,6 @@ from wallx_jax.data import processor as processors
 from wallx_jax.data.build import DatasetRun, build_processor, load_fast_tokenizer, load_stats
 from wallx_jax.data.datasets import DatasetSpec, unify_prompt_length
 from wallx_jax.data.fast import FastTokenizer
-from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.processor import Processor
 from wallx_jax.data.tokenizer import Tokenizer
 from wallx_jax.models import lora, scan
@@ -186,12 +185,6 @@ def _check_adapters(config: WallXConfig, fresh: bool) -> None:
             f"lora.targets = {adapters.targets} adapt the action expert, which is new in a model that starts from "
             "Qwen2.5-VL and has to be trained itself: use ('decoder/layers/attn/', 'decoder/layers/mlp/vlm/')"
         )
-
-
-def plan(settings: RunConfig, source: LeRobotSource) -> tuple[ModelSource, Processor]:
-    """Call `plan_datasets` for a single dataset; `settings` is the run config and `source` its frames."""
-    origin, (processor,) = plan_datasets([DatasetSpec("", 1.0, settings, source)])
-    return origin, processor
 
 
 def plan_datasets(specs: Sequence[DatasetSpec]) -> tuple[ModelSource, tuple[Processor, ...]]:

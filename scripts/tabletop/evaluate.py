@@ -11,12 +11,12 @@ from pathlib import Path
 
 from wallx_jax.utils import extras
 
-extras.require("train", __name__, __doc__)
+extras.require("train", __name__)
 
 import matplotlib
 import numpy as np
-import tabletop
 
+from tabletop import simulator
 from wallx_jax.config.robots import ALOHA_DOF
 from wallx_jax.evaluation.openloop import Recorded, predict
 from wallx_jax.inference.policy import Observation, Policy
@@ -42,7 +42,7 @@ def blanks(policy: Policy) -> dict[str, Callable[[Observation], Observation]]:
     return {
         "nothing": lambda o: o,
         "picture": picture,
-        "words": lambda o: o | {"instruction": tabletop.instruction(tabletop.UNNAMED)},
+        "words": lambda o: o | {"instruction": simulator.instruction(simulator.UNNAMED)},
         "state": lambda o: o | {"state": average},
     }
 
@@ -57,7 +57,7 @@ class Rollout:
         reached: the colour reached in the end, if any.
     """
 
-    layout: tabletop.Layout
+    layout: simulator.Layout
     path: np.ndarray
     reached: str | None
 
@@ -70,15 +70,15 @@ class Rollout:
         return self.reached not in (None, self.layout.target)
 
 
-def test_layouts(count: int) -> list[tabletop.Layout]:
-    return [tabletop.sample_layout(np.random.default_rng(TEST_SEED + i)) for i in range(count)]
+def test_layouts(count: int) -> list[simulator.Layout]:
+    return [simulator.sample_layout(np.random.default_rng(TEST_SEED + i)) for i in range(count)]
 
 
 def roll_out(
-    policy: Policy, layouts: Sequence[tabletop.Layout], blank: Callable[[Observation], Observation]
+    policy: Policy, layouts: Sequence[simulator.Layout], blank: Callable[[Observation], Observation]
 ) -> list[Rollout]:
     """Run all layouts in parallel: CALLS times, predict a chunk and execute the first EXECUTED of its actions."""
-    sims = [tabletop.Tabletop(layout) for layout in layouts]
+    sims = [simulator.Tabletop(layout) for layout in layouts]
     paths = [[[sim.hand(0), sim.hand(1)]] for sim in sims]
     for call in range(CALLS):
         chunks = predict(policy, [blank(sim.observation()) for sim in sims], BATCH, seed=call)
@@ -124,12 +124,12 @@ def plot(file: Path, recorded: Recorded, chunks: np.ndarray, rollouts: Sequence[
     right.legend()
 
     for axis, rollout in zip(bottom.subplots(1, 5), rollouts, strict=False):
-        axis.imshow(tabletop.Tabletop(rollout.layout).observation()["images"][tabletop.OVERHEAD])
+        axis.imshow(simulator.Tabletop(rollout.layout).observation()["images"][simulator.OVERHEAD])
         for arm, color in enumerate(("white", "cyan")):
-            line = tabletop.to_pixels(rollout.path[:, arm])
+            line = simulator.to_pixels(rollout.path[:, arm])
             style = "-o" if arm == rollout.layout.free_arm else ":"
             axis.plot(*line.T, style, color=color, markersize=2, linewidth=1)
-        height, width = tabletop.CAMERAS[tabletop.OVERHEAD]
+        height, width = simulator.CAMERAS[simulator.OVERHEAD]
         axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])
         outcome = "reached" if rollout.success else f"reached {rollout.reached}"
         axis.set_title(f"{rollout.layout.target}: {outcome}", fontsize=9)

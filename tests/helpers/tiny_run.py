@@ -8,10 +8,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import synthetic
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from helpers import synthetic
 from wallx_jax.config import default_config
 from wallx_jax.data.normalize import NormStats, Stats
 from wallx_jax.data.tokenizer import Tokenizer

@@ -1,26 +1,22 @@
 """Create the inputs of the demo: a LeRobot dataset of scripted demonstrations, and a tiny untrained Wall-X.
 
-    python scripts/demo_assets.py dataset DIR --episodes 1500
-    python scripts/demo_assets.py model DIR
-
 Both use the standard formats, so the commands that read them need no demo-specific code: the dataset is LeRobot v3.0
 with video, and the model directory has upstream's layout with a tokenizer in Qwen's files.
 """
 
-import argparse
 import dataclasses
 import re
 from pathlib import Path
 
 import numpy as np
-import tabletop
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
+from tabletop import simulator
 from wallx_jax.utils import extras
 
-extras.require("train", __name__, __doc__)
+extras.require("train", __name__)
 
 from wallx_jax.config.robots import ALOHA_DOF
 from wallx_jax.data.prompt import prompt_text
@@ -48,25 +44,25 @@ MODEL = WallXConfig(
                         fullatt_block_indexes=(0,)),
     text=TextConfig(hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=3, num_attention_heads=4,
                     num_key_value_heads=2, mrope_section=(4, 2, 2)),
-    action=ActionConfig(intermediate_size=2 * WIDTH, action_dim=tabletop.DIMS, state_dim=tabletop.DIMS),
+    action=ActionConfig(intermediate_size=2 * WIDTH, action_dim=simulator.DIMS, state_dim=simulator.DIMS),
     numerics=Numerics(param_dtype="float32", compute_dtype="float32"),
 )  # fmt: skip
 
 
 def write_dataset(folder: Path, episodes: int, seed: int = 0, progress: bool = False) -> None:
     """Write `episodes` demonstrations as a LeRobot v3.0 dataset; `folder` must not exist. `progress`: show a bar."""
-    vector = {"dtype": "float32", "shape": (tabletop.DIMS,), "names": list(ALOHA_DOF)}
+    vector = {"dtype": "float32", "shape": (simulator.DIMS,), "names": list(ALOHA_DOF)}
     features = {STATE: vector, ACTION: vector}
-    for camera, (height, width) in tabletop.CAMERAS.items():
+    for camera, (height, width) in simulator.CAMERAS.items():
         features[camera] = {"dtype": "video", "shape": (height, width, 3), "names": ["height", "width", "channels"]}
     rng = np.random.default_rng(seed)
-    with DatasetWriter(folder, tabletop.FPS, features, robot_type="aloha", codec="h264") as writer:
+    with DatasetWriter(folder, simulator.FPS, features, robot_type="aloha", codec="h264") as writer:
         for _ in tqdm(range(episodes), desc="recording", unit="episode", disable=not progress):
-            layout = tabletop.sample_layout(rng)
-            observations, actions = tabletop.demonstrate(layout)
-            images = {camera: [each["images"][camera] for each in observations] for camera in tabletop.CAMERAS}
+            layout = simulator.sample_layout(rng)
+            observations, actions = simulator.demonstrate(layout)
+            images = {camera: [each["images"][camera] for each in observations] for camera in simulator.CAMERAS}
             vectors = {STATE: np.stack([each["state"] for each in observations]), ACTION: np.stack(actions)}
-            writer.add_episode(images | vectors, task=tabletop.instruction(layout.target))
+            writer.add_episode(images | vectors, task=simulator.instruction(layout.target))
 
 
 def write_tokenizer(folder: Path) -> Tokenizer:
@@ -76,7 +72,7 @@ def write_tokenizer(folder: Path) -> Tokenizer:
     the prompt is one token and each colour another: 30 tokens instead of the 70 that splitting at words would give,
     which halves the compute and doubles the fraction of informative tokens.
     """
-    prompts = [prompt_text(tabletop.instruction(color), VIEWS) for color in tabletop.COLORS]
+    prompts = [prompt_text(simulator.instruction(color), VIEWS) for color in simulator.COLORS]
     pieces = [piece for prompt in prompts for piece in re.split(r"<\|\w+\|>", prompt)]
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -87,7 +83,7 @@ def write_tokenizer(folder: Path) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    words = [*tabletop.COLORS, tabletop.UNNAMED] * len(prompts)
+    words = [*simulator.COLORS, simulator.UNNAMED] * len(prompts)
     bpe.train_from_iterator(pieces + words, trainer)
     bpe.add_special_tokens(CONTROL_TOKENS)
     bpe.add_tokens(PLAIN_TOKENS)
@@ -115,16 +111,3 @@ def _rescale(path: str, x):
         onto_residual = any(part in path for part in ("/o/", "/down/", "/proj/", "/proj_back/"))
         return x * ((0.5 if onto_residual else 1.0) / 0.02 / x.shape[-2] ** 0.5)
     return x * (0.5 / 0.02) if name == "embedding" else x
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("dataset", "model"))
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--episodes", type=int, default=1500)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if args.what == "dataset":
-        write_dataset(args.folder, args.episodes, args.seed, progress=True)
-    else:
-        write_model(args.folder, args.seed)

@@ -1,6 +1,6 @@
 """Convert a random model directory to a checkpoint and back; measure peak memory and speed relative to the disk's.
 
-    python scripts/benchmark_convert.py --preset wall_oss_3b --folder /path/with/30GB [--json OUT]
+    python scripts/bench/benchmark_convert.py --preset wall_oss_3b --folder /path/with/30GB [--json OUT]
 
 Creates the directory (Wall-X's tensors in bfloat16, including statistics), runs convert/wall_oss.py, convert/export.py
 and convert/verify.py as subprocesses, and compares the exported file with the original byte for byte. The disk's rate
@@ -26,7 +26,7 @@ from wallx_jax.weights import names
 from wallx_jax.weights.export import write_json
 from wallx_jax.weights.safetensors_io import SINGLE, open_tensors, safetensors_file
 
-CONVERT = Path(__file__).resolve().parents[1] / "convert"
+CONVERT = Path(__file__).resolve().parents[2] / "convert"
 BLOCK = 64 << 20  # bytes
 ROBOT = "x2_normal"
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import xla_flags
+from helpers import xla_flags
 
 
 class Server:
@@ -33,7 +33,11 @@ class Server:
             "OMP_NUM_THREADS": "1",
         }
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
 
     def start(self, model: Path, dataset: Path, save_path: Path, file_limit: int | None = None, **changes) -> "Job":
@@ -99,10 +103,10 @@ class Job:
 
 def serve() -> None:
     import lerobot.datasets.lerobot_dataset  # noqa: F401
-    import tiny_run
     from absl import flags
 
     import wallx_jax.train
+    from helpers import tiny_run
 
     flags.FLAGS.mark_as_parsed()
     for line in sys.stdin:

@@ -1,16 +1,14 @@
 """README and guides as data: their code blocks, a place where what they say can be done, and who does it."""
 
-import contextlib
-import logging
 import re
 import runpy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags
+from helpers import global_state
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 CONFIG = re.compile(r"# (configs/\w+\.py)\n")  # first line of a Python block that the reader saves as a file
@@ -64,22 +62,7 @@ def run_program(words: Sequence[str]) -> None:
     """`python WORDS` in this process, with a program of ours: a file, or -m and a module. Ends as the program does."""
     name, *arguments = words[1:] if words[0] == "-m" else words
     file = ROOT / (f"{name.replace('.', '/')}.py" if words[0] == "-m" else name)
-    with _left_as_it_was():
+    with global_state.restored():
         sys.argv[:] = [name, *arguments]
+        sys.path.insert(0, str(file.parent))
         runpy.run_path(str(file), run_name="__main__")
-
-
-@contextlib.contextmanager
-def _left_as_it_was() -> Iterator[None]:
-    """Arguments, the flags that absl keeps for the process, and logging."""
-    arguments, known, root = sys.argv[:], set(flags.FLAGS), logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    try:
-        yield
-    finally:
-        sys.argv[:] = arguments
-        for name in set(flags.FLAGS) - known:
-            delattr(flags.FLAGS, name)
-        root.handlers[:] = handlers
-        root.setLevel(level)
-        logging.disable(logging.NOTSET)

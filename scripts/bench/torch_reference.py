@@ -1,6 +1,6 @@
 """Serve lerobot's PyTorch wall_x model over pipes, for scripts/benchmark.py --compare-torch, which starts it.
 
-    python scripts/torch_reference.py MODEL_DIR INPUTS.npz
+    python scripts/bench/torch_reference.py MODEL_DIR INPUTS.npz
 
 Runs in a separate environment (`make torch-reference`), since its dependencies differ from those of this package. Reads
 one command per line and answers each with one line of JSON: "chunk STEPS" samples an action chunk with the model's own

@@ -1,6 +1,6 @@
 """Measure how long a large dataset takes to open, and how much memory its tables cost data workers.
 
-    python scripts/benchmark_open.py [--frames 50000000] [--episode 500] [--json OUT]
+    python scripts/bench/benchmark_open.py [--frames 50000000] [--episode 500] [--json OUT]
 
 Writes the meta and table files of a LeRobot v3.0 dataset (random walks; no video) into a temporary folder, about 180 MB
 per million frames. Then measures, once each: reading the metadata, opening (which checks the keys of every row), the

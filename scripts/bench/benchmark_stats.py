@@ -1,6 +1,6 @@
 """Measure how long computing a dataset's statistics takes, with absolute and with relative actions.
 
-    python scripts/benchmark_stats.py [--frames 1000000] [--json OUT]
+    python scripts/bench/benchmark_stats.py [--frames 1000000] [--json OUT]
 
 Writes the tables of a LeRobot v3.0 dataset (random walks; no video) into a temporary folder, then times reading and
 `compute_stats`. Prints JSON. Peak memory is that of the whole process so far, so each value includes earlier stages.

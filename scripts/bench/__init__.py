@@ -1,0 +1,1 @@
+"""Benchmarks of single stages, and what scripts/benchmark.py needs: other hardware, and the PyTorch reference."""
