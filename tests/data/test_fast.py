@@ -169,7 +169,7 @@ def test_any_ids_decode_or_raise(fitted, ids):
         (np.full((16, 5), np.nan), r"in \[-1, 1\]"),
         (np.zeros(5), r"shape \[A, D\], not \[5\]"),
         (np.zeros((2, 16, 5)), r"shape \[A, D\], not \[2, 16, 5\]"),
-        (np.ones((160, 5)), "cannot express this chunk of shape .160, 5., whose quantised coefficients reach 126"),
+        (np.ones((160, 5)), "cannot express this chunk of shape .160, 5., whose quantized coefficients reach 126"),
     ],
 )
 def test_encode_refuses(fitted, chunk, message):

@@ -41,7 +41,7 @@ def test_keys_are_checked_at_once(dataset_info):
         LeRobotSource(dataset_info, 4, CAMERAS, state_key="state")
     with pytest.raises(ValueError, match="no feature 'observation.images.cam_high'"):
         LeRobotSource(dataset_info, 4, CAMERAS, action_key=CAMERAS[0])
-    with pytest.raises(ValueError, match="frames 0..99 asked for, but it has 26"):
+    with pytest.raises(ValueError, match="frames 0..99 requested, but it has 26"):
         LeRobotSource(dataset_info, 4, CAMERAS, frames=np.array([0, 99]))
 
 

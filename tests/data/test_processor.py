@@ -145,7 +145,7 @@ def test_relative_actions_are_differences_from_the_first_state_and_come_back(tok
     np.testing.assert_allclose(back, actions, atol=2e-6)
     both = processor.decode_actions(np.stack([sample.actions] * 2), np.stack([state, state + 1]))
     np.testing.assert_allclose(both[1] - both[0], np.tile(processor.relative, (HORIZON, 1)), atol=2e-6)
-    with pytest.raises(ValueError, match="needs the state"):
+    with pytest.raises(ValueError, match="pass the state"):
         processor.decode_actions(sample.actions)
 
 
@@ -238,7 +238,7 @@ def test_dims_that_nothing_trains_hold_the_state_of_their_name_or_are_not_there(
         np.testing.assert_allclose(decoded[row][:, held], np.tile(state[[7, 3]] + row, (HORIZON, 1)), rtol=1e-6)
     others = [i for i in range(9) if i not in held]
     np.testing.assert_array_equal(decoded[..., others], all_dims[..., processor.given][..., others])
-    with pytest.raises(ValueError, match="needs the state"):
+    with pytest.raises(ValueError, match="pass the state"):
         processor.decode_actions(chunk)
     state[7] = np.nan  # of no use for training where the policy does not see it
     blind = holding(tokenizer, stats, observed=tuple(dim != 7 for dim in range(14)))
@@ -303,7 +303,7 @@ def test_pillow_images(flow, observation):
     [
         ("instruction", "  ", "instruction is '  '"),
         ("instruction", None, "instruction is None"),
-        ("state", np.zeros(13), "state has shape \\(13,\\); this robot's has \\(14,\\)"),
+        ("state", np.zeros(13), "state has shape \\(13,\\); expected \\(14,\\)"),
         ("state", np.array([0.0] * 5 + [np.nan] * 9), "state is not finite at dims \\[5, 6"),
         ("state", np.array([0.0] * 13 + [-np.inf]), "state is not finite at dims \\[13\\]"),
         ("state", {"joint": 0.0}, "state is {'joint': 0.0}; expected an array of numbers"),

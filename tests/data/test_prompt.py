@@ -233,7 +233,7 @@ def test_three_cameras_at_256(qwen):
         ({"answer": "words"}, "'language' takes text, 'action' FAST tokens"),
         ({"answer": [1], "task": "language"}, "'language' takes text, 'action' FAST tokens"),
         ({"answer": []}, "no FAST tokens"),
-        ({"answer": [1, 2048]}, "FAST tokens 1..2048 asked for, but the tokenizer has 2048"),
+        ({"answer": [1, 2048]}, "FAST tokens 1..2048 requested, but the tokenizer has 2048"),
         ({"answer": " words", "task": "language"}, "whitespace around it"),
         ({"answer": "a<|im_end|>", "task": "language"}, "answer .* contains control tokens"),
     ],

@@ -184,7 +184,7 @@ def test_depth_maps_are_refused(tmp_path):
         stream.width, stream.height, stream.pix_fmt = 64, 48, "gray12le"
         frame = av.VideoFrame.from_ndarray(np.zeros((48, 64), np.uint16), format="gray12le")
         out.mux(stream.encode(frame)), out.mux(stream.encode())
-    with pytest.raises(ValueError, match=r"holds depth maps \(gray12le\); choose a color camera"):
+    with pytest.raises(ValueError, match=r"contains depth maps \(gray12le\); choose a color camera"):
         VideoFile(file, FPS)
 
 

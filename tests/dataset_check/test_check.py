@@ -107,7 +107,7 @@ FAULTS = {
     "jump": (synthetic.STATE, put((PLACE, 4), 1e3), "warning", "state",
              "2 jumps, the largest of each dim: joint_4 by .* at episode 2, frame [34] "),
     "timestamp": ("timestamp", put(PLACE, 0.34), "warning", "timestamps",
-                  "1 of 26 are not frame / 10, the first is episode 2, frame 3: 0.3400 s"),
+                  "1 of 26 differ from frame / 10, the first is episode 2, frame 3: 0.3400 s"),
 }  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def test_state_before_action(root):
     states = np.array(pq.read_table(root / "data/chunk-000/file-000.parquet")[synthetic.STATE].to_pylist())
     edit(root, lambda _: states[before], synthetic.ACTION)
     (finding,) = problems(check(root))
-    assert finding.severity == "warning" and "moves before the action does (median -1 frames" in finding.message
+    assert finding.severity == "warning" and "moves before the action (median -1 frames" in finding.message
 
 
 def test_short_episodes(clean_dir):

@@ -224,7 +224,7 @@ def test_wrong_observations_name_the_field_and_leave_the_policy_usable(policy):
         ({"images": images | {"left_wrist_view": pixel}}, "left_wrist_view: an image of 1x1"),
         ({"images": images | {"left_wrist_view": None}}, "left_wrist_view: NoneType"),
         ({"state": nan}, r"state is not finite at dims \[3\]"),
-        ({"state": state[:-1]}, r"state has shape \(6,\); this robot's has \(7,\)"),
+        ({"state": state[:-1]}, r"state has shape \(6,\); expected \(7,\)"),
         ({"state": state[None]}, r"state has shape \(1, 7\)"),
         ({"instruction": ""}, "instruction is ''"),
         ({"instruction": "  "}, "instruction is '  '"),

@@ -85,8 +85,8 @@ def in_one_layout(parts: Sequence[Part], processors: Sequence[Processor]) -> tup
     """
     sizes = [processor.config.image_sizes for processor in processors]
     errors = [
-        f"datasets.{part.name}: its pictures come to {_text(size)} (height x width), those of {parts[0].name} to "
-        f"{_text(sizes[0])}; set camera_views and resolution so that both have as many and of the same sizes"
+        f"datasets.{part.name}: its images are resized to {_text(size)} (height x width), but those of {parts[0].name} "
+        f"to {_text(sizes[0])}; set camera_views and resolution so that number and sizes agree"
         for part, size in zip(parts, sizes, strict=True)
         if size != sizes[0]
     ]

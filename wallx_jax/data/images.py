@@ -99,9 +99,7 @@ def grid(height: int, width: int) -> tuple[int, int, int]:
         ValueError: a side in pixels is not a positive multiple of 28.
     """
     if height <= 0 or width <= 0 or height % FACTOR or width % FACTOR:
-        raise ValueError(
-            f"image size {height}x{width} (height x width) is not in multiples of {FACTOR}; see target_size"
-        )
+        raise ValueError(f"image size {height}x{width} (height x width) is not a multiple of {FACTOR}; see target_size")
     return 1, height // PATCH, width // PATCH
 
 

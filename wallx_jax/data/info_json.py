@@ -38,8 +38,8 @@ def read_info_json(file: Path, repo_id: str, local: bool) -> dict[str, Any]:
         raise DatasetError(f"{repo_id} is in LeRobot format {version}; convert it to v3.0 with: {command}")
     if version.lstrip("v").split(".")[0] != "3":
         raise DatasetError(
-            f"{repo_id} is in LeRobot format {version}; this package reads v3.0: correct codebase_version in {file} if "
-            "that is what it is"
+            f"{repo_id} is in LeRobot format {version}; this package reads v3.0; if the dataset is v3.0, "
+            f"correct codebase_version in {file}"
         )
 
     errors = [
@@ -100,7 +100,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _name(kind: type | tuple[type, ...]) -> str:
-    return {str: "a string", dict: "an object", int: "a whole number"}.get(kind, "a number")
+    return {str: "a string", dict: "an object", int: "an integer"}.get(kind, "a number")
 
 
 def _conversion_command(repo_id: str, root: Path | None) -> str:

@@ -26,8 +26,8 @@ def open_parquet(file: Path) -> pq.ParquetFile:
             names.
     """
     if not file.is_file():
-        what = "is a folder, not the table" if file.is_dir() else "is missing"
-        raise FileNotFoundError(f"{file} {what}; the dataset is not complete, copy it again")
+        what = "is a directory, not a table" if file.is_dir() else "is missing"
+        raise FileNotFoundError(f"{file} {what}; the dataset is incomplete: copy it again")
     try:
         # No read-ahead buffer: it is meant for remote files and would copy the mapped memory.
         opened = pq.ParquetFile(file, memory_map=True, pre_buffer=False)
@@ -118,11 +118,12 @@ def matrix(
         raise DatasetError(f"{file}: column {column!r} has single numbers of type {values.type}, not lists of {width}")
     try:
         if dtype.kind == "b" and not pc.all(pc.is_in(values.cast(pa.float64()), pa.array([0.0, 1.0]))).as_py():
-            raise pa.ArrowInvalid("there are other numbers than 0 and 1")  # Arrow casts any number but 0 to true
+            raise pa.ArrowInvalid("it has values other than 0 and 1")  # Arrow casts any number but 0 to true
         numbers = values.cast(pa.from_numpy_dtype(dtype)).to_numpy(zero_copy_only=False)  # no copy if unchanged
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise DatasetError(
-            f"{file}: column {column!r} of type {values.type} does not convert to {dtype} ({error}); write {dtype}"
+            f"{file}: column {column!r} of type {values.type} cannot be converted to {dtype} ({error}); store it "
+            f"as {dtype}"
         ) from None
     return numbers.reshape(-1, width)
 

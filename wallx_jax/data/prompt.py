@@ -89,7 +89,7 @@ def build_prefix(
         _check_text(tokenizer, "answer", answer)
     elif answer is not None and not all(0 <= index < tokenizer.fast_size for index in answer):
         raise ValueError(
-            f"FAST tokens {min(answer)}..{max(answer)} asked for, but the tokenizer has {tokenizer.fast_size} of them; "
+            f"FAST tokens {min(answer)}..{max(answer)} requested, but the tokenizer has {tokenizer.fast_size} of them; "
             f"add them with Tokenizer.add_wallx_tokens"
         )
     known = tokenizer.token_ids()

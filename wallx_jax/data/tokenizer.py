@@ -77,8 +77,8 @@ class Tokenizer:
         for key, found in (("action_token_start_index", self.fast_start), ("action_token_vocab_size", self.fast_size)):
             if key in self.config and self.config[key] != found:
                 raise ValueError(
-                    f"tokenizer_config.json says {key} = {self.config[key]} but the vocabulary says {found}; "
-                    f"the tokenizer files do not belong together"
+                    f"tokenizer_config.json has {key} = {self.config[key]} but the vocabulary has {found}; "
+                    f"the tokenizer files do not match"
                 )
 
     @classmethod
@@ -189,7 +189,7 @@ def read_backend(file: Path) -> tokenizers.Tokenizer:
         raise
     except Exception as error:  # the library raises bare Exception
         read_json_object(file)  # gives a clearer error for a damaged file
-        raise ValueError(f"{file} is not a tokenizer that can be read: {error}") from error
+        raise ValueError(f"{file} cannot be read as a tokenizer: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def _qwen_backend(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
     try:
         backend = tokenizers.Tokenizer(models.BPE(read_json_object(vocab), pairs))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{vocab} and {merges.name} are not a tokenizer that can be read: {error}") from error
+        raise ValueError(f"{vocab} and {merges.name} cannot be read as a tokenizer: {error}") from error
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -232,7 +232,7 @@ def _restore_added_tokens(backend: tokenizers.Tokenizer, config: dict, added_jso
         if backend.token_to_id(token.content) != index:
             raise ValueError(
                 f"{path}: added token {token.content!r} is listed with id {index} but gets "
-                f"{backend.token_to_id(token.content)}; the tokenizer files do not belong together"
+                f"{backend.token_to_id(token.content)}; the tokenizer files do not match"
             )
 
 

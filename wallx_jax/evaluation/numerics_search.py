@@ -105,9 +105,11 @@ class Decision:
 
     def sentence(self) -> str:
         if not self.rivals:
-            return f"{self.best.name} fits"
+            return f"{self.best.name} fits best"
         others = "; ".join(rival.name for rival in self.rivals)
-        return f"undecided: {self.best.name} has the lowest loss, but within {DECIDES:g} standard errors are {others}"
+        return (
+            f"undecided: {self.best.name} has the lowest loss, but within {DECIDES:g} standard errors of it: {others}"
+        )
 
 
 def decide(found: Sequence[Measurement]) -> Decision:
@@ -154,7 +156,7 @@ def write_numerics(folder: Path, numerics: dict[str, str]) -> Path:
     file = folder / "config.json"
     if file.is_file():
         if file.is_symlink():
-            raise ValueError(f"{file} is a link into the hub's cache, which others share; copy the folder first")
+            raise ValueError(f"{file} is a link into the shared Hub cache; copy the directory first")
         content = read_json_object(file)
         content["wallx_jax"] = {**content.get("wallx_jax", {}), **numerics}
     else:
