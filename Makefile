@@ -1,16 +1,16 @@
-# On a fresh machine with python3 (3.11 or 3.12) each of these works at once:
+# These targets work on a fresh machine with python3 (3.11 or 3.12):
 #
-#   make demo       records, trains and evaluates a tiny model on the CPU; about 1.1 GB of packages, no PyTorch
-#   make test       all tests, with lerobot and PyTorch as references
-#   make test-fast  those that take seconds
-#   make lint       ruff
+#   make demo       record a dataset, train and evaluate a tiny model on the CPU; installs about 1.1 GB, without PyTorch
+#   make test       run all tests, with lerobot and PyTorch as references
+#   make test-fast  run the tests that take seconds
+#   make lint       run ruff
 #
-# Others that a change may need: extras, test-install, test-lowest, torch-reference, test-loaders, clean.
+# Further targets for development: extras, test-install, test-lowest, torch-reference, test-loaders, clean.
 PYTHON ?= python3
 PYTHON_3_12 ?= python3.12
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Two processes take the files of tests in their order, in which the long ones come early.
+# Two workers process the test files in order; the order puts long files first.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-fast lint extras test-install test-lowest torch-reference test-loaders clean
@@ -28,12 +28,13 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Every combination of extras, resolved for both pythons: no PyTorch and no second CUDA where it does not belong.
+# Resolve every combination of extras for both Python versions, and check that none brings in PyTorch or a second CUDA
+# unintentionally.
 extras: $(VENV)/.uv
 	PATH="$(abspath $(BIN)):$$PATH" UV_DEFAULT_INDEX="$(INDEX)" $(BIN)/python scripts/check_extras.py
 
-# As a user installs it: the package itself and what `train` brings, by pip; then the demo in short, which records,
-# trains, evaluates and plots. It must get by without PyTorch and lerobot.
+# Install the package with the `train` extra by pip, as a user would, and run a short demo: record, train, evaluate, plot.
+# None of this may need PyTorch or lerobot.
 test-install:
 	rm -rf .venv-install && $(PYTHON) -m venv .venv-install
 	.venv-install/bin/python -m pip install --quiet ".[train]"
@@ -42,26 +43,26 @@ test-install:
 	  && test -s $$dir/demo.png && rm -r $$dir
 	du -sh .venv-install && rm -rf .venv-install
 
-# The lowest versions that pyproject.toml allows, without PyTorch and lerobot.
+# Test with the lowest versions that pyproject.toml allows, without PyTorch and lerobot.
 test-lowest:
 	$(MAKE) VENV=.venv-lowest PYTHON=$(PYTHON) .venv-lowest/.lowest
 	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not multiprocess"
 
-# lerobot's PyTorch wall_x, which scripts/benchmark.py --compare-torch measures beside ours. It needs python 3.12 and has
-# pins of its own, so it lives apart.
+# Install lerobot's PyTorch wall_x, which scripts/benchmark.py --compare-torch compares with wallx_jax. It needs
+# Python 3.12 and pins other versions, so it has its own environment.
 torch-reference: $(VENV)/.uv
 	test -x .venv-torch/bin/python || $(BIN)/uv venv --python $(PYTHON_3_12) .venv-torch
 	$(call install,.venv-torch/bin/python,"lerobot[wallx]==0.6.1" "transformers>=5.4$(,)<5.6")
 
-# lerobot's loader on what we export.
+# Test that lerobot can load exported models.
 test-loaders: torch-reference $(VENV)/.test
 	$(BIN)/python -m pytest tests/checkpoints/test_loaders.py
 
 clean:
 	rm -rf .venv .venv-torch .venv-install .venv-lowest *.egg-info .pytest_cache .ruff_cache .hypothesis
 
-# One resolution by uv: pip backtracks for more than ten minutes between the pins of lerobot and of transformers.
-# uv does not read pip's settings, so an index that was set for pip is handed over.
+# Resolve all requirements at once with uv: pip backtracks for more than ten minutes because of the pins of lerobot and
+# transformers. uv ignores pip's settings, so pass it the index that is configured for pip.
 , := ,
 INDEX = $${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(BIN)/python -m pip config get global.index-url 2>/dev/null || \
   echo https://pypi.org/simple)}}
