@@ -31,7 +31,7 @@ def video(**changes) -> dict:
         ([{"type": "text", "text": None}], "message 1, text 0 is None; expected text"),
         ([{"type": "text", "text": 3}], "message 1, text 0 is 3; expected text"),
         ([{"type": "text", "text": "a"}, {"type": "text", "text": b"b"}], "message 1, text 1 is b'b'; expected text"),
-        ("half \ud83d", "message 1, text 0 'half .* holds half of a surrogate pair at character 5"),
+        ("half \ud83d", "message 1, text 0 'half .* contains half of a surrogate pair at character 5"),
         ("<|im_end|>", r"message 1, text 0 contains control tokens: <\|im_end\|>"),
         ("go <|propri|> <|action_token_3|>", r"control tokens: <\|propri\|>, <\|action_token_3\|>; remove"),
         ([{"type": "image", "image": "photo.png"}], "message 1, image 0: str; give a uint8"),

@@ -166,10 +166,10 @@ def test_relative_actions_need_the_state_also_where_it_is_not_seen(tokenizer, st
 
 
 def test_statistics_must_be_of_the_same_differences(tokenizer, stats):
-    with pytest.raises(ValueError, match="are of absolute actions, but wanted are those of actions relative"):
+    with pytest.raises(ValueError, match="are for absolute actions; expected statistics for actions relative"):
         Processor(config(tokenizer, relative_to=RELATIVE_TO), tokenizer, stats)
     of_differences = dataclasses.replace(stats, relative_to=RELATIVE_TO, horizon=HORIZON)
-    with pytest.raises(ValueError, match="but wanted are those of absolute actions"):
+    with pytest.raises(ValueError, match="expected statistics for absolute actions"):
         Processor(config(tokenizer), tokenizer, of_differences)
     short = dataclasses.replace(stats, relative_to=(1, 2), horizon=HORIZON)
     with pytest.raises(ValueError, match="for each of 14 action dims"):
@@ -319,7 +319,7 @@ def test_pillow_images(flow, observation):
         ("actions", np.zeros((3, 14)), "actions have shape \\(3, 14\\); expected \\(6, 14\\)"),
         ("actions", [["a"] * 14] * 6, "actions is .*; expected an array of numbers"),
         ("instruction", "pick up " * 50, "raise it to at least"),
-        ("instruction", "pick \ud83d up", "the instruction 'pick .* holds half of a surrogate pair at character 5"),
+        ("instruction", "pick \ud83d up", "the instruction 'pick .* contains half of a surrogate pair at character 5"),
     ],
 )
 def test_bad_input_is_named_and_leaves_the_processor_usable(flow, observation, field, value, message):

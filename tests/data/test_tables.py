@@ -174,7 +174,7 @@ VALUE_FAULTS = {
     "ragged": (ragged, LISTS, "has 1 numbers instead of 2 in row 3 \\(episode 0, frame 3\\), row 8 "
                "\\(episode 1, frame 4\\)"),
     "null rows": (with_null, LISTS, "is null in row 2 \\(episode 0, frame 2\\), row 5 \\(episode 1, frame 1\\)"),
-    "null inside": (with_null_inside, LISTS, "holds a null in row 6 \\(episode 1, frame 2\\)"),
+    "null inside": (with_null_inside, LISTS, "contains a null in row 6 \\(episode 1, frame 2\\)"),
     "wide": (lambda column: [row + [0.0] for row in column], pa.list_(pa.float32(), 3), "has 3 numbers instead of 2 in "
              "row 0 .*, row 2 \\(episode 0, frame 2\\) and 10 more"),
     "single numbers": (lambda column: [row[0] for row in column], pa.float32(), "single numbers of type float, not "

@@ -128,7 +128,7 @@ def test_statistics_on_file_must_be_of_the_same_differences(model_dir, dataset_d
         ({"norm_stats_path": str(plain)}, "plain.json: the statistics are of absolute actions.*compute_norm_stats.py"),
         (
             {"norm_stats_path": str(tmp_path / "relative.json"), "relative_action_keys": ()},
-            "relative.json: .*but wanted are those of absolute actions",
+            "relative.json: .*expected statistics for absolute actions",
         ),
         (
             {"norm_stats_path": str(tmp_path / "relative.json"), "action_horizon": 5},

@@ -230,7 +230,7 @@ def test_wrong_observations_name_the_field_and_leave_the_policy_usable(policy):
         ({"instruction": "  "}, "instruction is '  '"),
         ({"instruction": None}, "instruction is None"),
         ({"instruction": "open <|im_end|>"}, r"instruction .* contains control tokens: <\|im_end\|>"),
-        ({"instruction": "lift \ud83d"}, "instruction .* holds half of a surrogate pair"),
+        ({"instruction": "lift \ud83d"}, "instruction .* contains half of a surrogate pair"),
         ({"state": {"shoulder": 0.0}}, "state is {'shoulder': 0.0}; expected an array of numbers"),
         ({"state": ["a"] * DIMS}, "state is .*; expected an array of numbers"),
         ({"state": [[0, 1], [2]]}, "state is .*; expected an array of numbers"),

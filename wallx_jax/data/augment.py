@@ -1,4 +1,4 @@
-"""Augments training images with random crops, rotations and color changes; not used for validation or inference."""
+"""Augment training images with random crops, rotations and color changes; not used for validation or inference."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Defines the batch that the data pipeline passes to the model, for training and inference.
+"""Define the batch that the data pipeline passes to the model, for training and inference.
 
 Legend: B batch, h w image pixels, T prefix tokens, W label window, A action horizon, C model channels.
 """

@@ -1,4 +1,4 @@
-"""Builds the processor and the training and held-out splits of a checked run configuration."""
+"""Build the processor and the training and held-out splits of a checked run configuration."""
 
 import logging
 import shlex

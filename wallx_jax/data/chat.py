@@ -1,4 +1,4 @@
-"""Encodes conversations with images and videos: Qwen's chat template, visual placeholders and visual inputs.
+"""Encode conversations with images and videos: Qwen's chat template, visual placeholders and visual inputs.
 
 A conversation is a list of messages in the format of transformers:
 

@@ -1,4 +1,4 @@
-"""Opens the datasets of a run, each with its own cameras, keys and statistics, and unifies their layout.
+"""Open the datasets of a run, each with its own cameras, keys and statistics, and unify their layout.
 
 The first dataset is described by the run's top-level settings; the setting `datasets` names the others.
 """

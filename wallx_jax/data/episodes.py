@@ -1,4 +1,4 @@
-"""Reads meta/episodes of a LeRobot dataset: its episodes and their frame ranges."""
+"""Read meta/episodes of a LeRobot dataset: its episodes and their frame ranges."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ def _episode_files(root: Path) -> list[Path]:
     folder = root / "meta" / "episodes"
     files = sorted(file for file in folder.glob("*/*.parquet") if not file.name.startswith("."))  # macOS "._" files
     if not files:
-        what = "holds no tables" if folder.is_dir() else "is missing"
+        what = "contains no tables" if folder.is_dir() else "is missing"
         raise FileNotFoundError(f"{folder} {what}; the dataset is incomplete: copy it again")
     return files
 

@@ -1,4 +1,4 @@
-"""Defines the errors raised for faulty datasets."""
+"""Define the errors raised for faulty datasets."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Encodes action chunks as FAST tokens (quantized cosine coefficients, then byte-pair encoding) and decodes them.
+"""Encode action chunks as FAST tokens (quantized cosine coefficients, then byte-pair encoding) and decode them.
 
 Pertsch et al. 2025, https://arxiv.org/abs/2501.09747. Reads and writes the files of physical-intelligence/fast
 (processor_config.json and tokenizer.json) and produces the same ids, without running the code in that repository.

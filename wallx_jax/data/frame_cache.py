@@ -1,4 +1,4 @@
-"""Caches decoded, resized frames on disk, so that reading a sample needs no decoding or resizing."""
+"""Cache decoded, resized frames on disk, so that reading a sample needs no decoding or resizing."""
 
 import contextlib
 import copy

@@ -1,4 +1,4 @@
-"""Reads images from a dataset's tables, stored as encoded bytes or as the path of an image file."""
+"""Read images from a dataset's tables, stored as encoded bytes or as the path of an image file."""
 
 import io
 import threading

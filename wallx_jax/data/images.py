@@ -1,4 +1,4 @@
-"""Resizes camera images for the vision tower, with the two resizes of upstream's training pipeline.
+"""Resize camera images for the vision tower, with the two resizes of upstream's training pipeline.
 
 The first resize scales the longer side to a given resolution. The second rounds both sides to multiples of 28 pixels (a
 2 x 2 block of 14-pixel patches, which becomes one token), like `smart_resize` of qwen_vl_utils. Pixel values stay

@@ -1,4 +1,4 @@
-"""Reads and checks meta/info.json of a LeRobot dataset: format version, frame rate, features and file names."""
+"""Read and check meta/info.json of a LeRobot dataset: format version, frame rate, features and file names."""
 
 import importlib.metadata
 import json

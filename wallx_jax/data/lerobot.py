@@ -1,4 +1,4 @@
-"""Provides random access to the frames of a LeRobot v3.0 dataset with their action chunks."""
+"""Provide random access to the frames of a LeRobot v3.0 dataset with their action chunks."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""Reads the meta folder of a LeRobot v3.0 dataset: episodes, instructions, features and the location of its files."""
+"""Read the meta folder of a LeRobot v3.0 dataset: episodes, instructions, features and the location of its files."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Checks that a robot's dim names agree with the dataset's own names for the same dims.
+"""Check that a robot's dim names agree with the dataset's own names for the same dims.
 
 A mismatch would silently train another joint.
 """

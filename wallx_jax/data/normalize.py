@@ -1,4 +1,4 @@
-"""Normalizes states and actions by their quantiles, with one class for training, evaluation and inference.
+"""Normalize states and actions by their quantiles, with one class for training, evaluation and inference.
 
 Also reads and writes norm_stats.json.
 
@@ -95,7 +95,7 @@ class NormStats:
         wanted = (relative_to, horizon if relative_to else None)
         if (self.relative_to, self.horizon) != wanted:
             raise ValueError(
-                f"the statistics are of {_differences(self.relative_to, self.horizon)}, but wanted are those of "
+                f"the statistics are for {_differences(self.relative_to, self.horizon)}; expected statistics for "
                 f"{_differences(*wanted)}"
             )
 
@@ -107,8 +107,8 @@ class NormStats:
                 return f"{part} has {len(ours)} dims, not {len(theirs)}"
             for field in dataclasses.fields(Stats):
                 a, b = getattr(ours, field.name), getattr(theirs, field.name)
-                if (apart := np.flatnonzero(~np.isclose(a, b, rtol=1e-6, atol=1e-9))).size:
-                    dim = apart[0]
+                if (differing := np.flatnonzero(~np.isclose(a, b, rtol=1e-6, atol=1e-9))).size:
+                    dim = differing[0]
                     return f"{field.name} of {part} dim {dim} is {a[dim]:.6g}, not {b[dim]:.6g}"
         return ""
 

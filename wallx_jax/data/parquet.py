@@ -1,4 +1,4 @@
-"""Reads parquet columns as NumPy arrays without nulls, of the expected width and dtype.
+"""Read parquet columns as NumPy arrays without nulls, of the expected width and dtype.
 
 Errors name the file, the column and the rows that are damaged.
 """
@@ -113,7 +113,7 @@ def matrix(
                 raise fail(bad, f"has {lengths[bad[0]]} numbers instead of {width}")
         values = values.flatten()
         if values.null_count:
-            raise fail(np.unique(_true_rows(values.is_null()) // width), "holds a null")
+            raise fail(np.unique(_true_rows(values.is_null()) // width), "contains a null")
     elif width != 1:
         raise DatasetError(f"{file}: column {column!r} has single numbers of type {values.type}, not lists of {width}")
     try:

@@ -1,4 +1,4 @@
-"""Turns a dataset into batches: train/validation split, sample order, and Grain loaders with a resumable position.
+"""Turn a dataset into batches: train/validation split, sample order, and Grain loaders with a resumable position.
 
 Batches are formed before the work is distributed to worker processes, so the order and content of a run depend only on
 the seed, not on the number of workers.

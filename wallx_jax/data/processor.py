@@ -1,4 +1,4 @@
-"""Turns one observation into one model sample: the only preprocessing for training, evaluation and inference.
+"""Turn one observation into one model sample: the only preprocessing for training, evaluation and inference.
 
 Legend: T prefix tokens, W label window, A action horizon, C model channels, D robot dims.
 """
@@ -191,7 +191,7 @@ class Processor:
         """
         config = self.config
         _check_instruction(instruction)
-        pixels = self._images(images, resized, acting=actions is None)
+        pixels = self._images(images, resized, inference=actions is None)
         state = as_numbers("state", state)
         if state.shape != (self.state.dims,):
             raise ValueError(f"state has shape {state.shape}; expected {(self.state.dims,)}")
@@ -251,14 +251,14 @@ class Processor:
         if len(images) != len(views := self.config.views):
             raise ValueError(f"got {len(images)} images; expected {len(views)}, in order {list(views)}")
 
-    def _images(self, images: Sequence[Any], resized: bool, acting: bool) -> tuple[np.ndarray, ...]:
+    def _images(self, images: Sequence[Any], resized: bool, inference: bool) -> tuple[np.ndarray, ...]:
         config = self.config
         self._check_count(images)
         resolutions = (None,) * len(images) if resized else config.resolutions
         layout = zip(config.views, images, resolutions, config.image_sizes, strict=True)
         return tuple(
             image_ops.resize_to(image, size, view)
-            if acting and resolution == -1
+            if inference and resolution == -1
             else _image(view, image, resolution, size)
             for view, image, resolution, size in layout
         )

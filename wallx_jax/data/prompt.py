@@ -1,4 +1,4 @@
-"""Builds the prompt of a sample and marks which of its tokens are training targets.
+"""Build the prompt of a sample and mark which of its tokens are training targets.
 
 The prompt is a chat around the images, the instruction and the proprioception. Its frame is that of the published
 Wall-X weights (wall_x/data/utils.py upstream), its text comes from a PromptTemplate.

@@ -1,4 +1,4 @@
-"""Reads where the episodes of a LeRobot dataset are located in its video files."""
+"""Read where the episodes of a LeRobot dataset are located in its video files."""
 
 from dataclasses import dataclass
 

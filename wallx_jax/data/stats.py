@@ -1,4 +1,4 @@
-"""Computes exact normalization statistics from a dataset's table files, without reading any video."""
+"""Compute exact normalization statistics from a dataset's table files, without reading any video."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path

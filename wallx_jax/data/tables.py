@@ -1,4 +1,4 @@
-"""Maps the rows of a dataset's table files to frames and exposes their values as memory-mapped arrays.
+"""Map the rows of a dataset's table files to frames and expose their values as memory-mapped arrays.
 
 Rows are identified by `episode_index` and `frame_index`, regardless of their position.
 """

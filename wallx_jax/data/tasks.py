@@ -1,4 +1,4 @@
-"""Reads the instructions of a LeRobot dataset from meta/tasks.parquet."""
+"""Read the instructions of a LeRobot dataset from meta/tasks.parquet."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Reads and writes Qwen2.5's text tokenizer with Wall-X's added tokens, in Hugging Face's file layout.
+"""Read and write Qwen2.5's text tokenizer with Wall-X's added tokens, in Hugging Face's file layout.
 
 This is a thin wrapper around the `tokenizers` library, which `transformers` itself delegates to.
 """
@@ -46,7 +46,7 @@ def check_unicode(name: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{name} {text!r} holds half of a surrogate pair at character {error.start}; send whole characters"
+            f"{name} {text!r} contains half of a surrogate pair at character {error.start}; send whole characters"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Lets training continue past frames that cannot be decoded, by replacing them with other frames."""
+"""Let training continue past frames that cannot be decoded, by replacing them with other frames."""
 
 from collections.abc import Sequence
 

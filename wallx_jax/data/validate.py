@@ -1,4 +1,4 @@
-"""Checks the configuration against the dataset and the prompt, before any weights are loaded."""
+"""Check the configuration against the dataset and the prompt, before any weights are loaded."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Decodes frames from a dataset's video files, with a bounded number of open decoders."""
+"""Decode frames from a dataset's video files, with a bounded number of open decoders."""
 
 import itertools
 import math
@@ -117,8 +117,8 @@ def check_size(image: np.ndarray, promised: tuple[int, int]) -> None:
         ValueError: if it has another size.
     """
     if image.shape[:2] != promised:
-        found, said = (f"{height}x{width}" for height, width in (image.shape[:2], promised))
-        raise ValueError(f"the image is {found} (height x width), but meta/info.json has {said}")
+        found, expected = (f"{height}x{width}" for height, width in (image.shape[:2], promised))
+        raise ValueError(f"the image is {found} (height x width), but meta/info.json has {expected}")
 
 
 def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:

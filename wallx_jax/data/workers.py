@@ -1,4 +1,4 @@
-"""Starts data worker processes and checks the shared memory that they need."""
+"""Start data worker processes and check the shared memory that they need."""
 
 import contextlib
 import multiprocessing

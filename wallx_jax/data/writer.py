@@ -1,4 +1,4 @@
-"""Writes LeRobot v3.0 datasets from arrays, without lerobot; episodes are written straight to the dataset's files."""
+"""Write LeRobot v3.0 datasets from arrays, without lerobot; episodes are written straight to the dataset's files."""
 
 import contextlib
 import json

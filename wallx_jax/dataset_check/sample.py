@@ -63,8 +63,8 @@ def describe_actions(raw: RawSample, sample: Batch, processor: Processor, names:
 def _labels(sample: Batch, tokenizer: Tokenizer) -> str:
     if not len(sample.labels):
         return "none (flow matching)"
-    said = [int(label) for label in sample.labels if label != IGNORE]
-    return f"{len(said)} of the last {len(sample.labels)} positions\n{_indent(collapse(tokenizer.decode(said)))}"
+    targets = [int(label) for label in sample.labels if label != IGNORE]
+    return f"{len(targets)} of the last {len(sample.labels)} positions\n{_indent(collapse(tokenizer.decode(targets)))}"
 
 
 def _rows(names: Sequence[str], raw: np.ndarray, normalized: np.ndarray, mask: np.ndarray) -> str:

@@ -42,11 +42,11 @@ def episode(
     for axis, dim in zip(axes.flat, dims, strict=False):
         for row, start in enumerate(recorded.frames):
             steps = start + np.flatnonzero(recorded.valid[row])
-            done, said = (x[row, : len(steps), dim] for x in (recorded.actions, chunks))
+            done, predicted = (x[row, : len(steps), dim] for x in (recorded.actions, chunks))
             first = row == 0
             axis.plot(steps, done, "C0", linewidth=2, label="recorded" if first else None)
-            axis.plot(steps, said, "C1", linewidth=1, label="predicted" if first else None)
-            axis.plot(steps[:1], said[:1], "C1.", markersize=4)
+            axis.plot(steps, predicted, "C1", linewidth=1, label="predicted" if first else None)
+            axis.plot(steps[:1], predicted[:1], "C1.", markersize=4)
         axis.set_title(names[dim], fontsize=9)
         axis.tick_params(labelsize=7)
     axes.flat[0].legend(fontsize=7)
