@@ -533,7 +533,7 @@ def test_an_action_is_relative_to_its_own_state():
     changes = {"dof_config": {"both": 2}, "agent_pos_config": {"both": 2}, "relative_action_keys": ("both",)}
     with pytest.raises(
         ConfigError,
-        match=r"'arm' would be relative to the state 'hand', the state of the same name is dim 1.*state\[1:2\]",
+        match=r"'arm' would be relative to the state 'hand', but the state of the same name is dim 1.*state\[1:2\]",
     ):
         robot_of(["arm", "hand"], state_names=["hand", "arm"], **changes)
     by_place = {

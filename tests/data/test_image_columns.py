@@ -129,8 +129,8 @@ def test_depth_is_refused(tmp_path, kind):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (None, "there is no image in this row"),
-        ({"bytes": None, "path": None}, "there is no image in this row"),
+        (None, "this row has no image"),
+        ({"bytes": None, "path": None}, "this row has no image"),
         (b"not an image", "the bytes are not an image"),
         (encode(Image.fromarray(RGB))[:200], "truncated|damaged"),
     ],

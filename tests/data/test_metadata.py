@@ -131,7 +131,7 @@ FIELDS = {
     "fps text": (lambda c: c.update(fps="10"), "'fps' is \"10\", expected a number"),
     "fps true": (lambda c: c.update(fps=True), "'fps' is true, expected a number"),
     "features missing": (lambda c: c.pop("features"), "'features' is null, expected an object"),
-    "frames as text": (lambda c: c.update(total_frames="26"), "'total_frames' is \"26\", expected a whole number"),
+    "frames as text": (lambda c: c.update(total_frames="26"), "'total_frames' is \"26\", expected an integer"),
     "no shape": (lambda c: c["features"]["action"].pop("shape"), "feature 'action' has shape null"),
     "no dtype": (lambda c: c["features"]["action"].pop("dtype"), "feature 'action' has dtype null"),
     "shape a number": (lambda c: c["features"]["action"].update(shape=14), "feature 'action' has shape 14"),
@@ -239,7 +239,7 @@ def test_episodes_in_any_order_and_with_gaps(copied, dataset_info):
 
 EPISODE_FAULTS = {
     "twice": ("episode_index", [0, 1, 1, 3], "episode_index 1 occurs twice"),
-    "length 0": ("length", [7, 5, 8, 6, 0], "length is not above 0 for 1 episodes"),
+    "length 0": ("length", [7, 5, 8, 6, 0], "length is not positive for 1 episodes"),
     "index span": ("dataset_to_index", [7, 12, 21, 26], "differs from length for 1 episodes, the first is episode 2 "
                    r"\(length 8, dataset_from_index 12, dataset_to_index 21\)"),
     "null": ("length", [7, None, 8, 11], "column 'length' is null in row 1"),

@@ -112,11 +112,11 @@ def test_relative_actions_are_on_record(tmp_path):
     assert (read.relative_to, read.horizon) == ((1, -1), 8)
     read.check_relative((1, -1), 8)
     for relative_to, horizon in (((1, -1), 9), ((0, -1), 8), ((), 8)):
-        with pytest.raises(ValueError, match=r"are of actions relative .*\{0: 1\} over 8 steps, but wanted"):
+        with pytest.raises(ValueError, match=r"are for actions relative .*\{0: 1\} over 8 steps; expected statistics"):
             read.check_relative(relative_to, horizon)
     absolute = NormStats(part, part, "s", "a")
     absolute.check_relative((), 8)
-    with pytest.raises(ValueError, match="are of absolute actions, but wanted .* over 8 steps"):
+    with pytest.raises(ValueError, match="are for absolute actions; expected statistics .* over 8 steps"):
         absolute.check_relative((1, -1), 8)
     content = json.loads((tmp_path / "norm_stats.json").read_text()) | {"relative_actions": {"horizon": 8}}
     (tmp_path / "norm_stats.json").write_text(json.dumps(content))

@@ -508,7 +508,7 @@ def test_relative_actions_are_added_to_the_state(policy, model_dir, tmp_path):
     ours, absolute = (each.predict(observations, seed=3).actions for each in (relative, policy))
     states = np.stack([o["state"] for o in observations])[:, list(relative_to)] * (np.array(relative_to) >= 0)
     np.testing.assert_allclose(ours, absolute + states[:, None], atol=1e-6)
-    with pytest.raises(ValueError, match="over 5 steps, but wanted .* over 6 steps"):
+    with pytest.raises(ValueError, match="over 5 steps; expected statistics .* over 6 steps"):
         wallx_jax.load_policy(model_dir, horizon=6, **options)
 
 
