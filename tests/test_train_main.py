@@ -68,7 +68,7 @@ def test_a_second_signal_says_what_is_lost(save_interval, lost, monkeypatch, dat
             self._give_up(signal.SIGTERM)
 
     tiny_run.use_devices(monkeypatch, 1)
-    monkeypatch.setattr(wallx_jax.train.ending, "leave", leave)
+    monkeypatch.setattr(wallx_jax.train.shutdown, "leave", leave)
     monkeypatch.setattr(StopRequest, "reached", reached)
     model = tiny_run.write_model(tmp_path / "model")
     config = tiny_run.run_config(

@@ -613,7 +613,8 @@ def app(tmp_path_factory):
     folder = tmp_path_factory.mktemp("app")
     (folder / "app.py").write_text(
         "from wallx_jax.config.command_line import launch\n"
-        "from wallx_jax.config import TABLES, flatten, resolve\n"
+        "from wallx_jax.config import flatten, resolve\n"
+        "from wallx_jax.config.resolve import TABLES\n"
         "def main(c):\n"
         "    c.split_mode == 'x' and resolve(c)\n"
         "    print(c.learning_rate, c.num_epoch, c.save_path, c.resolution.face_view, c.resume.ckpt)\n"
@@ -715,7 +716,7 @@ def test_refused_settings_are_a_list_without_a_traceback(app):
     ("arguments", "words"),
     [
         (["--config=good.py", "--config.learning_rat=3"], ["'learning_rat'", "did you mean --config.learning_rate?"]),
-        (["--config=good.py", "--config.xyz=3"], ["'xyz'", "config.py lists"]),
+        (["--config=good.py", "--config.xyz=3"], ["'xyz'", "configuration.md lists"]),
         (["--config=good.py", "--config.resume.ckp=3"], ["'resume.ckp'", "did you mean --config.resume.ckpt?"]),
         (["--config=good.py", "--config.load_ckpt_only=True"], ["did you mean --config.resume.load_ckpt_only?"]),
         (["--config=good.py", "--config.num_epoch=1.5"], ["config.num_epoch", "1.5"]),

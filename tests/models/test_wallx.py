@@ -201,19 +201,19 @@ def test_sums_of_samples_add_up():
     velocity, target = jnp.asarray(rng.normal(size=(2, 3, 4, 6)), jnp.float32)
     mask = jnp.asarray(rng.random((3, 4, 6)) < 0.5, jnp.float32)
     is_pad = jnp.asarray(rng.random((3, 4)) < 0.5)
-    for name, arguments in (
-        ("cross_entropy_sum", (logits, labels)),
-        ("label_count", (labels,)),
-        ("count_among", (labels, (2, 8))),
-        ("hit_count", (logits, labels, (2, 8))),
-        ("flow_error_sum", (velocity, target, mask, is_pad)),
-        ("flow_count", (mask, "all", is_pad)),
-        ("flow_count", (mask, "valid", is_pad)),
+    for function, *arguments in (
+        (losses.cross_entropy_sum, logits, labels),
+        (losses.label_count, labels),
+        (losses.token_range_count, labels, (2, 8)),
+        (losses.correct_count, logits, labels, (2, 8)),
+        (flow.flow_error_sum, velocity, target, mask, is_pad),
+        (flow.flow_count, mask, "all", is_pad),
+        (flow.flow_count, mask, "valid", is_pad),
     ):
-        whole, apart = (getattr(losses, name)(*arguments, per_sample=per_sample) for per_sample in (False, True))
-        assert apart.shape == (3,) and float(apart.sum()) == pytest.approx(float(whole), rel=1e-5), name
+        whole, apart = (function(*arguments, per_sample=per_sample) for per_sample in (False, True))
+        assert apart.shape == (3,) and float(apart.sum()) == pytest.approx(float(whole), rel=1e-5), function
         if any(argument is labels for argument in arguments):
-            assert apart[1] == 0, f"{name}: the second sample has no labels"
+            assert apart[1] == 0, f"{function.__name__}: the second sample has no labels"
 
 
 def euler(velocity, noise, steps, mask, how):

@@ -246,4 +246,4 @@ def _nearest_key(key: str, known: list[str]) -> str:
     close = difflib.get_close_matches(key, known, 1, 0.5) or [
         last[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(last), 1, 0.5)
     ]
-    return f", did you mean --config.{close[0]}?" if close else "; wallx_jax/config/resolve.py lists them all"
+    return f", did you mean --config.{close[0]}?" if close else "; docs/configuration.md lists them all"

@@ -14,7 +14,7 @@ import numpy as np
 
 from wallx_jax.config.prompt_template import PromptTemplate
 from wallx_jax.data.tokenizer import Tokenizer, check_unicode, fast_token
-from wallx_jax.models.losses import IGNORE
+from wallx_jax.models.config import IGNORE
 
 FAST_CLOSING_TOKENS = 2  # <|im_end|> and the newline after a FAST answer
 """Label of a position that is not a target."""

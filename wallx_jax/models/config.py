@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from wallx_jax.utils.json_fields import field_errors, mismatch, section
 
+IGNORE = -100  # label of a position without a target, as in PyTorch's cross-entropy
+
 
 @dataclass(frozen=True)
 class VisionConfig:

@@ -9,7 +9,7 @@ Legend: B batch, W labels, V vocabulary, A horizon, C channels.
 import jax
 import jax.numpy as jnp
 
-IGNORE = -100  # label of a position without a target
+from wallx_jax.models.config import IGNORE
 
 
 def cross_entropy_sum(logits: jax.Array, labels: jax.Array, per_sample: bool = False) -> jax.Array:
