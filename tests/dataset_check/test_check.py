@@ -171,7 +171,7 @@ def test_statistics_of_another_robot(clean_dir, tmp_path):
     assert len(found) == 3 and report.failed
     assert "clamped: joint_2 100%;" in found[0] and found[0].startswith("error")
     assert "clamped: joint_8 12%;" in found[1] and "unset norm_stats_path" in found[1]
-    assert "under 5% of the range of norm_stats_path: joint_5;" in found[2]
+    assert "less than 5% of the range of norm_stats_path: joint_5;" in found[2]
 
 
 @pytest.mark.parametrize(
