@@ -404,7 +404,8 @@ def test_a_full_disk_says_where_and_how_much(root, monkeypatch):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "open", lambda *_: Full())
-    with pytest.raises(OSError, match="not enough space for 0.00 GiB of tables in /.*: No space left on device; set TMPDIR"):
+    message = "not enough space for 0.00 GiB of tables in /.*: No space left on device; set TMPDIR"
+    with pytest.raises(OSError, match=message):
         source.low_dim(0)
 
 
