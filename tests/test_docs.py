@@ -204,6 +204,27 @@ def anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
+def missing_paths(text: str) -> list[str]:
+    """Modules, pages and `folders/` that a text names and that do not exist.
+
+    Paths are relative to the repository or to the package; a bare file name may also be in the folder named last.
+    """
+    folder, missing = ROOT, []
+    for name in re.findall(r"[\w/]+\.(?:py|md)\b|(?<=`)[\w/]+/(?=`)", text):
+        places = [base / name for base in (ROOT, ROOT / "wallx_jax", *([folder] if "/" not in name else []))]
+        if found := [place for place in places if place.exists()]:
+            folder = found[0] if name.endswith("/") else found[0].parent if "/" in name else folder
+        else:
+            missing.append(name)
+    return missing
+
+
+def test_architecture_names_existing_files():
+    text = (DOCS / "architecture.md").read_text()
+    assert not missing_paths(text)
+    assert missing_paths(text.replace("models/rope.py", "models/rotary.py")) == ["models/rotary.py"]
+
+
 @pytest.mark.parametrize("page", [*guides.PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for target, name in re.findall(r"(?<!!)\[[^]]*\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text()):

@@ -463,16 +463,16 @@ def robot_of(names, count=None, state_names=None, **changes):
     ("names", "table", "words"),
     [
         (SO101, ["gripper", *[name[:-4] for name in SO101[:-1]]],
-         ["'gripper' stands at dim 0, which the dataset calls 'shoulder_pan.pos'; its 'gripper.pos' is dim 5;",
-          "say where all of them are: {'gripper': 'action[5:6]', ...}"]),
+         ["'gripper' covers dim 0, which the dataset calls 'shoulder_pan.pos'; its 'gripper.pos' is dim 5;",
+          "give a feature slice for each: {'gripper': 'action[5:6]', ...}"]),
         (SO101, ["shoulder_lift", "shoulder_pan", "elbow_flex", "wrist_flex", "wrist_roll", "gripper"],
-         ["'shoulder_lift' stands at dim 0, which the dataset calls 'shoulder_pan.pos'"]),
-        (["a", "B", "c"], ["b", "A", "c"], ["'b' stands at dim 0, which the dataset calls 'a'"]),
-        (["main_pan", "main_lift", "main_gripper"], ["gripper", "lift", "pan"], ["'gripper' stands at dim 0"]),
-        (["left_a", "left_b", "right_a", "right_b"], {"right": 2, "left": 2}, ["'right' stands at dim 0", "'left_a'"]),
+         ["'shoulder_lift' covers dim 0, which the dataset calls 'shoulder_pan.pos'"]),
+        (["a", "B", "c"], ["b", "A", "c"], ["'b' covers dim 0, which the dataset calls 'a'"]),
+        (["main_pan", "main_lift", "main_gripper"], ["gripper", "lift", "pan"], ["'gripper' covers dim 0"]),
+        (["left_a", "left_b", "right_a", "right_b"], {"right": 2, "left": 2}, ["'right' covers dim 0", "'left_a'"]),
         (["left_a", "left_b", "right_a", "right_b", "right_c"], {"left": 3, "right": 2},
-         ["'left' stands at dim 2, which the dataset calls 'right_a'"]),
-        ({"motors": ["x", "y", "gripper"]}, {"gripper": 1, "arm": 2}, ["'gripper' stands at dim 0", "calls 'x'"]),
+         ["'left' covers dim 2, which the dataset calls 'right_a'"]),
+        ({"motors": ["x", "y", "gripper"]}, {"gripper": 1, "arm": 2}, ["'gripper' covers dim 0", "calls 'x'"]),
     ],
 )  # fmt: skip
 def test_names_in_another_order_than_the_datasets_are_refused(names, table, words):
@@ -483,7 +483,9 @@ def test_names_in_another_order_than_the_datasets_are_refused(names, table, word
     with pytest.raises(ConfigError) as caught:
         robot_of(names, count, dof_config=table, predict_action_keys=(next(iter(table)),))
     (error,) = caught.value.errors
-    assert error.startswith("dof_config: ") and "write the names in the dataset's order, or say where" in error
+    assert (
+        error.startswith("dof_config: ") and "list the names in the dataset's order, or give a feature slice" in error
+    )
     assert all(word in error for word in words), error
 
 
@@ -510,7 +512,7 @@ def test_names_in_the_datasets_order_or_of_ones_own_are_taken(names, table):
 
 def test_the_order_of_the_state_is_checked_like_that_of_the_action():
     table = {"arm": 1, "hand": 1}
-    with pytest.raises(ConfigError, match="agent_pos_config: 'arm' stands at dim 0, which the dataset calls 'hand'"):
+    with pytest.raises(ConfigError, match="agent_pos_config: 'arm' covers dim 0, which the dataset calls 'hand'"):
         robot_of(["arm", "hand"], state_names=["hand", "arm"], dof_config=table, agent_pos_config=table)
     found = robot_of(["arm", "hand"], state_names=["hand", "arm"], dof_config=table)
     assert found.agent_pos == (("state", 2),), "the action's names would be wrong for it"
@@ -519,7 +521,8 @@ def test_the_order_of_the_state_is_checked_like_that_of_the_action():
 def test_an_action_is_relative_to_its_own_state():
     changes = {"dof_config": {"both": 2}, "agent_pos_config": {"both": 2}, "relative_action_keys": ("both",)}
     with pytest.raises(
-        ConfigError, match=r"'arm' would be relative to the state 'hand', its own is dim 1.*state\[1:2\]"
+        ConfigError,
+        match=r"'arm' would be relative to the state 'hand', but the state of the same name is dim 1.*state\[1:2\]",
     ):
         robot_of(["arm", "hand"], state_names=["hand", "arm"], **changes)
     by_place = {

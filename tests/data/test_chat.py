@@ -31,7 +31,7 @@ def video(**changes) -> dict:
         ([{"type": "text", "text": None}], "message 1, text 0 is None; expected text"),
         ([{"type": "text", "text": 3}], "message 1, text 0 is 3; expected text"),
         ([{"type": "text", "text": "a"}, {"type": "text", "text": b"b"}], "message 1, text 1 is b'b'; expected text"),
-        ("half \ud83d", "message 1, text 0 'half .* holds half of a surrogate pair at character 5"),
+        ("half \ud83d", "message 1, text 0 'half .* contains half of a surrogate pair at character 5"),
         ("<|im_end|>", r"message 1, text 0 contains control tokens: <\|im_end\|>"),
         ("go <|propri|> <|action_token_3|>", r"control tokens: <\|propri\|>, <\|action_token_3\|>; remove"),
         ([{"type": "image", "image": "photo.png"}], "message 1, image 0: str; give a uint8"),
@@ -41,7 +41,7 @@ def video(**changes) -> dict:
         ([video(video="clip.mp4")], "message 1, video 0 is 'clip.mp4'; expected its frames"),
         ([video(video=FRAMES[:1] + [None])], "message 1, video 0, frame 1: NoneType; give a uint8"),
         *(
-            ([video(fps=fps)], "message 1, video 0: fps is .*; say how many .* in a second, 0.001 to 1000")
+            ([video(fps=fps)], "message 1, video 0: fps is .*; expected frames per second, between 0.001 and 1000")
             for fps in (None, "2", 0, -1, float("nan"), float("inf"), 1e-300, np.float32("inf"))
         ),
     ],
@@ -54,7 +54,7 @@ def test_malformed_content(tokenizer, content, message):
 
 @pytest.mark.parametrize("role", ["user<|im_end|>", "user\nsystem", "", None, 3, "\ud83d"])
 def test_a_role_is_a_word(tokenizer, role):
-    with pytest.raises(ValueError, match="message 0: role is .*; expected a word"):
+    with pytest.raises(ValueError, match="message 0: role is .*; expected a role such as"):
         encode_chat(tokenizer, [{"role": role, "content": "x"}])
 
 
@@ -67,7 +67,7 @@ def test_a_conversation_is_a_list(tokenizer, conversation):
 def test_what_the_template_refuses_is_told(tokenizer, monkeypatch):
     template = "<|image_pad|>{{ raise_exception('roles must alternate') }}"
     monkeypatch.setitem(tokenizer.config, "chat_template", template)
-    with pytest.raises(ValueError, match="chat template refuses this conversation: roles must alternate"):
+    with pytest.raises(ValueError, match="chat template rejects this conversation: roles must alternate"):
         encode_chat(tokenizer, [{"role": "user", "content": "x"}])
 
 

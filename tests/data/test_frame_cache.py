@@ -176,7 +176,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(source, tmp_path, monkeypat
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(
-        OSError, match="frame_cache: no room.*No space left.*put it on another disk, or lower resolution"
+        OSError, match="frame_cache: not enough space.*No space left.*use another disk, or lower resolution"
     ):
         CachedSource(source, CONFIG, tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

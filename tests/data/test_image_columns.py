@@ -80,7 +80,7 @@ def column(root, change):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda rows: pa.array([[1, 2]] * len(rows)), "is of type list<.*>, not of encoded images"),
+        (lambda rows: pa.array([[1, 2]] * len(rows)), "has type list<.*>; expected encoded images"),
         (lambda rows: pa.array([*rows[:-2], None, None]), "has no image in 2 rows"),
         (
             lambda rows: pa.array([{"bytes": None, "path": None}, *rows[1:]], pa.struct(FIELDS)),
@@ -114,7 +114,7 @@ def test_a_column_of_paths(root):
 def test_an_image_of_another_size_than_promised(root):
     column(root, lambda rows: pa.array([*rows[:3], {"bytes": encode(Image.fromarray(RGB)), "path": None}, *rows[4:]]))
     source = LeRobotSource(read_info(root), 2, [HIGH])
-    with pytest.raises(FrameError, match=r"frame 3: .*the image is 20x30 \(height x width\), meta/info.json says"):
+    with pytest.raises(FrameError, match=r"frame 3: .*the image is 20x30 \(height x width\), but meta/info.json has"):
         source[3]
 
 
@@ -128,9 +128,9 @@ def test_depth_is_refused(tmp_path, kind):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (None, "there is no image in this row"),
-        ({"bytes": None, "path": None}, "there is no image in this row"),
-        (b"not an image", "these bytes are no image"),
+        (None, "this row has no image"),
+        ({"bytes": None, "path": None}, "this row has no image"),
+        (b"not an image", "the bytes are not an image"),
         (encode(Image.fromarray(RGB))[:200], "truncated|damaged"),
     ],
 )

@@ -41,7 +41,7 @@ def test_keys_are_checked_at_once(dataset_info):
         LeRobotSource(dataset_info, 4, CAMERAS, state_key="state")
     with pytest.raises(ValueError, match="no feature 'observation.images.cam_high'"):
         LeRobotSource(dataset_info, 4, CAMERAS, action_key=CAMERAS[0])
-    with pytest.raises(ValueError, match="frames 0..99 asked for, but it has 26"):
+    with pytest.raises(ValueError, match="frames 0..99 requested, but it has 26"):
         LeRobotSource(dataset_info, 4, CAMERAS, frames=np.array([0, 99]))
 
 
@@ -90,7 +90,7 @@ def test_a_split_and_its_pickled_copy(source):
     again = pickle.loads(pickle.dumps(part))
     np.testing.assert_array_equal(again[0].images[0], source[9].images[0])
     assert again[1].frame == 3
-    with pytest.raises(ValueError, match="frames 0..26 asked for"):
+    with pytest.raises(ValueError, match="frames 0..26 requested"):
         source.select([0, 26])
 
 
@@ -104,7 +104,7 @@ def test_a_frame_that_cannot_be_read_is_named(copied):
     source = LeRobotSource(read_info(copied), 4, CAMERAS)
     content = video.read_bytes()
     for damage, reason in (
-        (lambda: video.write_bytes(content[:200]), "it has no video stream: it is cut off"),
+        (lambda: video.write_bytes(content[:200]), "it has no video stream: it is truncated"),
         (video.unlink, "it is missing"),
         (lambda: video.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "git lfs pull"),
     ):

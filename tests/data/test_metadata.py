@@ -67,7 +67,7 @@ def test_frame_sizes(dataset_info, shape, names, size):
 )  # fmt: skip
 def test_depth_cameras_are_refused_by_name(copied, mark):
     edits.edit_info(copied, lambda info: info["features"][HIGH].update(mark))
-    with pytest.raises(ValueError, match=f"camera '{HIGH}' holds depth maps; choose a color camera"):
+    with pytest.raises(ValueError, match=f"camera '{HIGH}' contains depth maps; choose a color camera"):
         LeRobotSource(read_info(copied), 4, CAMERAS)
     LeRobotSource(read_info(copied), 4, CAMERAS[1:])
 
@@ -130,7 +130,7 @@ FIELDS = {
     "fps text": (lambda c: c.update(fps="10"), "'fps' is \"10\", expected a number"),
     "fps true": (lambda c: c.update(fps=True), "'fps' is true, expected a number"),
     "features missing": (lambda c: c.pop("features"), "'features' is null, expected an object"),
-    "frames as text": (lambda c: c.update(total_frames="26"), "'total_frames' is \"26\", expected a whole number"),
+    "frames as text": (lambda c: c.update(total_frames="26"), "'total_frames' is \"26\", expected an integer"),
     "no shape": (lambda c: c["features"]["action"].pop("shape"), "feature 'action' has shape null"),
     "no dtype": (lambda c: c["features"]["action"].pop("dtype"), "feature 'action' has dtype null"),
     "shape a number": (lambda c: c["features"]["action"].update(shape=14), "feature 'action' has shape 14"),
@@ -207,13 +207,13 @@ def test_files_that_macos_leaves(copied):
 def test_an_episode_in_two_tables_names_both(copied):
     other = copied / "meta/episodes/chunk-000/file-007.parquet"
     shutil.copy(copied / edits.EPISODES, other)
-    with pytest.raises(DatasetError, match="file-007.parquet: episode_index 0 is there twice .also in .*file-000"):
+    with pytest.raises(DatasetError, match="file-007.parquet: episode_index 0 occurs twice .also in .*file-000"):
         read_info(copied)
 
 
 def test_half_copied_dataset(copied):
     edits.edit_info(copied, lambda info: info.update(total_episodes=5))
-    with pytest.raises(DatasetError, match="counts 5 episodes and 26 frames, meta/episodes 4 and 26"):
+    with pytest.raises(DatasetError, match="counts 5 episodes and 26 frames, but meta/episodes has 4 and 26"):
         read_info(copied)
     shutil.rmtree(copied / "meta" / "episodes")
     with pytest.raises(FileNotFoundError, match="meta/episodes is missing"):
@@ -237,9 +237,9 @@ def test_episodes_in_any_order_and_with_gaps(copied, dataset_info):
 
 
 EPISODE_FAULTS = {
-    "twice": ("episode_index", [0, 1, 1, 3], "episode_index 1 is there twice"),
-    "length 0": ("length", [7, 5, 8, 6, 0], "length is not above 0 for 1 episodes"),
-    "index span": ("dataset_to_index", [7, 12, 21, 26], "is not length for 1 episodes, the first is episode 2 "
+    "twice": ("episode_index", [0, 1, 1, 3], "episode_index 1 occurs twice"),
+    "length 0": ("length", [7, 5, 8, 6, 0], "length is not positive for 1 episodes"),
+    "index span": ("dataset_to_index", [7, 12, 21, 26], "differs from length for 1 episodes, the first is episode 2 "
                    r"\(length 8, dataset_from_index 12, dataset_to_index 21\)"),
     "null": ("length", [7, None, 8, 11], "column 'length' is null in row 1"),
 }  # fmt: skip
@@ -325,11 +325,11 @@ NO_TASKS = {
     "no text": ({"task_index": [0, 1]}, "no column with the instructions, only \\['task_index'\\]"),
     "two texts": (
         {"task_index": [0, 1], "english": [ONE, OTHER], "french": ["a", "b"]},
-        "any of the columns \\['english', 'french'\\] may hold the instructions; keep one and call it 'task'",
+        "any of the columns \\['english', 'french'\\] could contain the instructions; keep one and name it 'task'",
     ),
     "no number": ({"task": [ONE, OTHER]}, r"lacks columns \['task_index'\]"),
-    "number twice": ({"task_index": [1, 1], "task": [ONE, OTHER]}, "task_index \\[1\\] is there more than once"),
-    "no whole number": ({"task_index": [0.5, 1.0], "task": [ONE, OTHER]}, "does not convert to int64"),
+    "number twice": ({"task_index": [1, 1], "task": [ONE, OTHER]}, "task_index \\[1\\] occurs more than once"),
+    "no whole number": ({"task_index": [0.5, 1.0], "task": [ONE, OTHER]}, "cannot be converted to int64"),
 }
 
 

@@ -112,11 +112,11 @@ def test_relative_actions_are_on_record(tmp_path):
     assert (read.relative_to, read.horizon) == ((1, -1), 8)
     read.check_relative((1, -1), 8)
     for relative_to, horizon in (((1, -1), 9), ((0, -1), 8), ((), 8)):
-        with pytest.raises(ValueError, match=r"are of actions relative .*\{0: 1\} over 8 steps, but wanted"):
+        with pytest.raises(ValueError, match=r"are for actions relative .*\{0: 1\} over 8 steps; expected statistics"):
             read.check_relative(relative_to, horizon)
     absolute = NormStats(part, part, "s", "a")
     absolute.check_relative((), 8)
-    with pytest.raises(ValueError, match="are of absolute actions, but wanted .* over 8 steps"):
+    with pytest.raises(ValueError, match="are for absolute actions; expected statistics .* over 8 steps"):
         absolute.check_relative((1, -1), 8)
     content = json.loads((tmp_path / "norm_stats.json").read_text()) | {"relative_actions": {"horizon": 8}}
     (tmp_path / "norm_stats.json").write_text(json.dumps(content))
@@ -166,9 +166,9 @@ def test_lerobots_own_stats(tmp_path, caplog):
         ({"q01": [float("nan")], "q99": [1]}, "q01 is not finite at dims \\[0\\]"),
         ({"q01": [0], "q99": [float("inf")]}, "q99 is not finite"),
         ({"q01": [0, 0], "q99": [1]}, r"q01 has shape \(2,\), q99 \(1,\)"),
-        ({"mean": [0], "std": [1]}, "needs q01 and q99, it has \\['mean', 'std'\\]"),
+        ({"mean": [0], "std": [1]}, "needs q01 and q99, but has \\['mean', 'std'\\]"),
         ({"q01": ["a"], "q99": [1]}, "could not convert"),
-        ([1, 2], "needs q01 and q99, it has list"),
+        ([1, 2], "needs q01 and q99, but has list"),
     ],
 )
 def test_bad_entries(tmp_path, row, message):
@@ -187,7 +187,7 @@ def test_missing_key_lists_what_the_file_has(tmp_path):
 
 
 def test_no_file_and_no_json(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no norm stats at"):
+    with pytest.raises(FileNotFoundError, match="no normalization statistics at"):
         load_norm_stats(tmp_path)
     (tmp_path / "norm_stats.json").write_text("{")
     with pytest.raises(ValueError, match="norm_stats.json is not valid JSON"):

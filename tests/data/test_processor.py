@@ -146,7 +146,7 @@ def test_relative_actions_are_differences_from_the_first_state_and_come_back(tok
     np.testing.assert_allclose(back, actions, atol=2e-6)
     both = processor.decode_actions(np.stack([sample.actions] * 2), np.stack([state, state + 1]))
     np.testing.assert_allclose(both[1] - both[0], np.tile(processor.relative, (HORIZON, 1)), atol=2e-6)
-    with pytest.raises(ValueError, match="needs the state"):
+    with pytest.raises(ValueError, match="pass the state"):
         processor.decode_actions(sample.actions)
 
 
@@ -167,10 +167,10 @@ def test_relative_actions_need_the_state_also_where_it_is_not_seen(tokenizer, st
 
 
 def test_statistics_must_be_of_the_same_differences(tokenizer, stats):
-    with pytest.raises(ValueError, match="are of absolute actions, but wanted are those of actions relative"):
+    with pytest.raises(ValueError, match="are for absolute actions; expected statistics for actions relative"):
         Processor(config(tokenizer, relative_to=RELATIVE_TO), tokenizer, stats)
     of_differences = dataclasses.replace(stats, relative_to=RELATIVE_TO, horizon=HORIZON)
-    with pytest.raises(ValueError, match="but wanted are those of absolute actions"):
+    with pytest.raises(ValueError, match="expected statistics for absolute actions"):
         Processor(config(tokenizer), tokenizer, of_differences)
     short = dataclasses.replace(stats, relative_to=(1, 2), horizon=HORIZON)
     with pytest.raises(ValueError, match="for each of 14 action dims"):
@@ -239,7 +239,7 @@ def test_dims_that_nothing_trains_hold_the_state_of_their_name_or_are_not_there(
         np.testing.assert_allclose(decoded[row][:, held], np.tile(state[[7, 3]] + row, (HORIZON, 1)), rtol=1e-6)
     others = [i for i in range(9) if i not in held]
     np.testing.assert_array_equal(decoded[..., others], all_dims[..., processor.given][..., others])
-    with pytest.raises(ValueError, match="needs the state"):
+    with pytest.raises(ValueError, match="pass the state"):
         processor.decode_actions(chunk)
     state[7] = np.nan  # of no use for training where the policy does not see it
     blind = holding(tokenizer, stats, observed=tuple(dim != 7 for dim in range(14)))
@@ -304,7 +304,7 @@ def test_pillow_images(flow, observation):
     [
         ("instruction", "  ", "instruction is '  '"),
         ("instruction", None, "instruction is None"),
-        ("state", np.zeros(13), "state has shape \\(13,\\); this robot's has \\(14,\\)"),
+        ("state", np.zeros(13), "state has shape \\(13,\\); expected \\(14,\\)"),
         ("state", np.array([0.0] * 5 + [np.nan] * 9), "state is not finite at dims \\[5, 6"),
         ("state", np.array([0.0] * 13 + [-np.inf]), "state is not finite at dims \\[13\\]"),
         ("state", {"joint": 0.0}, "state is {'joint': 0.0}; expected an array of numbers"),
@@ -320,7 +320,7 @@ def test_pillow_images(flow, observation):
         ("actions", np.zeros((3, 14)), "actions have shape \\(3, 14\\); expected \\(6, 14\\)"),
         ("actions", [["a"] * 14] * 6, "actions is .*; expected an array of numbers"),
         ("instruction", "pick up " * 50, "raise it to at least"),
-        ("instruction", "pick \ud83d up", "the instruction 'pick .* holds half of a surrogate pair at character 5"),
+        ("instruction", "pick \ud83d up", "the instruction 'pick .* contains half of a surrogate pair at character 5"),
     ],
 )
 def test_bad_input_is_named_and_leaves_the_processor_usable(flow, observation, field, value, message):

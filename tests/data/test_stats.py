@@ -149,7 +149,9 @@ def test_missing_and_infinite_values(tmp_path):
     got = compute_stats(table_only(tmp_path / "nan", values), "s", "a").state
     assert got.max.tolist() == [18, 0] and got.min.tolist() == [0, 0]
     values[0, 0] = np.inf
-    with pytest.raises(ValueError, match="t: dim 0 of the state has infinite values; scripts/check_dataset.py says"):
+    with pytest.raises(
+        ValueError, match="t: dim 0 of the state has infinite values; scripts/check_dataset.py lists the frames"
+    ):
         compute_stats(table_only(tmp_path / "inf", values), "s", "a")
 
 

@@ -173,13 +173,13 @@ VALUE_FAULTS = {
     "ragged": (ragged, LISTS, "has 1 numbers instead of 2 in row 3 \\(episode 0, frame 3\\), row 8 "
                "\\(episode 1, frame 4\\)"),
     "null rows": (with_null, LISTS, "is null in row 2 \\(episode 0, frame 2\\), row 5 \\(episode 1, frame 1\\)"),
-    "null inside": (with_null_inside, LISTS, "holds a null in row 6 \\(episode 1, frame 2\\)"),
+    "null inside": (with_null_inside, LISTS, "contains a null in row 6 \\(episode 1, frame 2\\)"),
     "wide": (lambda column: [row + [0.0] for row in column], pa.list_(pa.float32(), 3), "has 3 numbers instead of 2 in "
              "row 0 .*, row 2 \\(episode 0, frame 2\\) and 10 more"),
     "single numbers": (lambda column: [row[0] for row in column], pa.float32(), "single numbers of type float, not "
                        "lists of 2"),
-    "text": (lambda column: [["a", "b"] for _ in column], pa.list_(pa.string()), "of type string does not convert to "
-             "float32"),
+    "text": (lambda column: [["a", "b"] for _ in column], pa.list_(pa.string()), "of type string cannot be "
+             "converted to float32"),
 }  # fmt: skip
 
 
@@ -195,7 +195,7 @@ def test_values_that_are_refused(root, fault):
 def test_fractions_where_whole_numbers_are_promised(root):
     edits.edit_info(root, lambda c: c["features"][STATE].update(dtype="int64"))
     edits.set_column(root, edits.DATA, STATE, [[0.5, 1.0]] * 13, pa.list_(pa.float64()))
-    with pytest.raises(DatasetError, match="of type double does not convert to int64 .*truncated"):
+    with pytest.raises(DatasetError, match="of type double cannot be converted to int64 .*truncated"):
         open_table(root)
 
 
@@ -215,12 +215,12 @@ KEY_FAULTS = {
     "negative": ("frame_index", [-1, *range(1, 4), *range(6), *range(3)], "'frame_index' .*in 1 of 13 rows.*: -1"),
     "unknown task": ("task_index", [0] * 12 + [5], "'task_index' is not one of meta/tasks.parquet in 1 of 13 rows, "
                      ".*: 5"),
-    "episode below 0": ("episode_index", [-1] * 4 + [1] * 6 + [2] * 3, "4 rows are of episodes that meta/episodes does "
-                        "not have \\(episode_index -1\\)"),
-    "unknown episode": ("episode_index", [0] * 4 + [7] * 6 + [2] * 3, "6 rows are of episodes that meta/episodes does "
-                        "not have \\(episode_index 7\\)"),
+    "episode below 0": ("episode_index", [-1] * 4 + [1] * 6 + [2] * 3, "4 rows belong to episodes that are not "
+                        "in meta/episodes \\(episode_index -1\\)"),
+    "unknown episode": ("episode_index", [0] * 4 + [7] * 6 + [2] * 3, "6 rows belong to episodes that are not "
+                        "in meta/episodes \\(episode_index 7\\)"),
     "null": ("index", [None, *range(1, 13)], "column 'index' is null in row 0"),
-    "fraction": ("index", [x + 0.5 for x in INDEX], "column 'index' of type double does not convert to int64"),
+    "fraction": ("index", [x + 0.5 for x in INDEX], "column 'index' of type double cannot be converted to int64"),
 }  # fmt: skip
 
 
@@ -291,7 +291,7 @@ def test_frames_that_go_back_in_time(root):
         values = edits.column(root, edits.DATA, key)
         values[5], values[6] = values[6], values[5]
         edits.set_column(root, edits.DATA, key, values)
-    with pytest.raises(DatasetError, match="'timestamp' is not at or after that of the frame before in 1 of 13 rows"):
+    with pytest.raises(DatasetError, match="'timestamp' is not at or after that of the previous frame in 1 of 13 rows"):
         open_table(root)
     edits.set_column(root, edits.DATA, "timestamp", [0.0] * 13)
     open_table(root)  # no clock
@@ -318,7 +318,7 @@ def test_a_type_that_cannot_hold_the_values(root, dtype):
     recorded = np.array(edits.column(root, edits.DATA, STATE), np.float32)
     edits.edit_info(root, lambda content: content["features"][STATE].update(dtype=dtype))
     if dtype == "bool":
-        with pytest.raises(DatasetError, match=f"column '{STATE}' of type float does not convert to bool"):
+        with pytest.raises(DatasetError, match=f"column '{STATE}' of type float cannot be converted to bool"):
             open_table(root)
         edits.set_column(root, edits.DATA, STATE, (recorded > 0).astype(np.float32).tolist())
         np.testing.assert_array_equal(open_table(root).state, recorded > 0)
@@ -410,7 +410,8 @@ def test_a_full_disk_says_where_and_how_much(root, monkeypatch):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "open", lambda *_: Full())
-    with pytest.raises(OSError, match="no room for 0.00 GiB of tables in /.*: No space left on device; set TMPDIR"):
+    message = "not enough space for 0.00 GiB of tables in /.*: No space left on device; set TMPDIR"
+    with pytest.raises(OSError, match=message):
         source.low_dim(0)
 
 

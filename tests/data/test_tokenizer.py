@@ -183,7 +183,7 @@ def test_errors_name_the_file_and_the_remedy(small, tmp_path):
     small.save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"action_token_vocab_size": 3}))
-    with pytest.raises(ValueError, match="action_token_vocab_size = 3 but the vocabulary says 2"):
+    with pytest.raises(ValueError, match="action_token_vocab_size = 3 but the vocabulary has 2"):
         Tokenizer.from_dir(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match="tokenizer_config.json is not valid JSON"):
@@ -193,7 +193,7 @@ def test_errors_name_the_file_and_the_remedy(small, tmp_path):
     with pytest.raises(ValueError, match="'<late>' is listed with id 400 but gets 261"):
         Tokenizer.from_dir(tmp_path)
     for text, message in (
-        ("{}", "tokenizer.json is not a tokenizer that can be read"),
+        ("{}", "tokenizer.json cannot be read as a tokenizer"),
         ("[]", "tokenizer.json holds a JSON array"),
         ('{"version": "1.0", "mod', "tokenizer.json is not valid JSON .*cut off"),
         ("version https://git-lfs.github.com/spec/v1\n", "tokenizer.json is a Git LFS pointer"),
@@ -233,10 +233,10 @@ def test_added_tokens_of_a_wrong_type_are_named(small, tmp_path, name, content):
     [
         ("vocab.json", "", "vocab.json is empty"),
         ("vocab.json", "[]", "vocab.json holds a JSON array"),
-        ("vocab.json", '{"a": "0"}', "vocab.json and merges.txt are not a tokenizer"),
+        ("vocab.json", '{"a": "0"}', "vocab.json and merges.txt cannot be read as a tokenizer"),
         ("merges.txt", "", "merges.txt is empty"),
         ("merges.txt", "version https://git-lfs.github.com/spec/v1\n", "merges.txt is a Git LFS pointer"),
-        ("merges.txt", "#version: 0.2\na b c\n", "vocab.json and merges.txt are not a tokenizer"),
+        ("merges.txt", "#version: 0.2\na b c\n", "vocab.json and merges.txt cannot be read as a tokenizer"),
     ],
 )
 def test_damaged_slow_files_are_named(tmp_path, name, text, message):

@@ -4,10 +4,9 @@ import itertools
 import threading
 
 import av
-from helpers import edits
 import numpy as np
 import pytest
-from helpers import synthetic
+from helpers import edits, synthetic
 
 from wallx_jax.data import fetch, video
 from wallx_jax.data.errors import FrameError
@@ -186,7 +185,7 @@ def test_depth_maps_are_refused(tmp_path):
         stream.width, stream.height, stream.pix_fmt = 64, 48, "gray12le"
         frame = av.VideoFrame.from_ndarray(np.zeros((48, 64), np.uint16), format="gray12le")
         out.mux(stream.encode(frame)), out.mux(stream.encode())
-    with pytest.raises(ValueError, match=r"holds depth maps \(gray12le\); choose a color camera"):
+    with pytest.raises(ValueError, match=r"contains depth maps \(gray12le\); choose a color camera"):
         VideoFile(file, FPS)
 
 

@@ -354,13 +354,13 @@ def test_length_is_needed(tmp_path):
 def test_partly_written_episode_makes_the_dataset_unusable(tmp_path, frames, message):
     episode = EPISODES[0] | {TOP: iter(frames)}
     with (
-        pytest.raises(RuntimeError, match="episode 1 .* was written only in part"),
+        pytest.raises(RuntimeError, match="episode 1 .* was only partially written"),
         DatasetWriter(tmp_path / "dataset", 10, make_features(), codec="h264") as writer,
     ):
         writer.add_episode(EPISODES[1], "go")
         with pytest.raises(ValueError, match=message):
             writer.add_episode(episode, "go")
-        with pytest.raises(RuntimeError, match="written only in part"):
+        with pytest.raises(RuntimeError, match="only partially written"):
             writer.add_episode(EPISODES[2], "go")
     assert not list(tmp_path.iterdir())
 

@@ -77,7 +77,7 @@ def test_clean_dataset(clean_dir):
     assert [f.about for f in report.findings] == [
         "episodes", "state", "action", "action to state", "timestamps", "instructions", "frames",
     ]  # fmt: skip
-    assert "median 1 frames, 0.10 s); it is exactly the next state" in str(report.findings[3])
+    assert "median 1 frames, 0.10 s); the action equals the next state" in str(report.findings[3])
     figures = json.loads(json.dumps(as_json(report), allow_nan=False))
     assert (figures["episodes"], figures["frames"], figures["fps"], figures["duration_s"]) == (4, 26, 10, 2.6)
     assert figures["episode_lengths"] == {"min": 5, "median": 6.5, "max": 8, "shorter_than_horizon": 0}
@@ -99,15 +99,15 @@ FAULTS = {
     "nan_state": (synthetic.STATE, put((PLACE, 4), np.nan), "error", "state",
                   "NaN in 1 values of joint_4, the first at episode 2, frame 3; .*training stops"),
     "nan_action": (synthetic.ACTION, put((PLACE, 4), np.nan), "warning", "action",
-                   "NaN in 1 values of joint_4, .*left out of the loss"),
+                   "NaN in 1 values of joint_4, .*excluded from the loss"),
     "infinite": (synthetic.ACTION, put((PLACE, 4), np.inf), "error", "action",
                  "infinite values in joint_4, the first at episode 2, frame 3"),
     "constant": (synthetic.STATE, put((slice(None), 4), 0.5), "warning", "state", "constant: joint_4;"),
     "nothing_moves": (synthetic.STATE, lambda x: 0 * x, "error", "state", "no dim ever changes"),
     "jump": (synthetic.STATE, put((PLACE, 4), 1e3), "warning", "state",
-             "2 jumps, the largest of each dim: joint_4 by .* at episode 2, frame [34] "),
+             "2 jumps, the largest per dim: joint_4 by .* at episode 2, frame [34] "),
     "timestamp": ("timestamp", put(PLACE, 0.34), "warning", "timestamps",
-                  "1 of 26 are not frame / 10, the first is episode 2, frame 3: 0.3400 s"),
+                  "1 of 26 differ from frame / 10, the first is episode 2, frame 3: 0.3400 s"),
 }  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def test_state_before_action(root):
     states = np.array(pq.read_table(root / "data/chunk-000/file-000.parquet")[synthetic.STATE].to_pylist())
     edit(root, lambda _: states[before], synthetic.ACTION)
     (finding,) = problems(check(root))
-    assert finding.severity == "warning" and "moves before the action does (median -1 frames" in finding.message
+    assert finding.severity == "warning" and "moves before the action (median -1 frames" in finding.message
 
 
 def test_short_episodes(clean_dir):
@@ -171,7 +171,7 @@ def test_statistics_of_another_robot(clean_dir, tmp_path):
     assert len(found) == 3 and report.failed
     assert "clamped: joint_2 100%;" in found[0] and found[0].startswith("error")
     assert "clamped: joint_8 12%;" in found[1] and "unset norm_stats_path" in found[1]
-    assert "under 5% of the range of norm_stats_path: joint_5;" in found[2]
+    assert "less than 5% of the range of norm_stats_path: joint_5;" in found[2]
 
 
 @pytest.mark.parametrize(

@@ -155,9 +155,10 @@ def test_what_cannot_be_meant_is_said(plan_of):
     text = plan_of(num_training_steps=20, num_warmup_steps=20, gradient_accumulation_steps=6, action_horizon=9)
     assert "warning  episodes: all 4 are shorter than the horizon of 9 frames, the longest has 8; lower" in text
     assert (
-        "settings: warning  num_warmup_steps: 20 updates of warm-up in a run of 20: the peak is never reached; lower it"
+        "settings: warning  num_warmup_steps: 20 warmup updates in a run of 20: the peak learning rate is never "
+        "reached; lower it"
     ) in text
-    assert "settings: warning  batch_size_per_gpu: an update has 24 samples, more than there are training fr" in text
+    assert "settings: warning  batch_size_per_gpu: an update has 24 samples, but there are only" in text
     text = plan_of(num_training_steps=20, num_warmup_steps=19, gradient_accumulation_steps=5)
     assert "settings: " not in text
 

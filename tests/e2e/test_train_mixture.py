@@ -96,6 +96,7 @@ def test_pictures_must_have_one_size(model_dir, dataset_dir, small_dir, tmp_path
     views = {"left_wrist_view": "cam_left_wrist"}
     datasets = {"seven": {"repo_id": str(small_dir), "camera_views": views}}
     config = configured(model_dir, dataset_dir, small_dir, tmp_path / "never", datasets=datasets)
-    with pytest.raises(ConfigError, match="datasets.seven: its images come to 56x56 .* synthetic to 56x84, 56x56"):
+    message = "datasets.seven: its images are resized to 56x56 .* of synthetic to 56x84, 56x56"
+    with pytest.raises(ConfigError, match=message):
         wallx_jax.train.run(config)
     assert not (tmp_path / "never").exists()

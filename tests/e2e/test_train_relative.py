@@ -124,14 +124,14 @@ def test_statistics_on_file_must_be_of_the_same_differences(model_dir, dataset_d
     dry_run(norm_stats_path=str(tmp_path / "relative.json"))
     assert "compute_norm_stats" not in caplog.text
     for changes, match in (
-        ({"norm_stats_path": str(plain)}, "plain.json: the statistics are of absolute actions.*compute_norm_stats.py"),
+        ({"norm_stats_path": str(plain)}, "plain.json: the statistics are for absolute actions.*compute_norm_stats.py"),
         (
             {"norm_stats_path": str(tmp_path / "relative.json"), "relative_action_keys": ()},
-            "relative.json: .*but wanted are those of absolute actions",
+            "relative.json: .*expected statistics for absolute actions",
         ),
         (
             {"norm_stats_path": str(tmp_path / "relative.json"), "action_horizon": 5},
-            "over 4 steps, but wanted .* over 5 steps",
+            "over 4 steps; expected statistics .* over 5 steps",
         ),
     ):
         with pytest.raises(ValueError, match=match):

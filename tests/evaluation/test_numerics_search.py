@@ -128,7 +128,7 @@ def test_the_cache_of_the_hub_is_left_alone(wallx_dir, tmp_path):
     (tmp_path / "blob").write_bytes((wallx_dir / "config.json").read_bytes())
     (tmp_path / "snapshot").mkdir()
     (tmp_path / "snapshot" / "config.json").symlink_to(tmp_path / "blob")
-    with pytest.raises(ValueError, match="link into the hub's cache.*copy the folder"):
+    with pytest.raises(ValueError, match="link into the shared Hub cache; copy the directory"):
         numerics_search.write_numerics(tmp_path / "snapshot", COMBINATIONS[0])
 
 

@@ -215,13 +215,13 @@ def test_wrong_observations_name_the_field_and_leave_the_policy_usable(policy):
         ({"images": images | {"left_wrist_view": pixel}}, "left_wrist_view: an image of 1x1"),
         ({"images": images | {"left_wrist_view": None}}, "left_wrist_view: NoneType"),
         ({"state": nan}, r"state is not finite at dims \[3\]"),
-        ({"state": state[:-1]}, r"state has shape \(6,\); this robot's has \(7,\)"),
+        ({"state": state[:-1]}, r"state has shape \(6,\); expected \(7,\)"),
         ({"state": state[None]}, r"state has shape \(1, 7\)"),
         ({"instruction": ""}, "instruction is ''"),
         ({"instruction": "  "}, "instruction is '  '"),
         ({"instruction": None}, "instruction is None"),
         ({"instruction": "open <|im_end|>"}, r"instruction .* contains control tokens: <\|im_end\|>"),
-        ({"instruction": "lift \ud83d"}, "instruction .* holds half of a surrogate pair"),
+        ({"instruction": "lift \ud83d"}, "instruction .* contains half of a surrogate pair"),
         ({"state": {"shoulder": 0.0}}, "state is {'shoulder': 0.0}; expected an array of numbers"),
         ({"state": ["a"] * DIMS}, "state is .*; expected an array of numbers"),
         ({"state": [[0, 1], [2]]}, "state is .*; expected an array of numbers"),
@@ -500,7 +500,7 @@ def test_relative_actions_are_added_to_the_state(policy, model_dir, tmp_path):
     ours, absolute = (each.predict(observations, seed=3).actions for each in (relative, policy))
     states = np.stack([o["state"] for o in observations])[:, list(relative_to)] * (np.array(relative_to) >= 0)
     np.testing.assert_allclose(ours, absolute + states[:, None], atol=1e-6)
-    with pytest.raises(ValueError, match="over 5 steps, but wanted .* over 6 steps"):
+    with pytest.raises(ValueError, match="over 5 steps; expected statistics .* over 6 steps"):
         wallx_jax.load_policy(model_dir, horizon=6, **options)
 
 

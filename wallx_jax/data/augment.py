@@ -1,4 +1,4 @@
-"""Augments training images with random crops, rotations and colour changes; not used for validation or inference."""
+"""Augment training images with random crops, rotations and color changes; not used for validation or inference."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from PIL import Image, ImageEnhance
 from wallx_jax.config.schema import AugmentConfig
 from wallx_jax.data.batch import Batch
 
-COLOURS = (
+COLORS = (
     ("brightness", ImageEnhance.Brightness),
     ("contrast", ImageEnhance.Contrast),
     ("saturation", ImageEnhance.Color),
@@ -42,7 +42,7 @@ class Augment:
         # A wrist camera moves with the hand, so the position of an object in its image encodes where the hand is.
         if config.wrist_geometry or "wrist" not in view:
             image = _cropped_and_rotated(image, config.crop, config.rotate_deg, rng)
-        for name, enhance in COLOURS:
+        for name, enhance in COLORS:
             if strength := getattr(config, name):
                 image = enhance(image).enhance(rng.uniform(1 - strength, 1 + strength))
         return np.array(image)

@@ -1,4 +1,4 @@
-"""Defines the batch that the data pipeline passes to the model, for training and inference.
+"""Define the batch that the data pipeline passes to the model, for training and inference.
 
 Legend: B batch, h w image pixels, T prefix tokens, W label window, A action horizon, C model channels.
 """
@@ -23,9 +23,9 @@ class Batch:
         token_mask: bool [B, T], False at padding.
         labels: int32 [B, W], the targets of the last W prefix positions (already aligned: labels[:, j] is the id at
             prefix position T - W + j, or -100 where there is no target); W = 0 without text targets. W < T.
-        state: float32 [B, C_state], normalised and zero padded.
+        state: float32 [B, C_state], normalized and zero padded.
         state_mask: float32 [B, C_state], 1.0 where the robot has the channel and the run observes it.
-        actions: float32 [B, A, C], normalised and zero padded. All zero at inference.
+        actions: float32 [B, A, C], normalized and zero padded. All zero at inference.
         action_mask: float32 [B, A, C], 1.0 where the robot has the channel, the run predicts it and, in training, the
             recorded value is finite.
         action_is_pad: bool [B, A], True past the end of the episode.

@@ -1,4 +1,4 @@
-"""Builds processors, splits and streams of samples for the datasets of a checked run configuration."""
+"""Build the processor and the training and held-out splits of a checked run configuration."""
 
 import dataclasses
 import logging
@@ -146,7 +146,7 @@ def load_stats(run: RunConfig, source: LeRobotSource) -> NormStats:
     for name, key, found in (("state", data.state_key, stats.state), ("action", data.action_key, stats.action)):
         if len(found) != info.dims(key):
             raise ValueError(
-                f"norm_stats_path = {data.norm_stats_path}: {name} statistics have {len(found)} dims, {key!r} of "
+                f"norm_stats_path = {data.norm_stats_path}: {name} statistics have {len(found)} dims, but {key!r} of "
                 f"{info.repo_id} has {info.dims(key)}; recompute them for this dataset, or unset norm_stats_path"
             )
     try:
@@ -177,14 +177,14 @@ def _report(run: RunConfig, info: DatasetInfo, stats: NormStats, seconds: float)
     command = "python scripts/compute_norm_stats.py"
     if stats.relative_to:
         relative = f", {', '.join(run.robot.relative_keys)} relative to the state over {stats.horizon} steps"
-        command += " --config=..., as here, --output norm_stats.json"
+        command += " --config=... --output norm_stats.json  # with the configuration of this run"
     else:
         relative, keys = "", ["--state_key", stats.state_key, "--action_key", stats.action_key]
         command = f"{command} {shlex.join(['--dataset', run.data.location, *keys, '--output', 'norm_stats.json'])}"
     return (
         f"statistics of {info.repo_id}: state ({len(stats.state)} dims of {stats.state_key}) and action "
         f"({len(stats.action)} dims of {stats.action_key}{relative}) computed from {info.num_frames:,} frames in "
-        f"{seconds:.1f} s; to look at them or keep them for norm_stats_path: {command}"
+        f"{seconds:.1f} s; to inspect them or save them for norm_stats_path: {command}"
     )
 
 
@@ -206,7 +206,7 @@ def build_processor(
         source: all frames of the dataset.
         tokenizer: the text tokenizer.
         fast: the FAST tokenizer, or None in flow mode.
-        stats: normalisation statistics.
+        stats: normalization statistics.
         state_dim: state channels of the model.
         action_dim: action channels of the model.
 
@@ -226,7 +226,7 @@ def build_processor(
             lengths[text] = required_prompt_length(tokenizer, [text], views, image_tokens, template=template)
         except ValueError as error:
             file = info.root / "meta" / "tasks.parquet"
-            raise DatasetError(f"{file}: task_index {number}: {error}; repair it and start again") from None
+            raise DatasetError(f"{file}: task_index {number}: {error}; correct it and start again") from None
     longest = max(lengths, key=lengths.__getitem__)
     check_horizon(run, lengths[longest])
     config = ProcessorConfig(

@@ -1,4 +1,4 @@
-"""Reads camera images by frame, from videos or from the dataset's tables."""
+"""Read camera images by frame, from videos or from the dataset's tables."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Encodes conversations with images and videos: Qwen's chat template, visual placeholders and visual inputs.
+"""Encode conversations with images and videos: Qwen's chat template, visual placeholders and visual inputs.
 
 A conversation is a list of messages in the format of transformers:
 
@@ -99,7 +99,7 @@ def _message(index: int, message: Any) -> dict[str, Any]:
         raise ValueError(f"message {index} is {message!r}; expected a dict with 'role' and 'content'")
     role, content = message["role"], message["content"]
     if not isinstance(role, str) or not role.isidentifier():
-        raise ValueError(f"message {index}: role is {role!r}; expected a word: 'system', 'user' or 'assistant'")
+        raise ValueError(f"message {index}: role is {role!r}; expected a role such as 'system', 'user' or 'assistant'")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, Sequence):
@@ -108,8 +108,8 @@ def _message(index: int, message: Any) -> dict[str, Any]:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind not in ("text", "image", "video") or kind not in part:
             raise ValueError(
-                f"message {index} has a part of type {kind!r}; parts are {{'type': 'text', 'text': ...}}, and the same "
-                "with 'image' and 'video'"
+                f"message {index} has a part of type {kind!r}; expected {{'type': 'text', 'text': ...}}, or "
+                "the same with 'image' or 'video'"
             )
     return {"role": role, "content": [dict(part) for part in content]}
 
@@ -141,9 +141,7 @@ def _video(part: Mapping[str, Any], where: str) -> np.ndarray:
 def _fps(part: Mapping[str, Any], where: str) -> float:
     fps, (least, most) = part.get("fps"), FPS_RANGE
     if not isinstance(fps, Real) or not least <= fps <= most:
-        raise ValueError(
-            f"{where}: fps is {fps!r}; say how many of its frames there are in a second, {least:g} to {most:g}"
-        )
+        raise ValueError(f"{where}: fps is {fps!r}; expected frames per second, between {least:g} and {most:g}")
     return float(fps)
 
 
@@ -171,7 +169,7 @@ def _expand(text: str, visuals: Sequence[np.ndarray]) -> str:
         pad = VIDEO_PAD if visual.ndim == 4 else IMAGE_PAD
         before, found, rest = rest.partition(pad)
         if not found or IMAGE_PAD in before or VIDEO_PAD in before:
-            raise ValueError("the tokenizer's chat template does not place the pictures of this conversation")
+            raise ValueError("the tokenizer's chat template does not insert the images of this conversation")
         frames = len(visual) // FRAMES_PER_TOKEN if visual.ndim == 4 else 1
         pieces += [before, pad * (frames * images.image_token_count(*visual.shape[-3:-1]))]
     return "".join([*pieces, rest])

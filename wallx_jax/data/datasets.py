@@ -1,4 +1,4 @@
-"""Opens the datasets of a run, each with its own cameras, keys and statistics, and unifies their sample shapes.
+"""Open the datasets of a run, each with its own cameras, keys and statistics, and unify their layout.
 
 The first dataset is described by the run's top-level settings; the setting `datasets` names the others.
 """
@@ -87,8 +87,8 @@ def unify_prompt_length(specs: Sequence[DatasetSpec], processors: Sequence[Proce
     """
     sizes = [processor.config.image_sizes for processor in processors]
     errors = [
-        f"datasets.{spec.name}: its images come to {_text(size)} (height x width), those of {specs[0].name} to "
-        f"{_text(sizes[0])}; set camera_views and resolution so that both have the same number and sizes"
+        f"datasets.{spec.name}: its images are resized to {_text(size)} (height x width), but those of {specs[0].name} "
+        f"to {_text(sizes[0])}; set camera_views and resolution so that number and sizes agree"
         for spec, size in zip(specs, sizes, strict=True)
         if size != sizes[0]
     ]

@@ -1,4 +1,4 @@
-"""Computes statistics of a LeRobot dataset, per episode and aggregated, as lerobot defines them.
+"""Compute statistics of a LeRobot dataset, per episode and aggregated, as lerobot defines them.
 
 Statistics are {name: float64 [C]}, with one column per vector dimension and per camera channel. `count` is the number
 of frames that contribute to a column.

@@ -1,4 +1,4 @@
-"""Reads meta/episodes of a LeRobot dataset: its episodes and their frame ranges."""
+"""Read meta/episodes of a LeRobot dataset: its episodes and their frame ranges."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,8 +16,8 @@ def _episode_files(root: Path) -> list[Path]:
     folder = root / "meta" / "episodes"
     files = sorted(file for file in folder.glob("*/*.parquet") if not file.name.startswith("."))  # macOS "._" files
     if not files:
-        what = "holds no tables" if folder.is_dir() else "is missing"
-        raise FileNotFoundError(f"{folder} {what}; the dataset is not complete, copy it again")
+        what = "contains no tables" if folder.is_dir() else "is missing"
+        raise FileNotFoundError(f"{folder} {what}; the dataset is incomplete: copy it again")
     return files
 
 
@@ -48,9 +48,9 @@ def read_episode_columns(root: Path, columns: Iterable[str]) -> dict[str, np.nda
     if len(twice := np.flatnonzero(np.diff(numbers[order]) == 0)):
         one, other = (sources[row] for row in order[twice[0] : twice[0] + 2])
         also = "" if one == other else f" (also in {one})"
-        raise DatasetError(f"{other}: episode_index {numbers[order][twice[0]]} is there twice{also}; {REWRITE}")
+        raise DatasetError(f"{other}: episode_index {numbers[order][twice[0]]} occurs twice{also}; {REWRITE}")
     if numbers.size and numbers.min() < 0:
-        raise DatasetError(f"{sources[order[0]]}: episode_index {numbers.min()} is below 0; {REWRITE}")
+        raise DatasetError(f"{sources[order[0]]}: episode_index {numbers.min()} is negative; {REWRITE}")
     return {column: values[order] for column, values in found.items()}
 
 
@@ -104,11 +104,11 @@ def read_episodes(root: Path, repo_id: str, info: Mapping[str, Any]) -> dict[str
     if len(numbers) != info["total_episodes"] or lengths.sum() != info["total_frames"]:
         raise DatasetError(
             f"{repo_id}: meta/info.json counts {info['total_episodes']} episodes and {info['total_frames']} frames, "
-            f"meta/episodes {len(numbers)} and {lengths.sum()}; the dataset is not complete, copy it again"
+            f"but meta/episodes has {len(numbers)} and {lengths.sum()}; the dataset is incomplete: copy it again"
         )
     for wrong, what in (
-        (lengths <= 0, "length is not above 0"),
-        (stop - first != lengths, "dataset_to_index - dataset_from_index is not length"),
+        (lengths <= 0, "length is not positive"),
+        (stop - first != lengths, "dataset_to_index - dataset_from_index differs from length"),
     ):
         if wrong.any():
             row = np.flatnonzero(wrong)[0]

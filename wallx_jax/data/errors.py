@@ -1,8 +1,8 @@
-"""Defines the errors raised for faulty datasets."""
+"""Define the errors raised for faulty datasets."""
 
 from pathlib import Path
 
-REWRITE = "write the dataset again"
+REWRITE = "rewrite the dataset"
 
 
 class DatasetError(ValueError):
@@ -18,5 +18,5 @@ def unreadable(camera: str, file: Path, dataset: str, frame: str, error: Excepti
     reason = " ".join(str(error).replace(str(file), "it").split())[:300]
     return FrameError(
         f"{dataset}: {frame}: {camera} cannot be read from {file} ({type(error).__name__}: {reason}); copy the file "
-        "again, or leave the episode out with the setting `episodes`"
+        "again, or exclude the episode with the setting `episodes`"
     )

@@ -1,4 +1,4 @@
-"""Encodes action chunks as FAST tokens (quantised cosine coefficients, then byte-pair encoding) and decodes them.
+"""Encode action chunks as FAST tokens (quantized cosine coefficients, then byte-pair encoding) and decode them.
 
 Pertsch et al. 2025, https://arxiv.org/abs/2501.09747. Reads and writes the files of physical-intelligence/fast
 (processor_config.json and tokenizer.json) and produces the same ids, without running the code in that repository.
@@ -34,9 +34,9 @@ class FastTokenizer:
     """Tokenizer that maps action chunks in [-1, 1] to ids 0 .. vocab_size - 1 and back. Picklable.
 
     Attributes:
-        scale: quantisation steps per unit; the decoding error is at most sqrt(A) / (2 * scale) per value, because each
+        scale: quantization steps per unit; the decoding error is at most sqrt(A) / (2 * scale) per value, because each
             coefficient is off by at most half a step and the basis is orthonormal.
-        min_token: smallest quantised coefficient that has a character; smaller ones are raised to it.
+        min_token: smallest quantized coefficient that has a character; smaller ones are raised to it.
         vocab_size: size of the id range; the trained vocabulary may be smaller.
         time_horizon: A of the chunks as noted in the files, or None; informative only.
         action_dim: D of the chunks as noted in the files, or None; informative only.
@@ -94,14 +94,14 @@ class FastTokenizer:
         Args:
             chunks: float [N, A, D] in [-1, 1].
             vocab_size: maximum number of tokens.
-            scale: quantisation steps per unit.
+            scale: quantization steps per unit.
 
         Raises:
             ValueError: chunks have another shape or range, or vocab_size is smaller than the alphabet.
         """
         chunks = np.asarray(chunks)
         if chunks.ndim != 3 or 0 in chunks.shape:
-            raise ValueError(f"chunks have shape {list(chunks.shape)}; fit needs [N, A, D] with at least one of each")
+            raise ValueError(f"chunks have shape {list(chunks.shape)}; fit needs non-empty [N, A, D]")
         _, horizon, dims = chunks.shape
         limit = math.ceil(scale * math.sqrt(horizon))
         pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -153,7 +153,7 @@ class FastTokenizer:
         ids = self._bpe.encode(text, add_special_tokens=False).ids
         if self._bpe.decode(ids, skip_special_tokens=False) != text:
             raise ValueError(
-                f"the FAST vocabulary cannot express this chunk of shape {list(np.shape(chunk))}, whose quantised "
+                f"the FAST vocabulary cannot express this chunk of shape {list(np.shape(chunk))}, whose quantized "
                 f"coefficients reach {max(map(ord, text)) + self.min_token}; fit a tokenizer on this data and horizon"
             )
         return ids
@@ -171,24 +171,26 @@ class FastTokenizer:
             raise FastDecodeError(f"unknown FAST ids {unknown[:5]}: the vocabulary has ids 0..{size - 1}")
         text = self._bpe.decode(ids, skip_special_tokens=False)
         if "\N{REPLACEMENT CHARACTER}" in text:
-            raise FastDecodeError(f"the {len(ids)} FAST ids do not form whole symbols: a multi-byte symbol is cut")
+            raise FastDecodeError(
+                f"the {len(ids)} FAST ids do not form whole symbols: a multi-byte symbol is truncated"
+            )
         if len(text) != horizon * dims:
             raise FastDecodeError(
-                f"{len(ids)} FAST ids hold {len(text)} coefficients; "
+                f"{len(ids)} FAST ids decode to {len(text)} coefficients; "
                 f"{horizon} steps x {dims} channels need {horizon * dims}"
             )
         codes = np.fromiter(map(ord, text), np.float64, len(text)).reshape(horizon, dims)
         return (_dct_matrix(horizon).T @ ((codes + self.min_token) / self.scale)).astype(np.float32)
 
     def _text(self, chunk: np.ndarray) -> str:
-        """Return one character per quantised coefficient of a chunk [A, D]."""
+        """Return one character per quantized coefficient of a chunk [A, D]."""
         chunk = np.asarray(chunk, np.float64)
         if chunk.ndim != 2 or 0 in chunk.shape:
             raise ValueError(f"an action chunk has shape [A, D], not {list(chunk.shape)}")
         if not np.all(np.abs(chunk) <= 1 + _RANGE_TOLERANCE):  # also catches NaN
             raise ValueError(
-                f"FAST takes normalised actions in [-1, 1], got values in [{chunk.min():.4g}, {chunk.max():.4g}]; "
-                f"normalise with q01/q99 statistics and clamp"
+                f"FAST takes normalized actions in [-1, 1], got values in [{chunk.min():.4g}, {chunk.max():.4g}]; "
+                f"normalize with q01/q99 statistics and clamp"
             )
         coefficients = np.around(_dct_matrix(len(chunk)) @ np.clip(chunk, -1, 1) * self.scale)
         return "".join(map(chr, np.maximum(coefficients - self.min_token, 0).astype(int).ravel()))

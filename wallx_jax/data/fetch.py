@@ -1,4 +1,4 @@
-"""Lists the dataset files that a run reads, and fetches the missing ones from the hub."""
+"""List the dataset files that a run reads, and fetch the missing ones from the hub."""
 
 from collections.abc import Sequence
 

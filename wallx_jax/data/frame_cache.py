@@ -1,4 +1,4 @@
-"""Caches decoded, resized frames on disk, so that reading a sample needs no decoding or resizing."""
+"""Cache decoded, resized frames on disk, so that reading a sample needs no decoding or resizing."""
 
 import contextlib
 import copy
@@ -47,7 +47,7 @@ class CachedSource:
 
     def __init__(self, source: LeRobotSource, config: ProcessorConfig, folder: str | Path):
         if config.camera_keys != source.cameras:
-            raise ValueError(f"the processor has cameras {config.camera_keys}, the source {source.cameras}")
+            raise ValueError(f"the processor has cameras {config.camera_keys}, but the source has {source.cameras}")
         self.source = source
         self._layout = tuple(zip(source.cameras, config.resolutions, config.views, config.image_sizes, strict=True))
         self.folder = Path(folder).expanduser().absolute() / self._fingerprint()
@@ -213,6 +213,6 @@ def _allocate(path: Path, size: int) -> None:
         except OSError as error:
             path.unlink()
             raise OSError(
-                f"frame_cache: no room for {size / 2**30:.2f} GiB at {path.parent}: {error.strerror}; put it on "
+                f"frame_cache: not enough space for {size / 2**30:.2f} GiB in {path.parent}: {error.strerror}; use "
                 "another disk, or lower resolution"
             ) from error

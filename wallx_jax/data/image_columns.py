@@ -1,4 +1,4 @@
-"""Reads images from a dataset's tables, stored as encoded bytes or as the path of an image file."""
+"""Read images from a dataset's tables, stored as encoded bytes or as the path of an image file."""
 
 import io
 import threading
@@ -73,7 +73,7 @@ def check_column(file: Path, camera: str) -> None:
         fields = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {"": kind}
         if not fields.keys() <= {"bytes", "path", ""} or not all(map(_holds_images, fields.values())):
             raise DatasetError(
-                f"{file}: column {camera!r} is of type {kind}, not of encoded images or paths; write the dataset again"
+                f"{file}: column {camera!r} has type {kind}; expected encoded images or paths: {REWRITE}"
             )
         if all(_may_be_null(table.metadata, ".".join(filter(None, (camera, name)))) for name in fields):
             values = table.read([camera])[camera].to_pylist()
@@ -140,13 +140,13 @@ def decode(value: dict | bytes | str | None, root: Path) -> np.ndarray:
     elif path is not None:
         file = root / path
     else:
-        raise ValueError("there is no image in this row")
+        raise ValueError("this row has no image")
     try:
         with Image.open(file) as image:
             if image.mode not in COLOR_MODES:
                 raise ValueError(f"an image of mode {image.mode} is a depth map, not a color image")
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except UnidentifiedImageError:
-        raise ValueError("these bytes are no image" if data is not None else f"{path} is no image") from None
+        raise ValueError("the bytes are not an image" if data is not None else f"{path} is not an image") from None
     except SyntaxError as error:  # Pillow raises it for damaged PNG files
         raise ValueError(f"the image is damaged: {error}") from None

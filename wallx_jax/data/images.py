@@ -1,4 +1,4 @@
-"""Resizes camera images for the vision tower, with the two resizes of upstream's training pipeline.
+"""Resize camera images for the vision tower, with the two resizes of upstream's training pipeline.
 
 The first resize scales the longer side to a given resolution. The second rounds both sides to multiples of 28 pixels (a
 2 x 2 block of 14-pixel patches, which becomes one token), like `smart_resize` of qwen_vl_utils. Pixel values stay
@@ -99,9 +99,7 @@ def grid(height: int, width: int) -> tuple[int, int, int]:
         ValueError: a side in pixels is not a positive multiple of 28.
     """
     if height <= 0 or width <= 0 or height % FACTOR or width % FACTOR:
-        raise ValueError(
-            f"image size {height}x{width} (height x width) is not in multiples of {FACTOR}; see target_size"
-        )
+        raise ValueError(f"image size {height}x{width} (height x width) is not a multiple of {FACTOR}; see target_size")
     return 1, height // PATCH, width // PATCH
 
 

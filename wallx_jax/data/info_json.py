@@ -1,4 +1,4 @@
-"""Reads and checks meta/info.json of a LeRobot dataset: format version, frame rate, features and file names."""
+"""Read and check meta/info.json of a LeRobot dataset: format version, frame rate, features and file names."""
 
 import importlib.metadata
 import json
@@ -41,8 +41,8 @@ def read_info_json(file: Path, repo_id: str, local: bool) -> dict[str, Any]:
         raise DatasetError(f"{repo_id} is in LeRobot format {version}; convert it to v3.0 with: {command}")
     if version.lstrip("v").split(".")[0] != "3":
         raise DatasetError(
-            f"{repo_id} is in LeRobot format {version}; this package reads v3.0: correct codebase_version in {file} if "
-            "that is what it is"
+            f"{repo_id} is in LeRobot format {version}; this package reads v3.0; if the dataset is v3.0, "
+            f"correct codebase_version in {file}"
         )
 
     errors = [
@@ -103,7 +103,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _name(kind: Kind) -> str:
-    names: dict[Kind, str] = {str: "a string", dict: "an object", int: "a whole number"}
+    names: dict[Kind, str] = {str: "a string", dict: "an object", int: "an integer"}
     return names.get(kind, "a number")
 
 

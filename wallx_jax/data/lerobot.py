@@ -1,4 +1,4 @@
-"""Provides random access to the frames of a LeRobot v3.0 dataset with their action chunks."""
+"""Provide random access to the frames of a LeRobot v3.0 dataset with their action chunks."""
 
 import copy
 import dataclasses
@@ -93,7 +93,7 @@ class LeRobotSource:
         first, last = (frames[0], frames[-1]) if isinstance(frames, range) else (frames.min(), frames.max())
         if first < 0 or last >= self.info.num_frames:
             raise ValueError(
-                f"{self.info.repo_id}: frames {first}..{last} asked for, but it has {self.info.num_frames}"
+                f"{self.info.repo_id}: frames {first}..{last} requested, but it has {self.info.num_frames} frames"
             )
 
     def __repr__(self) -> str:

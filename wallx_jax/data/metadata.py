@@ -1,4 +1,4 @@
-"""Reads the meta folder of a LeRobot v3.0 dataset: episodes, instructions, features and the location of its files."""
+"""Read the meta folder of a LeRobot v3.0 dataset: episodes, instructions, features and the location of its files."""
 
 import dataclasses
 import functools
@@ -117,7 +117,7 @@ class DatasetInfo:
         if camera not in self.camera_keys:
             raise ValueError(f"{self.repo_id} has no camera {camera!r}; it has {list(self.camera_keys)}")
         if is_depth(self.features[camera]):
-            raise ValueError(f"{self.repo_id}: camera {camera!r} holds depth maps; choose a color camera")
+            raise ValueError(f"{self.repo_id}: camera {camera!r} contains depth maps; choose a color camera")
 
     def frame_size(self, camera: str) -> tuple[int, int]:
         """Return (height, width) of a camera's frames in pixels.

@@ -1,4 +1,4 @@
-"""Checks that a robot's dim names agree with the dataset's own names for the same dims.
+"""Check that a robot's dim names agree with the dataset's own names for the same dims.
 
 A mismatch would silently train another joint.
 """
@@ -38,8 +38,8 @@ def misplaced(groups: Sequence[tuple[str, int]], vector: str, info: DatasetInfo)
             found = f"; its {called[elsewhere[0]]!r} is dim {elsewhere[0]}" if elsewhere else ""
             example = feature_slices.place(vector, elsewhere[0] if elsewhere else own.start, info.features)
             return (
-                f"{name!r} stands at dim {dim}, which the dataset calls {called[dim]!r}{found}; write the names in the "
-                f"dataset's order, or say where all of them are: {{{name!r}: {example!r}, ...}}"
+                f"{name!r} covers dim {dim}, which the dataset calls {called[dim]!r}{found}; list the names in the "
+                f"dataset's order, or give a feature slice for each: {{{name!r}: {example!r}, ...}}"
             )
     return None
 
@@ -61,8 +61,9 @@ def mistaken(relative_to: Sequence[int], action: str, state: str, info: DatasetI
         if dim >= 0 and name is not None and name != states[dim] and name in states:
             own = states.index(name)
             return (
-                f"{name!r} would be relative to the state {states[dim]!r}, its own is dim {own}; give agent_pos_config "
-                f"the order of dof_config, with places: {feature_slices.place(state, own, info.features)!r}"
+                f"{name!r} would be relative to the state {states[dim]!r}, but the state of the same name is dim "
+                f"{own}; give agent_pos_config the order of dof_config, with feature slices such as "
+                f"{feature_slices.place(state, own, info.features)!r}"
             )
     return None
 

@@ -1,4 +1,4 @@
-"""Normalises states and actions by their quantiles, with one class for training, evaluation and inference.
+"""Normalize states and actions by their quantiles, with one class for training, evaluation and inference.
 
 Also reads and writes norm_stats.json.
 
@@ -74,7 +74,7 @@ class NormStats:
         action: statistics of the action.
         state_key: dataset key of the state.
         action_key: dataset key of the action.
-        relative_to: state dim per action dim whose value is subtracted before normalisation, or -1; empty for none. The
+        relative_to: state dim per action dim whose value is subtracted before normalization, or -1; empty for none. The
             statistics of such an action dim are those of the differences over the next `horizon` steps.
         horizon: steps of an action chunk; None where no action is relative.
     """
@@ -95,7 +95,7 @@ class NormStats:
         wanted = (relative_to, horizon if relative_to else None)
         if (self.relative_to, self.horizon) != wanted:
             raise ValueError(
-                f"the statistics are of {_differences(self.relative_to, self.horizon)}, but wanted are those of "
+                f"the statistics are for {_differences(self.relative_to, self.horizon)}; expected statistics for "
                 f"{_differences(*wanted)}"
             )
 
@@ -104,12 +104,12 @@ class NormStats:
         for part in ("state", "action"):
             ours, theirs = getattr(self, part), getattr(other, part)
             if len(ours) != len(theirs):
-                return f"{part} has {len(ours)} dims, there {len(theirs)}"
+                return f"{part} has {len(ours)} dims, not {len(theirs)}"
             for field in dataclasses.fields(Stats):
                 a, b = getattr(ours, field.name), getattr(theirs, field.name)
-                if (apart := np.flatnonzero(~np.isclose(a, b, rtol=1e-6, atol=1e-9))).size:
-                    dim = apart[0]
-                    return f"{field.name} of {part} dim {dim} is {a[dim]:.6g}, there {b[dim]:.6g}"
+                if (differing := np.flatnonzero(~np.isclose(a, b, rtol=1e-6, atol=1e-9))).size:
+                    dim = differing[0]
+                    return f"{field.name} of {part} dim {dim} is {a[dim]:.6g}, not {b[dim]:.6g}"
         return ""
 
 
@@ -117,7 +117,7 @@ class Normalizer:
     """Maps q01..q99 to [-1, 1] with clamping, zero-pads D dims to C channels, and inverts both.
 
     Where q01 equals q99, or they differ by less than float32 resolution, the range is taken as 1, as upstream does when
-    normalising, so that a constant maps to -1. In the inverse, a dim that never moved (min equals max) returns its
+    normalizing, so that a constant maps to -1. In the inverse, a dim that never moved (min equals max) returns its
     constant regardless of the model's output, while a dim that moved in under 1% of the frames (e.g. a rarely used
     gripper) is inverted over that range of 1. With a file without min and max (upstream's) such a dim counts as
     constant, as upstream does.
@@ -210,7 +210,7 @@ def load_norm_stats(
 
     Upstream's layouts are `{"norm_stats": {key: {mean, std, q01, q99}}}` and `{robot: {key: {min, q01, q99, max,
     ...}}}`; LeRobot's is `{key: {mean, std, min, max, q01, q99, count, ...}}`. Missing statistics are filled in: min
-    and max from q01 and q99, mean and std from the middle and half of the range (they are not used for normalisation).
+    and max from q01 and q99, mean and std from the middle and half of the range (they are not used for normalization).
 
     LeRobot's q01 and q99 are per-episode quantiles averaged by episode length (`aggregate_feature_stats` in its
     compute_stats.py), so their range is narrower than that of `compute_stats`; a warning is logged.
@@ -227,15 +227,17 @@ def load_norm_stats(
     """
     file = _file(path)
     if not file.is_file():
-        raise FileNotFoundError(f"no norm stats at {file}; without norm_stats_path they are computed from the dataset")
+        raise FileNotFoundError(
+            f"no normalization statistics at {file}; without norm_stats_path they are computed from the dataset"
+        )
     rows: Any = read_json_object(file)
     relative_to, horizon = _read_relative(file, rows.get("relative_actions"))
     if "norm_stats" in rows:
         rows = rows["norm_stats"]
     elif any(_is_statistics(row) for row in rows.values()):
         logger.warning(
-            "%s is LeRobot's: its q01 and q99 are averages over the episodes, narrower than the quantiles of all "
-            "frames; scripts/compute_norm_stats.py computes those",
+            "%s is in LeRobot's format: its q01 and q99 are averages over the episodes, narrower than the quantiles of "
+            "all frames; compute those with scripts/compute_norm_stats.py",
             file,
         )
     else:
@@ -267,7 +269,7 @@ def _pick(file: Path, rows: Any, key: str | None, hint: str, what: str) -> Any:
         likely = [k for k in rows if hint in k]
         key = likely[0] if len(likely) == 1 else None
     if key not in rows:
-        wanted = f"no {what} {key!r}" if key else f"name the {what} key, it is not clear which is meant"
+        wanted = f"no {what} {key!r}" if key else f"several or no keys fit; name the {what} key"
         raise ValueError(f"{file}: {wanted}; the file has {sorted(rows)}")
     return rows[key]
 
@@ -278,7 +280,7 @@ def _read_relative(file: Path, row: Any) -> tuple[tuple[int, ...], int | None]:
     try:
         return tuple(map(int, row["relative_to"])), int(row["horizon"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: 'relative_actions' needs relative_to and horizon, it is {row!r}") from error
+        raise ValueError(f"{file}: 'relative_actions' needs relative_to and horizon, got {row!r}") from error
 
 
 def _differences(relative_to: tuple[int, ...], horizon: int | None) -> str:
@@ -294,7 +296,7 @@ def _read(file: Path, rows: Any, key: str | None, what: str) -> tuple[str, Stats
     if not isinstance(row, Mapping) or not {"q01", "q99"} <= set(row):
         has = sorted(row) if isinstance(row, Mapping) else type(row).__name__
         raise ValueError(
-            f"{file}: {key!r} needs q01 and q99, it has {has}; compute them with scripts/compute_norm_stats.py"
+            f"{file}: {key!r} needs q01 and q99, but has {has}; compute them with scripts/compute_norm_stats.py"
         )
     try:
         q01, q99 = np.asarray(row["q01"], np.float64), np.asarray(row["q99"], np.float64)

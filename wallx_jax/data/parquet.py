@@ -1,4 +1,4 @@
-"""Reads parquet columns as NumPy arrays without nulls, of the expected width and dtype.
+"""Read parquet columns as NumPy arrays without nulls, of the expected width and dtype.
 
 Errors name the file, the column and the rows that are damaged.
 """
@@ -26,8 +26,8 @@ def open_parquet(file: Path) -> pq.ParquetFile:
             names.
     """
     if not file.is_file():
-        what = "is a folder, not the table" if file.is_dir() else "is missing"
-        raise FileNotFoundError(f"{file} {what}; the dataset is not complete, copy it again")
+        what = "is a directory, not a table" if file.is_dir() else "is missing"
+        raise FileNotFoundError(f"{file} {what}; the dataset is incomplete: copy it again")
     try:
         # No read-ahead buffer: it is meant for remote files and would copy the mapped memory.
         opened = pq.ParquetFile(file, memory_map=True, pre_buffer=False)
@@ -113,16 +113,17 @@ def matrix(
                 raise fail(bad, f"has {lengths[bad[0]]} numbers instead of {width}")
         values = values.flatten()
         if values.null_count:
-            raise fail(np.unique(_true_rows(values.is_null()) // width), "holds a null")
+            raise fail(np.unique(_true_rows(values.is_null()) // width), "contains a null")
     elif width != 1:
         raise DatasetError(f"{file}: column {column!r} has single numbers of type {values.type}, not lists of {width}")
     try:
         if dtype.kind == "b" and not pc.all(pc.is_in(values.cast(pa.float64()), pa.array([0.0, 1.0]))).as_py():
-            raise pa.ArrowInvalid("there are other numbers than 0 and 1")  # Arrow casts any number but 0 to true
+            raise pa.ArrowInvalid("it has values other than 0 and 1")  # Arrow casts any number but 0 to true
         numbers = values.cast(pa.from_numpy_dtype(dtype)).to_numpy(zero_copy_only=False)  # no copy if unchanged
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise DatasetError(
-            f"{file}: column {column!r} of type {values.type} does not convert to {dtype} ({error}); write {dtype}"
+            f"{file}: column {column!r} of type {values.type} cannot be converted to {dtype} ({error}); store it "
+            f"as {dtype}"
         ) from None
     return numbers.reshape(-1, width)
 

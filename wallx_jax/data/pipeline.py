@@ -1,4 +1,4 @@
-"""Turns a dataset into batches: train/validation split, sample order, and Grain loaders with a resumable position.
+"""Turn a dataset into batches: train/validation split, sample order, and Grain loaders with a resumable position.
 
 Batches are formed before the work is distributed to worker processes, so the order and content of a run depend only on
 the seed, not on the number of workers.
@@ -35,7 +35,7 @@ def split_frames(
         mode: "episode" trains on the first `ratio` of the episodes and holds out the others entirely; with more than
             one episode and ratio < 1 each side gets at least one. "frame" is upstream's split: the last episodes are
             set aside as above and not used at all; of the remaining frames 95% train and 5% validate, chosen by torch's
-            random_split. Neighbours of every validation frame are then in the training set.
+            random_split. Neighbors of every validation frame are then in the training set.
         seed: seed of the "frame" split.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Turns one observation into one model sample: the only preprocessing for training, evaluation and inference.
+"""Turn one observation into one model sample: the only preprocessing for training, evaluation and inference.
 
 Legend: T prefix tokens, W label window, A action horizon, C model channels, D robot dims.
 """
@@ -83,7 +83,7 @@ class ProcessorConfig:
     def __post_init__(self) -> None:
         lengths = {name: len(getattr(self, name)) for name in ("views", "camera_keys", "resolutions", "image_sizes")}
         if len(set(lengths.values())) != 1:
-            raise ValueError(f"one entry per camera expected in each, got {lengths}")
+            raise ValueError(f"expected one entry per camera in each, got {lengths}")
         if self.objective not in ("flow", "fast"):
             raise ValueError(f"objective is {self.objective!r}; choose 'flow' or 'fast'")
 
@@ -221,10 +221,10 @@ class Processor:
         """
         config = self.config
         _check_instruction(instruction)
-        pixels = self._images(images, resized, acting=actions is None)
+        pixels = self._images(images, resized, inference=actions is None)
         state = as_numbers("state", state)
         if state.shape != (self.state.dims,):
-            raise ValueError(f"state has shape {state.shape}; this robot's has {(self.state.dims,)}")
+            raise ValueError(f"state has shape {state.shape}; expected {(self.state.dims,)}")
         needed = self._needed_to_act if actions is None else self._needed
         if (missing := ~np.isfinite(state) & needed).any():
             raise ValueError(f"state is not finite at dims {np.flatnonzero(missing).tolist()}")
@@ -281,14 +281,14 @@ class Processor:
         if len(images) != len(views := self.config.views):
             raise ValueError(f"got {len(images)} images; expected {len(views)}, in order {list(views)}")
 
-    def _images(self, images: Sequence[Any], resized: bool, acting: bool) -> tuple[np.ndarray, ...]:
+    def _images(self, images: Sequence[Any], resized: bool, inference: bool) -> tuple[np.ndarray, ...]:
         config = self.config
         self._check_count(images)
         resolutions = (None,) * len(images) if resized else config.resolutions
         layout = zip(config.views, images, resolutions, config.image_sizes, strict=True)
         return tuple(
             image_ops.resize_to(image, size, view)
-            if acting and resolution == -1
+            if inference and resolution == -1
             else _image(view, image, resolution, size)
             for view, image, resolution, size in layout
         )
@@ -296,7 +296,7 @@ class Processor:
     def _text(
         self, instruction: str, actions: np.ndarray | None, task: prompt.Task
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return tokens [T], mask [T] and labels [W]; `actions` is normalised [A, C], or None at inference."""
+        """Return tokens [T], mask [T] and labels [W]; `actions` is normalized [A, C], or None at inference."""
         if self.config.objective == "flow" or actions is None:
             return self._prompts.fit(instruction, self.config, task)
         config = self.config
@@ -306,7 +306,7 @@ class Processor:
         return prompt.fit(encoded, config.prompt_length, config.label_window)
 
     def reference(self, state: Any) -> np.ndarray:
-        """Return the offset that is subtracted from actions before normalisation and added back when decoding.
+        """Return the offset that is subtracted from actions before normalization and added back when decoding.
 
         It is the state where an action is relative to it, else 0.
 
@@ -334,7 +334,7 @@ class Processor:
         actions = self.action.unnormalize(chunk)
         if self.relative.any() or self._holds.any():
             if state is None:
-                raise ValueError("actions are relative to the state, or hold it: decoding needs the state, too")
+                raise ValueError("some actions are relative to the state or hold it: pass the state to decode them")
             state = np.asarray(state, np.float64)[..., None, :]
             with np.errstate(over="ignore"):
                 actions = (actions + self.reference(state)).astype(np.float32)
@@ -357,7 +357,7 @@ class Processor:
         start, size = self.tokenizer.fast_start, self.fast.vocab_size
         tokens = [int(i) - start for i in ids]
         if strangers := [t + start for t in tokens if not 0 <= t < size]:
-            raise ValueError(f"ids {strangers} are not action tokens; those are {start}..{start + size - 1}")
+            raise ValueError(f"ids {strangers} are not action tokens; action tokens are {start}..{start + size - 1}")
         chunk = np.zeros((self.config.horizon, self.action.dims), np.float32)
         chunk[:, self.predicted] = self.fast.decode(tokens, self.config.horizon, int(self.predicted.sum()))
         return self.decode_actions(chunk, state)

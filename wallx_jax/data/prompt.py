@@ -1,4 +1,4 @@
-"""Builds the prompt of a sample and marks which of its tokens are training targets.
+"""Build the prompt of a sample and mark which of its tokens are training targets.
 
 The prompt is a chat around the images, the instruction and the proprioception. Its frame is that of the published
 Wall-X weights (wall_x/data/utils.py upstream), its text comes from a PromptTemplate.
@@ -89,7 +89,7 @@ def build_prefix(
         _check_text(tokenizer, "answer", answer)
     elif answer is not None and not all(0 <= index < tokenizer.fast_size for index in answer):
         raise ValueError(
-            f"FAST tokens {min(answer)}..{max(answer)} asked for, but the tokenizer has {tokenizer.fast_size} of them; "
+            f"FAST tokens {min(answer)}..{max(answer)} requested, but the tokenizer has {tokenizer.fast_size} of them; "
             f"add them with Tokenizer.with_wallx_tokens"
         )
     known = tokenizer.token_ids()

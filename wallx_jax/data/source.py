@@ -1,4 +1,4 @@
-"""Defines the interface through which the pipeline reads frames."""
+"""Define the interface through which the pipeline reads frames."""
 
 from collections.abc import Sequence
 from typing import Protocol

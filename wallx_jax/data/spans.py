@@ -1,4 +1,4 @@
-"""Reads where the episodes of a LeRobot dataset are located in its video files."""
+"""Read where the episodes of a LeRobot dataset are located in its video files."""
 
 from dataclasses import dataclass
 
@@ -41,18 +41,19 @@ def read_spans(info: DatasetInfo, camera: str) -> VideoSpans:
         row = np.flatnonzero(negative)[0]
         raise DatasetError(
             f"{info.root / 'meta' / 'episodes'}: videos/{camera} of episode {info.episode_numbers[row]} has "
-            f"chunk_index {chunk[row]}, file_index {file[row]}, from_timestamp {start[row]:g}; none can be below 0: "
-            f"{REWRITE}"
+            f"chunk_index {chunk[row]}, file_index {file[row]}, from_timestamp {start[row]:g}; they must not be "
+            f"negative: {REWRITE}"
         )
     numbers, half_frame = info.episode_numbers, 0.5 / info.fps
     where = f"{info.root / 'meta' / 'episodes'}: videos/{camera}/from_timestamp and to_timestamp"
-    remedy = f"images would not belong to their states: {REWRITE}, or leave these episodes out (setting `episodes`)"
+    remedy = f"images would not match their states: {REWRITE}, or exclude these episodes with the setting `episodes`"
     wrong = ~(abs(stop - start - info.episode_lengths / info.fps) < half_frame)  # written so that NaN counts as wrong
     if wrong.any():
         row = np.flatnonzero(wrong)[0]
         raise DatasetError(
-            f"{where} span other than the episode for {wrong.sum()} episodes, the first is episode {numbers[row]}: "
-            f"{start[row]:g} to {stop[row]:g} s for {info.episode_lengths[row]} frames at {info.fps:g} fps; {remedy}"
+            f"{where} do not span the length of the episode for {wrong.sum()} episodes, the first is episode "
+            f"{numbers[row]}: {start[row]:g} to {stop[row]:g} s for {info.episode_lengths[row]} frames at {info.fps:g} "
+            f"fps; {remedy}"
         )
     order = np.lexsort((start, file, chunk))
     same = (np.diff(chunk[order]) == 0) & (np.diff(file[order]) == 0)

@@ -1,4 +1,4 @@
-"""Computes exact normalisation statistics from a dataset's table files, without reading any video."""
+"""Compute exact normalization statistics from a dataset's table files, without reading any video."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -132,8 +132,8 @@ def _stats(what: str, columns: Iterable[np.ndarray], bar: tqdm) -> Stats:
         del column  # the differences of a dim are large: keep at most two such arrays at a time
         if np.isinf(x).any():
             raise ValueError(
-                f"dim {len(rows)} of the {what} has infinite values; scripts/check_dataset.py says in which frames: "
-                "repair them, or leave their episodes out with the setting `episodes`"
+                f"dim {len(rows)} of the {what} has infinite values; scripts/check_dataset.py lists the frames: "
+                "repair them, or exclude their episodes with the setting `episodes`"
             )
         x = x if len(x) else np.zeros(1)
         row = [x.mean(), x.std(), x.min(), x.max()]

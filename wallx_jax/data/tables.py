@@ -1,4 +1,4 @@
-"""Maps the rows of a dataset's table files to frames and exposes their values as memory-mapped arrays.
+"""Map the rows of a dataset's table files to frames and expose their values as memory-mapped arrays.
 
 Rows are identified by `episode_index` and `frame_index`, regardless of their position.
 """
@@ -22,7 +22,7 @@ from wallx_jax.data.metadata import DatasetInfo
 from wallx_jax.utils.temporary import ScratchFolder
 
 KEYS = ("episode_index", "frame_index", "index", "task_index")
-REPAIR = "repair the dataset or write it again"
+REPAIR = "repair or rewrite the dataset"
 
 
 class FrameTable:
@@ -169,7 +169,7 @@ class FrameTable:
         if (missing := np.flatnonzero(~seen)).size:
             raise DatasetError(
                 f"{info.root / 'data'} lacks {len(missing)} of the {info.num_frames} frames that meta/episodes counts, "
-                f"the first is {info.describe(missing[0])}; the dataset is not complete, copy it again"
+                f"the first is {info.describe(missing[0])}; the dataset is incomplete: copy it again"
             )
         return files, file_of_episode, tasks_used
 
@@ -212,7 +212,7 @@ class FrameTable:
         if info.whole and not used.all():
             strangers = ", ".join(map(str, np.unique(number[~used])[:5]))
             raise DatasetError(
-                f"{path}: {int((~used).sum())} rows are of episodes that meta/episodes does not have (episode_index "
+                f"{path}: {int((~used).sum())} rows belong to episodes that are not in meta/episodes (episode_index "
                 f"{strangers}); {REPAIR}"
             )
         outside = (place < 0) | (place >= of_rows(info.episode_lengths))
@@ -232,7 +232,7 @@ class FrameTable:
             order = np.lexsort((place, number))
             back = np.zeros(len(time), bool)
             back[order[1:]] = (np.diff(time[order]) < 0) & (np.diff(number[order]) == 0)
-            refuse(back, "timestamp", time, "at or after that of the frame before")
+            refuse(back, "timestamp", time, "at or after that of the previous frame")
         return np.where(used, of_rows(info.episode_starts) + place, -1), np.unique(task[used])
 
     def _convert(self, number: int) -> None:
@@ -324,7 +324,7 @@ class FrameTable:
         except OSError as error:
             size = sum(rows * width * dtype.itemsize for rows, width, dtype in self._shapes().values())
             raise OSError(
-                f"{self.info.repo_id}: no room for {size / 2**30:.2f} GiB of tables in {folder.parent}: "
+                f"{self.info.repo_id}: not enough space for {size / 2**30:.2f} GiB of tables in {folder.parent}: "
                 f"{error.strerror}; set TMPDIR to a folder on a larger disk"
             ) from error
 

@@ -1,4 +1,4 @@
-"""Reads the instructions of a LeRobot dataset from meta/tasks.parquet."""
+"""Read the instructions of a LeRobot dataset from meta/tasks.parquet."""
 
 import json
 from pathlib import Path
@@ -24,10 +24,10 @@ def read_tasks(file: Path) -> dict[int, str]:
     try:
         texts = table[column].to_pylist()
     except UnicodeDecodeError as error:
-        raise DatasetError(f"{file}: column {column!r} is not UTF-8 ({error.reason}); write the texts again") from None
+        raise DatasetError(f"{file}: column {column!r} is not UTF-8 ({error.reason}); rewrite the texts") from None
     if len(set(numbers.tolist())) != len(numbers):
         twice = sorted({int(n) for n in numbers if (numbers == n).sum() > 1})
-        raise DatasetError(f"{file}: task_index {twice} is there more than once; give each instruction its own number")
+        raise DatasetError(f"{file}: task_index {twice} occurs more than once; give each instruction its own number")
     return {int(number): text or "" for number, text in sorted(zip(numbers, texts, strict=True))}
 
 
@@ -40,7 +40,9 @@ def _task_column(schema: pa.Schema, file: Path) -> str:
     if not found:
         raise DatasetError(f"{file} has no column with the instructions, only {schema.names}; add the column 'task'")
     if len(found) > 1:
-        raise DatasetError(f"{file}: any of the columns {found} may hold the instructions; keep one and call it 'task'")
+        raise DatasetError(
+            f"{file}: any of the columns {found} could contain the instructions; keep one and name it 'task'"
+        )
     return found[0]
 
 

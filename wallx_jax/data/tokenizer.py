@@ -1,4 +1,4 @@
-"""Reads and writes Qwen2.5's text tokenizer with Wall-X's added tokens, in Hugging Face's file layout.
+"""Read and write Qwen2.5's text tokenizer with Wall-X's added tokens, in Hugging Face's file layout.
 
 This is a thin wrapper around the `tokenizers` library, which `transformers` itself delegates to.
 """
@@ -48,7 +48,7 @@ def check_unicode(name: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{name} {text!r} holds half of a surrogate pair at character {error.start}; send whole characters"
+            f"{name} {text!r} contains half of a surrogate pair at character {error.start}; send whole characters"
         ) from None
 
 
@@ -79,8 +79,8 @@ class Tokenizer:
         for key, found in zip(_FAST_RANGE, (self.fast_start, self.fast_size), strict=True):
             if key in self.config and self.config[key] != found:
                 raise ValueError(
-                    f"tokenizer_config.json says {key} = {self.config[key]} but the vocabulary says {found}; "
-                    f"the tokenizer files do not belong together"
+                    f"tokenizer_config.json has {key} = {self.config[key]} but the vocabulary has {found}; "
+                    f"the tokenizer files do not match"
                 )
 
     @classmethod
@@ -193,7 +193,7 @@ def read_backend(file: Path) -> tokenizers.Tokenizer:
         raise
     except Exception as error:  # the library raises bare Exception
         read_json_object(file)  # gives a clearer error for a damaged file
-        raise ValueError(f"{file} is not a tokenizer that can be read: {error}") from error
+        raise ValueError(f"{file} cannot be read as a tokenizer: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def _qwen_backend(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
     try:
         backend = tokenizers.Tokenizer(models.BPE(read_json_object(vocab), pairs))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{vocab} and {merges.name} are not a tokenizer that can be read: {error}") from error
+        raise ValueError(f"{vocab} and {merges.name} cannot be read as a tokenizer: {error}") from error
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -236,7 +236,7 @@ def _restore_added_tokens(backend: tokenizers.Tokenizer, config: dict, added_jso
         if backend.token_to_id(token.content) != index:
             raise ValueError(
                 f"{path}: added token {token.content!r} is listed with id {index} but gets "
-                f"{backend.token_to_id(token.content)}; the tokenizer files do not belong together"
+                f"{backend.token_to_id(token.content)}; the tokenizer files do not match"
             )
 
 

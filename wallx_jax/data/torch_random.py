@@ -1,4 +1,4 @@
-"""Reproduces PyTorch's random permutation, which upstream uses to split frames, without PyTorch."""
+"""Reproduce PyTorch's random permutation, which upstream uses to split frames, without PyTorch."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Lets training continue past frames that cannot be decoded, by replacing them with other frames."""
+"""Let training continue past frames that cannot be decoded, by replacing them with other frames."""
 
 from collections.abc import Sequence
 
@@ -87,4 +87,4 @@ def _reason(source: LeRobotSource, frame: int) -> str:
             source.images.read(camera, frame)
     except FrameError as error:
         return f"frame skipped: {error}"
-    return f"frame skipped: {source.info.repo_id}: {source.info.describe(frame)} could not be read a moment ago"
+    return f"frame skipped: {source.info.repo_id}: {source.info.describe(frame)} could not be read, but now it can"

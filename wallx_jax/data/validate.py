@@ -1,4 +1,4 @@
-"""Checks the configuration against the dataset and the prompt, before any weights are loaded."""
+"""Check the configuration against the dataset and the prompt, before any weights are loaded."""
 
 import dataclasses
 
@@ -53,7 +53,7 @@ def check_dataset(run: RunConfig, info: DatasetInfo) -> RunConfig:
         if actions.get(key) and states.get(key) and actions[key] != states[key]:
             errors.append(
                 f"relative_action_keys: {key!r} has {actions[key]} dims in dof_config and {states[key]} in "
-                "agent_pos_config; an action is relative to a state of as many dims"
+                "agent_pos_config; both must have the same number of dims"
             )
     if not errors and robot.relative_keys:
         relative_to = dataclasses.replace(robot, dof=dof, agent_pos=agent_pos).relative_to()
@@ -108,7 +108,7 @@ def _camera(camera: Camera, info: DatasetInfo, errors: list[str]) -> Camera:
     for key in (camera.key, IMAGE_PREFIX + camera.key):
         if key in info.camera_keys:
             if is_depth(info.features[key]):
-                errors.append(f"camera_views.{camera.view} = {key!r}: it holds depth maps; choose a color camera")
+                errors.append(f"camera_views.{camera.view} = {key!r}: it contains depth maps; choose a color camera")
             return dataclasses.replace(camera, key=key)
     offered = list(info.camera_keys)
     hint = nearest(camera.key, offered) or nearest(IMAGE_PREFIX + camera.key, offered)
@@ -164,7 +164,7 @@ def _placed(setting: str, slices: Slices, info: DatasetInfo, errors: list[str]) 
         if twice := [dim for dim in dims if dim in owners]:
             errors.append(
                 f"{setting}: {owners[twice[0]]!r} and {name!r} both have {len(twice)} dims of {part.feature!r}, from "
-                f"dim {twice[0][1]} on; a dim belongs to one name"
+                f"dim {twice[0][1]} on; a dim may belong to only one name"
             )
         owners |= dict.fromkeys(dims, name)
         groups.append((name, len(dims)))

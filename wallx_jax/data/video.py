@@ -1,4 +1,4 @@
-"""Decodes frames from a dataset's video files, with a bounded number of open decoders."""
+"""Decode frames from a dataset's video files, with a bounded number of open decoders."""
 
 import itertools
 import math
@@ -119,8 +119,8 @@ def check_size(image: np.ndarray, promised: tuple[int, int]) -> None:
         ValueError: if it has another size.
     """
     if image.shape[:2] != promised:
-        found, said = (f"{height}x{width}" for height, width in (image.shape[:2], promised))
-        raise ValueError(f"the image is {found} (height x width), meta/info.json says {said}")
+        found, expected = (f"{height}x{width}" for height, width in (image.shape[:2], promised))
+        raise ValueError(f"the image is {found} (height x width), but meta/info.json has {expected}")
 
 
 def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
@@ -270,7 +270,7 @@ def open_video(path: Path) -> av.container.InputContainer:
         ValueError: if it is a Git LFS pointer, not a video, cut off, of an unsupported codec, or contains depth maps.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is {'a folder, no video' if path.is_dir() else 'missing'}")
+        raise FileNotFoundError(f"{path} is {'a directory, not a video' if path.is_dir() else 'missing'}")
     if is_lfs_pointer(path):
         raise ValueError(f"{path} is a Git LFS pointer, not the video; fetch it with `git lfs pull`")
     try:
@@ -279,17 +279,17 @@ def open_video(path: Path) -> av.container.InputContainer:
         raise ValueError(f"{path} cannot be opened as a video: {error.strerror or error}") from None
     if not container.streams.video or container.format.name.endswith("_pipe"):  # a still image
         container.close()
-        raise ValueError(f"{path} has no video stream: it is cut off or no video")
+        raise ValueError(f"{path} has no video stream: it is truncated or not a video")
     if container.streams.video[0].codec_context is None:
         container.close()
-        raise ValueError(f"{path} is of a codec that the installed PyAV does not decode, or damaged")
+        raise ValueError(f"{path} uses a codec that the installed PyAV cannot decode, or is damaged")
     if _is_cut_off(path):
         container.close()
-        raise ValueError(f"{path} is cut off; copy it again")
+        raise ValueError(f"{path} is truncated; copy it again")
     pixels = container.streams.video[0].codec_context.pix_fmt
     if pixels and pixels.startswith("gray") and pixels != "gray":
         container.close()
-        raise ValueError(f"{path} holds depth maps ({pixels}); choose a color camera")
+        raise ValueError(f"{path} contains depth maps ({pixels}); choose a color camera")
     return container
 
 

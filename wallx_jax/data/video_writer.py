@@ -1,4 +1,4 @@
-"""Writes the MP4 files of a LeRobot dataset: one camera's episodes, encoded back to back."""
+"""Write the MP4 files of a LeRobot dataset: one camera's episodes, encoded back to back."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Starts data worker processes and checks the shared memory that they need."""
+"""Start data worker processes and check the shared memory that they need."""
 
 import contextlib
 import multiprocessing
@@ -73,8 +73,8 @@ def check_shared_memory(workers: int, batch_bytes: int, folder: Path = SHARED_ME
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
-            f"{folder} has {free / 2**20:.0f} MiB free, and the batches of {workers} data workers may take "
-            f"{needed / 2**20:.0f}: free some, give the container more (--shm-size), or lower num_workers"
+            f"{folder} has {free / 2**20:.0f} MiB free, but the batches of {workers} data workers may need "
+            f"{needed / 2**20:.0f}: free some space, give the container more (--shm-size), or lower num_workers"
         )
 
 

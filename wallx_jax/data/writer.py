@@ -1,4 +1,4 @@
-"""Writes LeRobot v3.0 datasets from arrays, without lerobot; episodes are written straight to the dataset's files."""
+"""Write LeRobot v3.0 datasets from arrays, without lerobot; episodes are written straight to the dataset's files."""
 
 import contextlib
 import json
@@ -252,8 +252,8 @@ class DatasetWriter:
     def _check_complete(self) -> None:
         if self._adding:
             raise RuntimeError(
-                f"episode {self.num_episodes} of {self.root} was written only in part, so the dataset cannot be "
-                "completed; write it again"
+                f"episode {self.num_episodes} of {self.root} was only partially written, so the dataset cannot be "
+                "completed; write the dataset again"
             )
 
     def _info(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Checks the features of a LeRobot dataset being written and their values, and converts them to Arrow columns."""
+"""Check the features of a LeRobot dataset being written and their values, and convert them to Arrow columns."""
 
 import io
 import json

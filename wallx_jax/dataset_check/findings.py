@@ -21,7 +21,7 @@ UNUSED_RANGE = 0.05  # q01 to q99 should span at least this fraction of the rang
 COPIED = 0.99  # the action counts as a copy of the state if they are equal in at least this fraction of frames
 LATE_S = 0.5  # seconds within which a robot should respond to a command
 TOLERANCE_S = 1e-4  # lerobot's tolerance when it looks up a frame by its timestamp
-OTHER_STATS = "unset norm_stats_path, or check that units and order of dims are the same"
+OTHER_STATS = "unset norm_stats_path, or check that units and dim order match"
 CONTROL = re.compile(r"<\|[^|<>]*\|>|</?tool_call>")  # what Qwen's tokenizer does not treat as plain text
 
 
@@ -79,7 +79,7 @@ def of_lengths(info: DatasetInfo, horizon: int) -> Iterator[Finding]:
     """Judge the lengths of the episodes against the action horizon, in frames."""
     if (longest := int(info.episode_lengths.max())) < horizon:
         text = f"all {info.num_episodes} are shorter than the horizon of {horizon} frames, the longest has {longest}"
-        remedy = f"lower action_horizon to at most {longest}: every chunk ends in repetitions of the last action"
+        remedy = f"lower action_horizon to at most {longest}: otherwise every chunk ends by repeating the last action"
         yield Finding(WARNING, "episodes", text, remedy)
     elif short := int((info.episode_lengths < horizon).sum()):
         text = f"{short} of {info.num_episodes} are shorter than the horizon of {horizon} frames"
@@ -104,7 +104,7 @@ def of_vector(vector: Vector, info: DatasetInfo) -> Iterator[Finding]:
     def first(bad: np.ndarray) -> str:
         return f"the first at {info.describe(int(np.flatnonzero(bad.any(axis=1))[0]))}"
 
-    repair = "repair these frames, or leave their episodes out with the setting `episodes`"
+    repair = "repair these frames, or exclude their episodes with the setting `episodes`"
     if (infinite := spread.infinities > 0).any():
         text = f"infinite values in {names(infinite)}, {first(np.isinf(values))}"
         note(ERROR, text, f"{repair}: no statistics can be computed", stops_training=True)
@@ -114,29 +114,29 @@ def of_vector(vector: Vector, info: DatasetInfo) -> Iterator[Finding]:
         if what == "state":
             note(ERROR, text, f"{repair}: training stops at them", stops_training=True)
         else:
-            note(WARNING, text, "repair them if they are not meant: such actions are left out of the loss")
+            note(WARNING, text, "repair them unless they are intended: such actions are excluded from the loss")
     if used.any() and not moving.any():
-        note(ERROR, "no dim ever changes", f"record the {what}s anew, or name the right {what}_key")
+        note(ERROR, "no dim ever changes", f"record the {what}s again, or set the correct {what}_key")
     elif (still := used & ~moving).any():
-        note(WARNING, f"constant: {names(still)}", "fine for joints that rest, else a sensor is dead")
+        note(WARNING, f"constant: {names(still)}", "expected for unused joints; otherwise check the sensor")
     if (stuck := used & spread.stuck).any():
-        text = f"at one value in nearly all frames, so that q01 equals q99: {names(stuck)}"
-        note(WARNING, text, "fine for a rare event, else leave these dims out: their range is taken as 1")
+        text = f"constant in nearly all frames, so q01 equals q99: {names(stuck)}"
+        note(WARNING, text, "expected for rare events; otherwise exclude these dims: their range is set to 1")
     if vector.jumps:
-        note(WARNING, _jump_text(vector), "see trace.png; unwrap angles, repair glitches or cut the episodes")
+        note(WARNING, _jump_text(vector), "see trace.png; unwrap angles, repair glitches or exclude the episodes")
     if vector.given:
         mostly = used & (spread.outside > MOSTLY_CLAMPED)
         some = used & (spread.outside > CLAMPED) & ~mostly
         shares = np.array([f"{name} {share:.0%}" for name, share in zip(vector.names, spread.outside, strict=True)])
         for severity, dims in ((ERROR, mostly), (WARNING, some)):
             if dims.any():
-                text = f"outside the q01..q99 of norm_stats_path, and so clamped: {_listed(shares, dims)}"
+                text = f"outside the q01..q99 of norm_stats_path and therefore clamped: {_listed(shares, dims)}"
                 note(severity, text, OTHER_STATS)
         narrow = moving & ~spread.stuck & (spread.q99 - spread.q01 < UNUSED_RANGE * (spread.high - spread.low))
         if narrow.any():
-            text = f"moves in under {UNUSED_RANGE:.0%} of the range of norm_stats_path: {names(narrow)}"
+            text = f"moves within less than {UNUSED_RANGE:.0%} of the range of norm_stats_path: {names(narrow)}"
             note(WARNING, text, OTHER_STATS)
-    yield from found or [Finding(OK, what, f"{len(used)} dims, all finite and moving, none jumps")]
+    yield from found or [Finding(OK, what, f"{len(used)} dims, all finite and moving, no jumps")]
 
 
 def _jump_text(vector: Vector) -> str:
@@ -147,7 +147,7 @@ def _jump_text(vector: Vector) -> str:
         f"{vector.names[j.dim]} by {j.step:.4g} at episode {j.episode}, frame {j.frame} (usual steps: {j.typical:.2g})"
         for j in largest.values()
     ]
-    return f"{len(vector.jumps)} jumps, the largest of each dim: {_listed(shown)}"
+    return f"{len(vector.jumps)} jumps, the largest per dim: {_listed(shown)}"
 
 
 def of_following(
@@ -160,21 +160,25 @@ def of_following(
     related, copied = following.related & used, (following.holds >= COPIED) & used
     if copied.any():
         text = f"the action is a copy of the same frame's state: {_listed(names, copied)}"
-        yield Finding(WARNING, about, text, "take the command, or the next state: a copy says to hold still")
+        yield Finding(
+            WARNING, about, text, "record the command, or use the next state: a copy teaches the policy to hold still"
+        )
     if not related.any():
-        yield Finding(OK, about, "no dim of the state moves as one of the action does (velocities, deltas?)")
+        yield Finding(OK, about, "no state dim follows an action dim (are the actions velocities or deltas?)")
         return
     lag = float(np.median(following.lag[related]))
     seconds = f"median {lag:g} frames, {lag / info.fps:.2f} s"
     if lag < 0:
-        text = f"the state moves before the action does ({seconds})"
-        yield Finding(WARNING, about, text, "check how they were put together: actions are commands, not measurements")
+        text = f"the state moves before the action ({seconds})"
+        yield Finding(
+            WARNING, about, text, "check how the dataset was assembled: actions should be commands, not measurements"
+        )
     elif lag / info.fps > LATE_S:
         text = f"the state follows the action late ({seconds})"
-        yield Finding(WARNING, about, text, "check that the clocks of both agree, or shift the actions")
+        yield Finding(WARNING, about, text, "check that their clocks are synchronized, or shift the actions")
     elif not copied.any():
         leads = following.leads[related] >= COPIED
-        exact = "; it is exactly the next state" if leads.all() else ""
+        exact = "; the action equals the next state" if leads.all() else ""
         yield Finding(OK, about, f"the state follows the action ({seconds}){exact}")
 
 
@@ -187,12 +191,12 @@ def of_times(info: DatasetInfo, cameras: Sequence[str], times: np.ndarray) -> It
         return
     place = np.flatnonzero(off)[0]
     text = (
-        f"{int(off.sum())} of {len(off)} are not frame / {info.fps:g}, the first is {info.describe(place)}: "
+        f"{int(off.sum())} of {len(off)} differ from frame / {info.fps:g}, the first is {info.describe(place)}: "
         f"{times[place]:.4f} s"
     )
-    remedy = "write frame / fps, or resample the recording to a steady rate"
+    remedy = "write frame / fps, or resample the recording to a constant rate"
     if any(map(info.is_video, cameras)):
-        remedy = "write frame / fps: within half a frame they are understood here, but not by lerobot"
+        remedy = "write frame / fps: wallx_jax tolerates up to half a frame, lerobot does not"
     yield Finding(WARNING, "timestamps", text, remedy)
 
 
@@ -215,8 +219,8 @@ def of_tasks(info: DatasetInfo, frames: Sequence[int]) -> Iterator[Finding]:
     if control := [repr(text) for text in used if CONTROL.search(text)]:
         note(ERROR, f"control tokens in {_listed(control)}", "remove them from the text: training stops at these")
     if alike := [" and ".join(map(repr, texts)) for texts in spellings.values() if len(texts) > 1]:
-        note(WARNING, f"the same but for case or spaces: {_listed(alike)}", "write them in one way")
-    yield from found or [Finding(OK, "instructions", f"{len(used)} different")]
+        note(WARNING, f"differ only in case or whitespace: {_listed(alike)}", "use one spelling")
+    yield from found or [Finding(OK, "instructions", f"{len(used)} distinct")]
 
 
 def of_videos(source: LeRobotSource, only_present: bool = False) -> Iterator[Finding]:
@@ -234,17 +238,17 @@ def of_frames(info: DatasetInfo, look: FrameScan) -> Iterator[Finding]:
     for camera, lost in by_camera.items():
         first = f"the first is episode {lost[0].episode}, frame {lost[0].frame}: {lost[0].reason}"
         text = f"{len(lost)} of {look.frames} frames cannot be read, {first}"
-        yield Finding(ERROR, camera, text, "copy the file again, or cut the episodes; report.json lists all")
+        yield Finding(ERROR, camera, text, "copy the file again, or exclude the episodes; report.json lists all")
     for camera, seen in look.cameras.items():
         if seen.dark:
             text = f"black in {seen.dark} of {seen.frames} frames"
-            yield Finding(WARNING, camera, text, "see contact_sheet.png: a cap, or a camera that was off")
+            yield Finding(WARNING, camera, text, "see contact_sheet.png: check for a lens cap or a camera that was off")
         if seen.frozen and seen.dark < seen.frames:
             which = _listed(map(str, seen.frozen))
-            text = f"the same picture all through {len(seen.frozen)} of the episodes looked at: {which}"
-            yield Finding(WARNING, camera, text, "see contact_sheet.png: if the camera hung, cut these episodes")
+            text = f"the image does not change in {len(seen.frozen)} of the decoded episodes: {which}"
+            yield Finding(WARNING, camera, text, "see contact_sheet.png: if the camera froze, exclude these episodes")
     if look.frames and not look.undecodable:
-        yield Finding(OK, "frames", f"{look.frames} of {info.num_frames} were decoded, of every camera")
+        yield Finding(OK, "frames", f"decoded {look.frames} of {info.num_frames} from every camera")
 
 
 def _listed(items: Iterable[str], chosen: np.ndarray | None = None, most: int = 8) -> str:

@@ -41,10 +41,11 @@ def check_length(run: RunConfig, frames: int, global_batch: int, total_steps: in
     """
     found = []
     if run.optim.warmup_steps >= total_steps:
-        text = f"{run.optim.warmup_steps:,} updates of warm-up in a run of {total_steps:,}: the peak is never reached"
+        steps = f"{run.optim.warmup_steps:,} warmup updates in a run of {total_steps:,}"
+        text = f"{steps}: the peak learning rate is never reached"
         found.append(Finding(WARNING, "num_warmup_steps", text, "lower it, or train longer"))
     if global_batch > frames:
-        text = f"an update has {global_batch:,} samples, more than there are training frames, {frames:,}"
+        text = f"an update has {global_batch:,} samples, but there are only {frames:,} training frames"
         remedy = "lower batch_size_per_gpu or gradient_accumulation_steps"
         found.append(Finding(WARNING, "batch_size_per_gpu", text, remedy))
     return [("settings", finding) for finding in found]
@@ -84,6 +85,6 @@ def _first_frames(part: DatasetSpec) -> list[Finding]:
         try:
             images.read(camera, 0)
         except FrameError as error:
-            remedy = "scripts/check_dataset.py looks at the others"
+            remedy = "scripts/check_dataset.py checks the others"
             unreadable.append(Finding(ERROR, camera, str(error), remedy, stops_training=True))
     return unreadable

@@ -69,7 +69,7 @@ def as_text(report: Report) -> str:
         f"episode lengths in frames: {lengths['min']} to {lengths['max']}, median {lengths['median']:g}; "
         f"{lengths['shorter_than_horizon']} shorter than the horizon of {report.horizon}",
         _table(
-            ["camera", "height x width", "mean brightness of 255", "frames decoded"],
+            ["camera", "height x width", "mean brightness (0-255)", "frames decoded"],
             [
                 [camera, _size(info, camera), f"{seen.brightness:.0f}" if seen.frames else "-", str(seen.frames)]
                 for camera, seen in look.cameras.items()

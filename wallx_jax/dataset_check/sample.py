@@ -1,4 +1,4 @@
-"""Describe one training sample as text: prompt, labels, and state and actions before and after normalisation.
+"""Describe one training sample as text: prompt, labels, and state and actions before and after normalization.
 
 Legend: A action horizon, D robot dims.
 """
@@ -63,15 +63,15 @@ def describe_actions(raw: RawSample, sample: Batch, processor: Processor, names:
 def _labels(sample: Batch, tokenizer: Tokenizer) -> str:
     if not len(sample.labels):
         return "none (flow matching)"
-    said = [int(label) for label in sample.labels if label != IGNORE]
-    return f"{len(said)} of the last {len(sample.labels)} positions\n{_indent(collapse(tokenizer.decode(said)))}"
+    targets = [int(label) for label in sample.labels if label != IGNORE]
+    return f"{len(targets)} of the last {len(sample.labels)} positions\n{_indent(collapse(tokenizer.decode(targets)))}"
 
 
-def _rows(names: Sequence[str], raw: np.ndarray, normalised: np.ndarray, mask: np.ndarray) -> str:
+def _rows(names: Sequence[str], raw: np.ndarray, normalized: np.ndarray, mask: np.ndarray) -> str:
     width = max(map(len, names))
     return "\n".join(
         f"    {name:{width}}  {before:12.6g} -> {after:9.5f}{'' if on else '  masked'}"
-        for name, before, after, on in zip(names, raw, normalised, mask, strict=False)
+        for name, before, after, on in zip(names, raw, normalized, mask, strict=False)
     )
 
 

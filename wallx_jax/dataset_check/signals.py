@@ -17,7 +17,7 @@ RELATED = 0.3  # the state counts as following the action from this correlation 
 
 @dataclass(frozen=True, eq=False)
 class Jump:
-    """An outlier step of a dim between two neighbouring frames.
+    """An outlier step of a dim between two neighboring frames.
 
     Attributes:
         dim: index of the dim.
@@ -44,7 +44,7 @@ class Spread:
         infinities: number of infinite values.
         constant: whether the dim has only one value.
         stuck: whether the dim has one value in nearly all frames, so that q01 equals q99.
-        low, high: bounds at which normalisation clamps.
+        low, high: bounds at which normalization clamps.
         outside: fraction of the values that lie outside these bounds.
     """
 
@@ -89,7 +89,7 @@ def spread(values: np.ndarray, bounds: tuple[np.ndarray, np.ndarray] | None = No
 
     Args:
         values: [N, D].
-        bounds: q01 and q99 [D] used for normalisation, NaN where a dim has none; None: those of the values.
+        bounds: q01 and q99 [D] used for normalization, NaN where a dim has none; None: those of the values.
     """
     nans, infinities = np.isnan(values).sum(axis=0), np.isinf(values).sum(axis=0)
     rows = []
@@ -118,7 +118,7 @@ def spread(values: np.ndarray, bounds: tuple[np.ndarray, np.ndarray] | None = No
 
 
 def jumps(values: np.ndarray, episodes: np.ndarray) -> list[Jump]:
-    """Find steps between neighbouring frames that are far larger than usual for the dim.
+    """Find steps between neighboring frames that are far larger than usual for the dim.
 
     A jump exceeds JUMP_FACTOR times the 99% quantile of the dim's non-zero steps (in short datasets the fifth largest
     one, so that a single fault cannot raise the threshold above itself). A step that occurs in most episodes is normal
@@ -150,7 +150,7 @@ def jumps(values: np.ndarray, episodes: np.ndarray) -> list[Jump]:
 def following(states: np.ndarray, actions: np.ndarray, episodes: np.ndarray, longest: int) -> LagStats:
     """Measure how the state follows the action.
 
-    The lag maximises the cross-correlation of their velocities, which unlike positions have little autocorrelation.
+    The lag maximizes the cross-correlation of their velocities, which unlike positions have little autocorrelation.
 
     Args:
         states: [N, P], in recorded order.

@@ -29,7 +29,7 @@ class Problem:
 
     camera: str
     message: str
-    remedy: str = "copy the file again, or leave its episodes out with the setting `episodes`"
+    remedy: str = "copy the file again, or exclude its episodes with the setting `episodes`"
     certain: bool = True
 
 
@@ -66,19 +66,19 @@ def _problem(info: DatasetInfo, camera: str, file: Path, seconds: float, frames:
     if size != promised and all(size):
         return Problem(
             camera,
-            f"{file} has frames of {size[0]}x{size[1]} (height x width), meta/info.json says "
+            f"{file} has frames of {size[0]}x{size[1]} (height x width), but meta/info.json has "
             f"{promised[0]}x{promised[1]}",
-            "correct meta/info.json, or encode the camera anew",
+            "correct meta/info.json, or re-encode the videos of this camera",
         )
     if abs(start) > half_frame:
-        return Problem(camera, f"{file} begins at {start:g} s instead of 0", "encode the camera anew")
+        return Problem(camera, f"{file} begins at {start:g} s instead of 0", "re-encode the videos of this camera")
     each = max(round(rate / info.fps), 1)  # video frames per dataset frame
     if abs(seconds - seconds * each * info.fps / rate) > half_frame and counted != 1:  # a single frame has no rate
         return Problem(
             camera,
-            f"{file} has {rate:.6g} frames per second, meta/info.json says {info.fps:.6g}: images would drift away "
+            f"{file} has {rate:.6g} frames per second, but meta/info.json has {info.fps:.6g}: images would drift away "
             "from their states",
-            "correct `fps` there or encode the camera anew, whichever is wrong",
+            "correct `fps` there or re-encode the videos of this camera, whichever is wrong",
         )
     if length is not None and length < seconds + half_frame:
         return Problem(
@@ -87,9 +87,9 @@ def _problem(info: DatasetInfo, camera: str, file: Path, seconds: float, frames:
     if info.whole and counted and counted > each * (len(frames) + 0.5):
         return Problem(
             camera,
-            f"{file} has {counted} frames, meta/episodes counts {len(frames)} in it",
-            "fine if the surplus stands at an episode's end; elsewhere images do not belong to their states: look at "
-            "them with scripts/inspect_batch.py",
+            f"{file} has {counted} frames, but meta/episodes counts {len(frames)} in it",
+            "harmless if the extra frames are at the end of an episode; otherwise images do not match their states: "
+            "check them with scripts/inspect_batch.py",
             certain=False,
         )
     return None

@@ -117,14 +117,14 @@ def effects(recorded: Recorded, chunks: dict[str, np.ndarray], predicted: np.nda
 def verdict(effect: Effect, threshold: float = 1.05) -> str:
     """Describe whether the policy uses an input, i.e. whether replacing it makes predictions worse."""
     if effect.moved == 0:
-        return "has no effect at all"
+        return "no effect"
     return "used" if effect.ratio >= threshold else "hardly used"
 
 
 def table(found: dict[str, Effect]) -> str:
     """Format the effects as a text table."""
     width = max(map(len, found))
-    lines = [f"{'replaced':{width}}  {'error':>10}  {'x intact':>9}  {'actions move by':>15}"]
+    lines = [f"{'replaced':{width}}  {'error':>10}  {'x intact':>9}  {'action change':>15}"]
     for name, effect in found.items():
         line = f"{name:{width}}  {effect.errors.mean:10.4g}  {effect.ratio:9.2f}  {effect.moved:15.4g}"
         lines.append(line if name == "nothing" else f"{line}  {verdict(effect)}")

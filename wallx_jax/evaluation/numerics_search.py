@@ -74,20 +74,20 @@ def measure(policy: Policy, batches: Sequence[EvalBatch], recorded: Recorded, st
     Returns:
         one measurement per entry of COMBINATIONS.
     """
-    speaks = policy.processor.config.objective == "fast"
+    is_fast = policy.processor.config.objective == "fast"
     found = []
     for numerics in COMBINATIONS:
         config = policy.config.replace(numerics=numerics)
-        evaluate = jax.jit(make_eval_step(config, Objective(use_flow=not speaks), EVAL_SEED))
+        evaluate = jax.jit(make_eval_step(config, Objective(use_flow=not is_fast), EVAL_SEED))
         losses = []
         for batch in batches:
             sums, counts = jax.device_get(evaluate(policy.params, batch))
-            losses.append(sums.cross_entropy / counts.cross_entropy if speaks else sums.flow / counts.flow)
+            losses.append(sums.cross_entropy / counts.cross_entropy if is_fast else sums.flow / counts.flow)
         loss, none = np.array(losses, np.float64), np.full(len(losses), np.nan)
         actor = Policy(config, policy.params, policy.processor)
         chunks = openloop.predict(actor, recorded.observations, steps=steps)
         error = openloop.errors(chunks, recorded, policy.processor.predicted).mean
-        found.append(Measurement(numerics, none if speaks else loss, loss if speaks else none, error))
+        found.append(Measurement(numerics, none if is_fast else loss, loss if is_fast else none, error))
     return found
 
 
@@ -105,9 +105,11 @@ class Decision:
 
     def sentence(self) -> str:
         if not self.rivals:
-            return f"{self.best.name} fits"
+            return f"{self.best.name} fits best"
         others = "; ".join(rival.name for rival in self.rivals)
-        return f"undecided: {self.best.name} has the lowest loss, but within {DECIDES:g} standard errors are {others}"
+        return (
+            f"undecided: {self.best.name} has the lowest loss, but within {DECIDES:g} standard errors of it: {others}"
+        )
 
 
 def decide(found: Sequence[Measurement]) -> Decision:
@@ -154,7 +156,7 @@ def write_numerics(folder: Path, numerics: dict[str, str]) -> Path:
     file = folder / "config.json"
     if file.is_file():
         if file.is_symlink():
-            raise ValueError(f"{file} is a link into the hub's cache, which others share; copy the folder first")
+            raise ValueError(f"{file} is a link into the shared Hub cache; copy the directory first")
         content = read_json_object(file)
         content["wallx_jax"] = {**content.get("wallx_jax", {}), **numerics}
     else:

@@ -42,16 +42,16 @@ def episode(
     for axis, dim in zip(axes.flat, dims.tolist(), strict=False):
         for row, start in enumerate(recorded.frames):
             steps = start + np.flatnonzero(recorded.valid[row])
-            done, said = (x[row, : len(steps), dim] for x in (recorded.actions, chunks))
+            done, predicted = (x[row, : len(steps), dim] for x in (recorded.actions, chunks))
             first = row == 0
             axis.plot(steps, done, "C0", linewidth=2, label="recorded" if first else None)
-            axis.plot(steps, said, "C1", linewidth=1, label="predicted" if first else None)
-            axis.plot(steps[:1], said[:1], "C1.", markersize=4)
+            axis.plot(steps, predicted, "C1", linewidth=1, label="predicted" if first else None)
+            axis.plot(steps[:1], predicted[:1], "C1.", markersize=4)
         axis.set_title(names[dim], fontsize=9)
         axis.tick_params(labelsize=7)
     axes.flat[0].legend(fontsize=7)
     figure.suptitle(title)
-    figure.supxlabel("frame; a dot is where a chunk begins", fontsize=8)
+    figure.supxlabel("frame (dots mark the start of a chunk)", fontsize=8)
     _save(figure, file)
 
 
@@ -67,7 +67,7 @@ def ablation(file: Path, found: dict[str, Effect], names: Sequence[str], shown: 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
     left.barh(list(found), [effect.errors.mean for effect in found.values()])
     left.invert_yaxis()
-    left.set(title="mean absolute error, replaced:", xlabel="robot units")
+    left.set(title="mean absolute error by replaced input", xlabel="robot units")
     for name, effect in found.items():
         middle.plot(effect.errors.per_step, label=name)
     middle.set(title="along the horizon", xlabel="step of the chunk", ylabel="mean absolute error")
@@ -78,7 +78,7 @@ def ablation(file: Path, found: dict[str, Effect], names: Sequence[str], shown: 
     image = right.imshow(ratios, aspect="auto", vmin=1, vmax=max(2.0, float(ratios.max())), cmap="viridis")
     right.set_yticks(range(len(ratios)), [name for name in found if name != "nothing"], fontsize=8)
     right.set_xticks(range(len(dims)), [names[dim] for dim in dims.tolist()], rotation=90, fontsize=7)
-    right.set_title("error by dim, as a multiple of intact")
+    right.set_title("error by dim, relative to intact inputs")
     figure.colorbar(image, ax=right)
     _save(figure, file)
 
@@ -99,7 +99,7 @@ def pictures(file: Path, rows: Sequence[Sequence[tuple[str, np.ndarray]]]) -> No
 
 
 def dimensions(file: Path, vectors: Sequence[Vector]) -> None:
-    """Plot a histogram of every dim of the vectors, with the bounds at which normalisation clamps it."""
+    """Plot a histogram of every dim of the vectors, with the bounds at which normalization clamps it."""
     rows = [-(-len(vector.names) // COLUMNS) for vector in vectors]
     size = (4 * COLUMNS, 2.2 * sum(rows))
     figure, axes = plt.subplots(sum(rows), COLUMNS, figsize=size, squeeze=False, layout="constrained")
@@ -120,7 +120,7 @@ def dimensions(file: Path, vectors: Sequence[Vector]) -> None:
             axis.locator_params(axis="x", nbins=6)
             axis.yaxis.set_minor_formatter(NullFormatter())
     kind = "given statistics" if vectors[0].given else "these values"
-    figure.suptitle(f"frames by value (logarithmic); dashed: q01 and q99 of {kind}, what lies outside is clamped")
+    figure.suptitle(f"frames per value (log scale); dashed: q01 and q99 of {kind}, values outside are clamped")
     _save(figure, file)
 
 

@@ -52,9 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", required=True, help="run or checkpoint directory, Wall-X model directory or hub repo id"
     )
     parser.add_argument("--dataset", help="LeRobot dataset: directory or repo id; default: the one it was trained on")
-    parser.add_argument("--robot", help="of a checkpoint trained on several datasets: which of them")
+    parser.add_argument("--robot", help="which dataset's robot, for a checkpoint trained on several datasets")
     parser.add_argument(
-        "--config", help="configuration file as for training, e.g. configs/aloha.py; tells a model directory its robot"
+        "--config", help="training configuration, e.g. configs/aloha.py; describes the robot of a model directory"
     )
 
 
@@ -93,12 +93,14 @@ def load_eval_target(arguments: argparse.Namespace, numerics: Mapping[str, Any] 
     stored = recorded({} if is_pytorch else read_metadata(folder)["config"])
     if len(known := processors.robots(files)) > 1:
         if arguments.robot not in known:
-            raise ValueError(f"--robot {arguments.robot}: {folder} was trained on several, choose one of {known}")
+            raise ValueError(
+                f"--robot {arguments.robot}: {folder} was trained on several datasets; choose one of {known}"
+            )
         first_only = {"dataset_root": None, "dataset_revision": None, "episodes": None}
         stored |= first_only | stored["datasets"][arguments.robot] if arguments.robot in stored["datasets"] else {}
     location = arguments.dataset or stored["dataset_root"] or stored["repo_id"]
     if location is None:
-        raise ValueError(f"{folder} does not say what it was trained on; give --dataset")
+        raise ValueError(f"{folder} does not record its training dataset; give --dataset")
     if arguments.dataset:
         stored |= {"dataset_revision": None, "episodes": None}
     info = read_info(location, stored["dataset_revision"], stored["episodes"])
@@ -118,7 +120,9 @@ def _open_model_directory(
     if arguments.dataset:
         config.repo_id, config.dataset_root = arguments.dataset, None
     if config.repo_id is None:
-        raise ValueError(f"which robot? {folder} is a model directory: give --config=configs/NAME.py or --dataset")
+        raise ValueError(
+            f"{folder} is a model directory and does not describe a robot: give --config=configs/NAME.py or --dataset"
+        )
     for name, value in (numerics or {}).items():
         config.numerics[name] = value
     settings = resolve(config)
