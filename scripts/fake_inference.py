@@ -23,13 +23,13 @@ extras.require("train", __name__, __doc__)
 from wallx_jax.checkpoints.layout import assets_dir, find_model
 from wallx_jax.data import processor as processors
 from wallx_jax.data.normalize import NormStats, Stats
-from wallx_jax.evaluation import target
 from wallx_jax.inference.load import load_policy, load_vlm, model_config
 from wallx_jax.inference.policy import ActionNotFiniteError, Policy
 from wallx_jax.inference.sampler import LogitsError
 from wallx_jax.inference.vlm import VLM
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.utils import tree
+from wallx_jax.utils.errors import run_main
 
 CAMERA = (480, 640)
 
@@ -126,4 +126,4 @@ def _timed(call, repeats: int):
 
 
 if __name__ == "__main__":
-    target.run(main)
+    run_main(main)

@@ -19,7 +19,7 @@ import itertools
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ import jax
 
 from wallx_jax.models.config import Numerics, TokenIds, WallXConfig
 from wallx_jax.utils import hub
+from wallx_jax.utils.errors import UserError, causes, root_cause
 from wallx_jax.utils.files import read_json_object
 from wallx_jax.utils.json_fields import mismatch
 
@@ -44,7 +45,7 @@ OPTIONAL_METADATA = {"loss": int | float | None, "data_order": dict | None, "sou
 _TEMPORARY = re.compile(r"\d+\.orbax-checkpoint-tmp.*")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """Raised if a checkpoint cannot be found, read or written; the message is meant for the user."""
 
 
@@ -250,25 +251,9 @@ def first_readable(
         except Exception as error:  # Orbax and TensorStore report damage as many exception types
             if any(isinstance(cause, KeyboardInterrupt | asyncio.CancelledError) for cause in causes(error)):
                 raise KeyboardInterrupt from error
-            loaded, success, why = None, False, reason(error)
+            loaded, success, why = None, False, root_cause(error)
         if agree(success):
             return loaded
         failures.append(f"{step}: {why}")
         logger.warning("the checkpoint %s is damaged and passed over (%s)", step, why)
     raise CheckpointError(f"no readable checkpoint: {'; '.join(failures)}")
-
-
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an exception and all exceptions that it wraps."""
-    if error is not None:
-        yield error
-        for inner in (error.__cause__, error.__context__, *getattr(error, "exceptions", ())):
-            yield from causes(inner)
-
-
-def reason(error: BaseException) -> str:
-    """Return the innermost exception's message as one line: Orbax wraps it in pages of text."""
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]}..."

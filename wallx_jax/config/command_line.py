@@ -14,13 +14,13 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from wallx_jax.config.resolve import PER_DATASET, TABLES, default_config, flatten
-from wallx_jax.utils.errors import ConfigError
+from wallx_jax.utils.errors import ConfigError, UserError
 
 flags.disclaim_key_flags()  # so that the launched program's --help lists --config and --workdir
 _ORDINARY: list[str] = []  # the arguments that ml_collections parses: all but settings in tables
 
 
-class CommandLineError(ValueError):
+class CommandLineError(UserError, ValueError):
     """An invalid command line, described in one line."""
 
 

@@ -2,15 +2,14 @@
 
 import argparse
 import importlib.util
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from wallx_jax.checkpoints.layout import CheckpointError, assets_dir, find_model, read_metadata
+from wallx_jax.checkpoints.layout import assets_dir, find_model, read_metadata
 from wallx_jax.config import default_config, recorded, resolve
 from wallx_jax.data import processor as processors
 from wallx_jax.data.fetch import fetch
@@ -21,11 +20,7 @@ from wallx_jax.data.validate import check_dataset
 from wallx_jax.inference.load import load_policy
 from wallx_jax.inference.policy import Policy
 from wallx_jax.training import init
-from wallx_jax.utils.errors import ConfigError
 from wallx_jax.utils.files import unusable_folder
-from wallx_jax.weights.safetensors_io import WeightsError
-
-USER_ERRORS = (ConfigError, CheckpointError, WeightsError, OSError, ValueError, ImportError)
 
 
 @dataclass(frozen=True)
@@ -62,14 +57,6 @@ def output_folder(text: str) -> Path:
     if why := unusable_folder(text):
         raise argparse.ArgumentTypeError(f"{why}; choose another folder")
     return Path(text).expanduser()
-
-
-def run(main: Callable[[], None]) -> None:
-    """Run a script's main; exit with a one-line message on errors that the user can fix."""
-    try:
-        main()
-    except USER_ERRORS as error:
-        sys.exit(f"error: {error}")
 
 
 def load_eval_target(arguments: argparse.Namespace, numerics: Mapping[str, Any] | None = None) -> EvalTarget:
