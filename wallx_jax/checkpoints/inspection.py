@@ -10,11 +10,11 @@ from wallx_jax.checkpoints.checkpointer import compare_params, stored
 from wallx_jax.checkpoints.layout import (
     POSITION_FILE,
     CheckpointError,
-    find_checkpoints,
+    complete_steps,
     metadata_of,
     model_config_of,
 )
-from wallx_jax.data import processor as processors
+from wallx_jax.checkpoints.source import ModelSource, open_source
 from wallx_jax.data.processor import Processor
 from wallx_jax.data.tokenizer import Tokenizer
 from wallx_jax.models import param_summary
@@ -59,30 +59,32 @@ def inspect_checkpoint(path: str | Path) -> CheckpointReport:
     report, folder = CheckpointReport(), Path(path).expanduser().absolute()
     if not folder.is_dir():
         report.problems.append(f"there is no directory {folder}")
-    elif (folder / "config.json").is_file():
-        _check_pytorch(report, folder)
-    elif steps := report.try_step("it cannot be searched", find_checkpoints, folder):
-        if steps[0] != folder:
-            names = ", ".join(step.name for step in reversed(steps))
-            incomplete = sorted(
-                {child.name for child in steps[0].parent.iterdir() if child.is_dir()} - {*names.split(", ")}
-            )
+    elif source := report.try_step("it cannot be searched", open_source, folder):
+        if source.is_run:
+            siblings = source.folder.parent
+            names = list(map(str, complete_steps(siblings)))
+            incomplete = sorted({child.name for child in siblings.iterdir() if child.is_dir()} - {*names})
             aside = f"; incomplete or set aside: {', '.join(incomplete)}" if incomplete else ""
-            report.add("run", f"complete steps: {names}{aside}")
-        _check_step(report, steps[0])
+            report.add("run", f"complete steps: {', '.join(names)}{aside}")
+        if source.is_checkpoint:
+            _check_step(report, source)
+        else:
+            _check_pytorch(report, source)
     return report
 
 
-def _check_pytorch(report: CheckpointReport, folder: Path) -> None:
+def _check_pytorch(report: CheckpointReport, source: ModelSource) -> None:
+    folder = source.folder
     report.add("model", f"{folder}, a PyTorch directory")
     weights = report.try_step("its weights cannot be read", open_weights, folder)
     if weights is not None:
         _describe_model(report, weights.config)
         report.findings += param_summary.table(param_summary.rows(weights.specs))
-    _check_files(report, folder)
+    _check_files(report, source)
 
 
-def _check_step(report: CheckpointReport, step: Path) -> None:
+def _check_step(report: CheckpointReport, source: ModelSource) -> None:
+    step = source.folder
     report.add("checkpoint", f"{step}, complete")
     metadata = report.try_step("its metadata cannot be read", metadata_of, step)
     specs = report.try_step("its parameters cannot be read", stored, step)
@@ -103,12 +105,12 @@ def _check_step(report: CheckpointReport, step: Path) -> None:
                 f"params/ has {param_summary.gib(found)} on disk, its arrays take {param_summary.gib(wanted)}: copy it "
                 "again"
             )
-    _check_files(report, step / "assets")
+    _check_files(report, source)
     _check_resumable(report, step)
 
 
 def _describe_model(report: CheckpointReport, model: WallXConfig) -> None:
-    acts = model.action.intermediate_size is not None
+    acts = model.has_action_head
     side = f"{model.action.action_dim} action channels" if acts else "no action side (Qwen2.5-VL)"
     adapters = f", adapters of rank {model.lora.rank}" if model.lora.rank else ""
     report.add(
@@ -129,9 +131,10 @@ def _versions(metadata: dict[str, Any]) -> str:
     return f"with {', '.join(others)}" if others else "with the versions that are installed here"
 
 
-def _check_files(report: CheckpointReport, folder: Path) -> None:
+def _check_files(report: CheckpointReport, source: ModelSource) -> None:
     """Check tokenizer, statistics and image sizes; a model without robot data has only a tokenizer."""
-    if (folder / processors.FILE_NAME).is_file():
+    folder = source.assets
+    if source.has_processor:
         processor = report.try_step("its preprocessing cannot be read", Processor.from_dir, folder)
         if processor is not None:
             views = ", ".join(processor.config.views)

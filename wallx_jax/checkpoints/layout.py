@@ -26,7 +26,6 @@ from typing import Any, TypeVar
 import jax
 
 from wallx_jax.models.config import Numerics, TokenIds, WallXConfig
-from wallx_jax.utils import hub
 from wallx_jax.utils.errors import UserError, causes, root_cause
 from wallx_jax.utils.files import read_json_object
 from wallx_jax.utils.json_fields import mismatch
@@ -83,22 +82,6 @@ def find_checkpoints(path: str | Path, save_path: str | Path | None = None) -> l
         f"no complete checkpoint in {path}: looked for {FOLDER}/STEP/params, STEP/params and params; nor is it a "
         "PyTorch model directory, which has a config.json"
     )
-
-
-def find_model(path_or_repo: str | Path, revision: str | None = None) -> tuple[Path, bool]:
-    """Find a model given as a checkpoint, run, PyTorch model directory or hub repo id.
-
-    Returns:
-        (folder, whether it is a PyTorch model directory rather than a step directory).
-
-    Raises:
-        FileNotFoundError: there is no such path or repository.
-        CheckpointError: the folder contains neither a model nor a complete checkpoint.
-    """
-    folder = hub.resolve(path_or_repo, kind="model", revision=revision)
-    if (folder / "config.json").is_file():
-        return folder, True
-    return find_checkpoints(folder)[0], False
 
 
 def latest_step(save_path: str | Path) -> int | None:

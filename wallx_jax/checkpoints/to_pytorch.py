@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from wallx_jax.checkpoints.compare import compare
 from wallx_jax.checkpoints.layout import COMMITTED, CheckpointError, assets_dir, find_checkpoints, read_metadata
+from wallx_jax.checkpoints.source import has_processor
 from wallx_jax.checkpoints.stream import ModelReader
 from wallx_jax.config.prompt_template import PromptTemplate
 from wallx_jax.data import processor as processors
@@ -81,8 +82,8 @@ def export_model(
     config = model.config
     assets = assets_dir(step)
     source = read_metadata(step).get("source")
-    whole = (layout == "qwen2_5_vl") == names.is_qwen(config)
-    if layout == "wall_x" and names.is_qwen(config):
+    whole = (layout == "wall_x") == config.has_action_head
+    if layout == "wall_x" and not config.has_action_head:
         raise WeightsError(f"{step} is a Qwen2.5-VL without an action side: export it with layout qwen2_5_vl")
     config = config if whole else config.replace(action={"intermediate_size": None})
 
@@ -137,7 +138,7 @@ def _config_json(config: WallXConfig, assets: Path, specs: Mapping[str, Any]) ->
     widest = "bfloat16" if specs[names.EMBEDDING].dtype == DTYPES["BF16"] else "float32"
     ours = config.replace(numerics={"param_dtype": widest}).to_hf()
     ours["torch_dtype"] = specs[names.EMBEDDING].dtype.name
-    if not names.is_qwen(config) and (assets / processors.FILE_NAME).is_file():
+    if config.has_action_head and has_processor(assets):
         prompt = processors.read_config(assets).prompt
         if prompt != PromptTemplate():
             ours["wallx_jax"]["prompt"] = dataclasses.asdict(prompt)

@@ -27,7 +27,7 @@ from wallx_jax.config.schema import (
     LoopConfig,
     MeshConfig,
     MixedDataset,
-    ModelSource,
+    ModelSettings,
     OptimConfig,
     RobotConfig,
     RunConfig,
@@ -249,7 +249,7 @@ def _run_config(v: Mapping[str, Any]) -> RunConfig:
     _, state_key, action_key = KEY_MAPPINGS.get(v["repo_id"], ({}, "observation.state", "action"))
     return RunConfig(
         model=_build(
-            ModelSource,
+            ModelSettings,
             v,
             path=v["pretrained_wallx_path"],
             revision=v["pretrained_revision"],

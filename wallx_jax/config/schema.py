@@ -9,7 +9,7 @@ from wallx_jax.models.config import LoraConfig, Numerics
 
 
 @dataclass(frozen=True)
-class ModelSource:
+class ModelSettings:
     """The source of the model's weights and its tokenizer; see `default_config`.
 
     Attributes:
@@ -282,7 +282,7 @@ class RunConfig:
         mixed: the datasets after the first.
     """
 
-    model: ModelSource
+    model: ModelSettings
     robot: RobotConfig
     data: DataConfig
     optim: OptimConfig

@@ -9,9 +9,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from wallx_jax.checkpoints.layout import assets_dir, find_model, read_metadata
+from wallx_jax.checkpoints.source import open_source
 from wallx_jax.config import default_config, recorded, resolve
-from wallx_jax.data import processor as processors
 from wallx_jax.data.fetch import fetch
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.metadata import DatasetInfo, read_info
@@ -72,12 +71,12 @@ def load_eval_target(arguments: argparse.Namespace, numerics: Mapping[str, Any] 
     Raises:
         ValueError, FileNotFoundError, CheckpointError, WeightsError: something is missing or does not fit.
     """
-    folder, is_pytorch = find_model(arguments.checkpoint)
-    files = folder if is_pytorch else assets_dir(folder)
-    if not (files / processors.FILE_NAME).is_file():
+    source = open_source(arguments.checkpoint)
+    folder = source.folder
+    if not source.has_processor:
         return _open_model_directory(folder, arguments, numerics)
-    stored = recorded({} if is_pytorch else read_metadata(folder)["config"])
-    if len(known := processors.robots(files)) > 1:
+    stored = recorded(source.run_config)
+    if len(known := source.robots) > 1:
         if arguments.robot not in known:
             raise ValueError(f"--robot {arguments.robot}: {folder} was trained on several, choose one of {known}")
         first_only = {"dataset_root": None, "dataset_revision": None, "episodes": None}
@@ -92,8 +91,8 @@ def load_eval_target(arguments: argparse.Namespace, numerics: Mapping[str, Any] 
     split = [stored[key] for key in ("train_test_split", "split_mode", "split_seed")]
     layout = policy.processor.config
     fetch(info, layout.camera_keys)
-    source = LeRobotSource(info, layout.horizon, layout.camera_keys, layout.state_key, layout.action_key)
-    return EvalTarget(policy, info, _held_out(source, *split), folder)
+    frames = LeRobotSource(info, layout.horizon, layout.camera_keys, layout.state_key, layout.action_key)
+    return EvalTarget(policy, info, _held_out(frames, *split), folder)
 
 
 def _open_model_directory(

@@ -206,6 +206,11 @@ class WallXConfig:
     numerics: Numerics = field(default_factory=Numerics)
     lora: LoraConfig = field(default_factory=LoraConfig)
 
+    @property
+    def has_action_head(self) -> bool:
+        """Whether there are an action expert and heads; a plain Qwen2.5-VL has neither."""
+        return self.action.intermediate_size is not None
+
     def replace(self, **sections: Mapping[str, Any]) -> "WallXConfig":
         """Return a copy with fields inside sections replaced: `config.replace(text={"vocab_size": 10})`."""
         return dataclasses.replace(

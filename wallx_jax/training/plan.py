@@ -19,7 +19,7 @@ from wallx_jax.models.param_summary import gib
 from wallx_jax.models.vision import visual_grid
 from wallx_jax.models.vision_plan import token_count
 from wallx_jax.training import flops
-from wallx_jax.training.init import ModelSource
+from wallx_jax.training.init import InitSource
 from wallx_jax.training.optimizer import group_of, is_trainable, peak_rate, schedule
 from wallx_jax.training.state import TrainState
 from wallx_jax.utils import tree
@@ -139,7 +139,7 @@ class Plan:
 
 def make_plan(
     datasets: Sequence[Part],
-    origin: ModelSource,
+    origin: InitSource,
     layout: ProcessorConfig,
     state: TrainState,
     mesh: Mesh,
