@@ -17,7 +17,8 @@ from wallx_jax.checkpoints.source import has_processor
 from wallx_jax.checkpoints.stream import ModelReader
 from wallx_jax.config.prompt_template import PromptTemplate
 from wallx_jax.data import processor as processors
-from wallx_jax.models.config import WallXConfig
+from wallx_jax.data.images import IMAGE_LIMITS
+from wallx_jax.models.config import FRAMES_PER_TOKEN, IMAGE_MEAN, IMAGE_STD, MERGE, PATCH, WallXConfig
 from wallx_jax.models.params import abstract_params
 from wallx_jax.utils import tree
 from wallx_jax.utils.files import new_directory, read_json_object
@@ -32,13 +33,13 @@ ROBOT = ("processor.json", "norm_stats.json", "fast", "robots")  # not used by a
 PREPROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessor",
     "processor_class": "Qwen2_5_VLProcessor",
-    "min_pixels": 3136,
-    "max_pixels": 12845056,
-    "patch_size": 14,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "min_pixels": IMAGE_LIMITS.smallest,
+    "max_pixels": IMAGE_LIMITS.largest,
+    "patch_size": PATCH,
+    "temporal_patch_size": FRAMES_PER_TOKEN,
+    "merge_size": MERGE,
+    "image_mean": list(IMAGE_MEAN),
+    "image_std": list(IMAGE_STD),
 }
 RELATIVE_ACTIONS = (
     "{}: some actions of this model are differences from the state at the chunk's start (relative_to in "

@@ -12,6 +12,14 @@ from typing import Any, Literal
 
 from wallx_jax.utils.json_fields import field_errors, mismatch, section
 
+# Images as every Qwen2.5-VL and Wall-X model takes them; the image sizes of datasets and chats are derived from these.
+PATCH = 14  # side of a patch, in pixels
+MERGE = 2  # side of the cell of patches that becomes one token, in patches
+FRAMES_PER_TOKEN = 2  # frames of a video in a patch
+# CLIP's channel statistics, which Qwen2-VL's image processor uses.
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -40,9 +48,9 @@ class VisionConfig:
     num_heads: int = 16
     out_hidden_size: int = 2048
     in_channels: int = 3
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    spatial_merge_size: int = 2
+    patch_size: int = PATCH
+    temporal_patch_size: int = FRAMES_PER_TOKEN
+    spatial_merge_size: int = MERGE
     window_size: int = 112
     fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
     tokens_per_second: float = 2
