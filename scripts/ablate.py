@@ -14,6 +14,7 @@ from wallx_jax.utils import extras
 extras.require("train", __name__, __doc__)
 
 from wallx_jax.evaluation import ablation, openloop, plots, target
+from wallx_jax.utils.errors import run_main
 
 
 def main() -> None:
@@ -50,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    target.run(main)
+    run_main(main)

@@ -35,8 +35,8 @@ from wallx_jax.data.metadata import is_depth, read_info
 from wallx_jax.data.validate import IMAGE_PREFIX
 from wallx_jax.dataset_check import check, preflight
 from wallx_jax.dataset_check.report import as_json, as_text
-from wallx_jax.evaluation import plots, target
-from wallx_jax.utils.errors import ConfigError
+from wallx_jax.evaluation import plots
+from wallx_jax.utils.errors import ConfigError, run_main
 
 # Scripts may define a flag of the same name and be imported into one program.
 define = functools.partial(flags.DEFINE_string, allow_override=True)
@@ -121,4 +121,4 @@ def _contact_rows(report: check.Report) -> list[list[tuple[str, np.ndarray]]]:
 
 
 if __name__ == "__main__":
-    target.run(lambda: launch(main, needs_config=False))
+    run_main(lambda: launch(main, needs_config=False))

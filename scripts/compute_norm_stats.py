@@ -9,7 +9,6 @@ itself. Prints a table and writes norm_stats.json in upstream's format, for `nor
 """
 
 import functools
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from wallx_jax.data.datasets import open_datasets
 from wallx_jax.data.metadata import DatasetInfo, read_info
 from wallx_jax.data.normalize import FILE_NAME, NormStats, save_norm_stats
 from wallx_jax.data.stats import compute_stats, table
-from wallx_jax.utils.errors import ConfigError
+from wallx_jax.utils.errors import run_main
 
 # Scripts may define a flag of the same name and be imported into one program.
 define = functools.partial(flags.DEFINE_string, allow_override=True)
@@ -39,15 +38,10 @@ define("output", FILE_NAME, "File to write, *.json, or a directory.")
 
 
 def main(config: ConfigDict | None) -> None:
-    try:
-        for file, info, stats in of_config(config) if flags.FLAGS.dataset is None else of_dataset(config):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_norm_stats(file, stats)
-            print(f"{table(stats, info)}\nwrote {file}")
-    except (CommandLineError, ConfigError):
-        raise
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    for file, info, stats in of_config(config) if flags.FLAGS.dataset is None else of_dataset(config):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_norm_stats(file, stats)
+        print(f"{table(stats, info)}\nwrote {file}")
 
 
 def of_dataset(config: ConfigDict | None) -> Iterator[tuple[Path, DatasetInfo, NormStats]]:
@@ -86,4 +80,4 @@ def output(name: str = "") -> Path:
 
 
 if __name__ == "__main__":
-    launch(main, needs_config=False)
+    run_main(lambda: launch(main, needs_config=False))

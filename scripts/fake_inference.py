@@ -20,16 +20,15 @@ from wallx_jax.utils import extras
 
 extras.require("train", __name__, __doc__)
 
-from wallx_jax.checkpoints.layout import assets_dir, find_model
-from wallx_jax.data import processor as processors
+from wallx_jax.checkpoints.source import ModelSource, open_source
 from wallx_jax.data.normalize import NormStats, Stats
-from wallx_jax.evaluation import target
-from wallx_jax.inference.load import load_policy, load_vlm, model_config
+from wallx_jax.inference.load import load_policy, load_vlm
 from wallx_jax.inference.policy import ActionNotFiniteError, Policy
 from wallx_jax.inference.sampler import LogitsError
 from wallx_jax.inference.vlm import VLM
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.utils import tree
+from wallx_jax.utils.errors import run_main
 
 CAMERA = (480, 640)
 
@@ -53,10 +52,11 @@ def main() -> None:
 
 
 def smoke(arguments: argparse.Namespace) -> dict:
-    folder, is_pytorch = find_model(arguments.model)
+    source = open_source(arguments.model)
+    folder = source.folder
     start = time.perf_counter()
-    acts = model_config(folder, is_pytorch).action.intermediate_size is not None
-    policy = _policy(folder, is_pytorch, arguments.horizon) if acts else None
+    acts = source.read_config().has_action_head
+    policy = _policy(source, arguments.horizon) if acts else None
     vlm = VLM(policy.config, policy.params, policy.processor.tokenizer) if acts else load_vlm(folder)
     loaded = time.perf_counter() - start
     figures = {"model": str(folder), "device": jax.devices()[0].device_kind, "load_s": loaded}
@@ -89,13 +89,12 @@ def _act(policy: Policy, arguments: argparse.Namespace) -> dict:
     return {"chunk_ms": times, "actions": list(chunk.shape)}
 
 
-def _policy(folder: Path, is_pytorch: bool, horizon: int) -> Policy:
-    files = folder if is_pytorch else assets_dir(folder)
-    if (files / processors.FILE_NAME).is_file():
-        return load_policy(folder)
-    action = model_config(folder, is_pytorch).action
+def _policy(source: ModelSource, horizon: int) -> Policy:
+    if source.has_processor:
+        return load_policy(source.folder)
+    action = source.read_config().action
     stats = NormStats(_unit(action.state_dim), _unit(action.action_dim), "state", "action")
-    return load_policy(folder, norm_stats=stats, horizon=horizon)
+    return load_policy(source.folder, norm_stats=stats, horizon=horizon)
 
 
 def _unit(dims: int) -> Stats:
@@ -126,4 +125,4 @@ def _timed(call, repeats: int):
 
 
 if __name__ == "__main__":
-    target.run(main)
+    run_main(main)

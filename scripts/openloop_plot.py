@@ -16,6 +16,7 @@ from wallx_jax.utils import extras
 extras.require("train", __name__, __doc__)
 
 from wallx_jax.evaluation import openloop, plots, target
+from wallx_jax.utils.errors import run_main
 
 
 def main() -> None:
@@ -58,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    target.run(main)
+    run_main(main)

@@ -19,6 +19,7 @@ extras.require("train", __name__, __doc__)
 
 from wallx_jax.data.pipeline import eval_batches
 from wallx_jax.evaluation import numerics_search, openloop, target
+from wallx_jax.utils.errors import run_main
 
 
 def main() -> None:
@@ -56,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    target.run(main)
+    run_main(main)

@@ -17,8 +17,8 @@ from wallx_jax.utils import extras
 extras.require("train", __name__, __doc__)
 
 from wallx_jax.data.video import read_video
-from wallx_jax.evaluation import target
 from wallx_jax.inference.load import load_vlm
+from wallx_jax.utils.errors import run_main
 
 
 def main() -> None:
@@ -64,4 +64,4 @@ def _read_image(file: Path) -> Image.Image:
 
 
 if __name__ == "__main__":
-    target.run(main)
+    run_main(main)

@@ -25,69 +25,66 @@ from wallx_jax.checkpoints.inspection import CheckpointReport, inspect_checkpoin
 from wallx_jax.config.schema import Platform
 from wallx_jax.models.param_summary import gib
 from wallx_jax.utils import compile_cache, devices, extras
+from wallx_jax.utils.errors import run_main
 from wallx_jax.utils.files import unusable_folder
+from wallx_jax.utils.versions import PACKAGES, package_version
 
-SHOWN = (
-    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "lerobot", "transformers", "numpy", "torch"
-)  # fmt: skip
+SHOWN = (*PACKAGES, "torch")
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_SHARED_BYTES = 1 << 30  # data workers pass batches through it; a container without --shm-size has 64 MiB
 LEAST_OPEN_FILES = 1024
 
 
-def look_at_packages(checkup: CheckpointReport) -> None:
+def look_at_packages(report: CheckpointReport) -> None:
     """Report package versions, and those that are missing or do not match this package's requirements."""
-    version, wanted = importlib.metadata.version, importlib.metadata.requires
-    found = {name: _version(name) for name in SHOWN}
-    checkup.say("python", f"{platform.python_version()} on {platform.platform()}")
-    checkup.say("packages", ", ".join(f"{name} {here}" for name, here in found.items() if here))
+    found = {name: package_version(name) for name in SHOWN if name != "wallx-jax"}
+    report.add("python", f"{platform.python_version()} on {platform.platform()}")
+    report.add("packages", ", ".join(f"{name} {here}" for name, here in found.items() if here))
     try:
-        checkup.say("wallx-jax", version("wallx-jax"))
-        requirements = [Requirement(line) for line in wanted("wallx-jax") or ()]
+        report.add("wallx-jax", importlib.metadata.version("wallx-jax"))
+        requirements = [Requirement(line) for line in importlib.metadata.requires("wallx-jax") or ()]
     except importlib.metadata.PackageNotFoundError:
-        checkup.say("wallx-jax", "not installed, imported from the directory")
+        report.add("wallx-jax", "not installed, imported from the directory")
         return
     missing: dict[str, list[str]] = {}
     known = importlib.metadata.metadata("wallx-jax").get_all("Provides-Extra") or []
     for requirement in requirements:
         needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        here = _version(requirement.name)
+        here = package_version(requirement.name)
         if here is None and needed:
-            checkup.problems.append(f"{requirement.name} is not installed: pip install '{requirement.name}'")
+            report.problems.append(f"{requirement.name} is not installed: pip install '{requirement.name}'")
         elif here is None:
             for extra in known:
                 if requirement.marker.evaluate({"extra": extra}):
                     missing.setdefault(extra, []).append(requirement.name)
         elif not requirement.specifier.contains(here, prereleases=True):
             wants = f"{requirement.name}{requirement.specifier}"
-            checkup.problems.append(f"{requirement.name} {here} is installed, {wants} is wanted: pip install '{wants}'")
+            report.problems.append(f"{requirement.name} {here} is installed, {wants} is wanted: pip install '{wants}'")
     for extra, names in missing.items():
-        checkup.say("extra", f"{extra} is not complete, it lacks {', '.join(names)}: {extras.install(extra)}")
+        report.add("extra", f"{extra} is not complete, it lacks {', '.join(names)}: {extras.install(extra)}")
 
 
-def look_at_devices(checkup: CheckpointReport, wanted: str | None) -> None:
+def look_at_devices(report: CheckpointReport, wanted: str | None) -> None:
     """Report the devices that JAX uses; a platform other than `wanted` is a problem (see `devices.require`)."""
     plugins = ", ".join(f"{name} {here}" for name, here in devices.cuda_plugins().items())
     gpus = Counter(devices.nvidia_gpus())
-    checkup.say("NVIDIA", ", ".join(f"{count} x {name}" for name, count in gpus.items()) or "no GPU is visible")
-    checkup.say("CUDA plugin", plugins or f"not installed; for GPUs: {devices.INSTALL}")
+    report.add("NVIDIA", ", ".join(f"{count} x {name}" for name, count in gpus.items()) or "no GPU is visible")
+    report.add("CUDA plugin", plugins or f"not installed; for GPUs: {devices.INSTALL}")
     try:
         devices.require(wanted)
     except devices.DeviceError as error:
-        checkup.problems.append(str(error))
+        report.problems.append(str(error))
         return
     kinds = Counter(device.device_kind for device in jax.devices())
     counted = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
-    checkup.say("devices", f"{counted} (platform {jax.default_backend()})")
+    report.add("devices", f"{counted} (platform {jax.default_backend()})")
     for device in jax.local_devices():
         if stats := device.memory_stats():
             limit = stats.get("bytes_limit", 0)
-            checkup.say(
-                "memory", f"{device}: JAX may take {gib(limit)}, {gib(stats.get('bytes_in_use', 0))} are in use"
-            )
+            report.add("memory", f"{device}: JAX may take {gib(limit)}, {gib(stats.get('bytes_in_use', 0))} are in use")
 
 
-def explain_preallocation(checkup: CheckpointReport) -> None:
+def explain_preallocation(report: CheckpointReport) -> None:
     """Report how much GPU memory JAX preallocates, and which environment variable controls it."""
     on = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower() not in ("false", "0")
     share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")
@@ -101,35 +98,28 @@ def explain_preallocation(checkup: CheckpointReport) -> None:
         )
     else:
         text = f"XLA_PYTHON_CLIENT_PREALLOCATE=false: JAX takes a GPU's memory as needed, up to {used}"
-    checkup.say("GPU memory", text)
+    report.add("GPU memory", text)
 
 
-def look_at_machine(checkup: CheckpointReport) -> None:
+def look_at_machine(report: CheckpointReport) -> None:
     """Report free disk space, caches, CPUs, shared memory and the limit on open files."""
-    checkup.say("disk", f"{gib(shutil.disk_usage('.').free)} free here")
+    report.add("disk", f"{gib(shutil.disk_usage('.').free)} free here")
     for title, folder, variable in (
         ("hub cache", Path(constants.HF_HUB_CACHE), "HF_HOME"),
         ("XLA cache", compile_cache.default_folder(), "XDG_CACHE_HOME"),
     ):
         why = unusable_folder(folder)
-        checkup.say(title, f"{folder}{f'; {why}: set {variable} to another folder' if why else ''}")
+        report.add(title, f"{folder}{f'; {why}: set {variable} to another folder' if why else ''}")
     open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if open_files < LEAST_OPEN_FILES:
-        checkup.problems.append(f"{open_files} open files are allowed, too few for data workers: ulimit -n 4096")
+        report.problems.append(f"{open_files} open files are allowed, too few for data workers: ulimit -n 4096")
     shared = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None
     if shared is not None and shared < LEAST_SHARED_BYTES:
-        checkup.problems.append(
+        report.problems.append(
             f"{SHARED_MEMORY} has {gib(shared)} free, data workers pass batches through it: in a container "
             "--shm-size=8g or --ipc=host, or train with num_workers=0"
         )
-    checkup.say("workers", f"{os.cpu_count()} CPUs, {open_files} open files, {gib(shared or 0)} of shared memory free")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    report.add("workers", f"{os.cpu_count()} CPUs, {open_files} open files, {gib(shared or 0)} of shared memory free")
 
 
 def main() -> None:
@@ -138,22 +128,22 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint, run or PyTorch model directory to check")
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)  # the report replaces what JAX and Orbax log
-    checkup = CheckpointReport()
-    look_at_packages(checkup)
-    explain_preallocation(checkup)
+    report = CheckpointReport()
+    look_at_packages(report)
+    explain_preallocation(report)
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # a run may be using the GPU
-    look_at_devices(checkup, arguments.platform)
-    look_at_machine(checkup)
+    look_at_devices(report, arguments.platform)
+    look_at_machine(report)
     if arguments.checkpoint is not None:
         jax.config.update("jax_platforms", "cpu")  # read the checkpoint even if the requested devices are missing
         found = inspect_checkpoint(arguments.checkpoint)
-        checkup.findings += ["", *found.findings]
-        checkup.problems += found.problems
-    print("\n".join(checkup.findings))
-    if checkup.problems:
-        sys.exit("\n".join(f"error: {problem}" for problem in checkup.problems))
+        report.findings += ["", *found.findings]
+        report.problems += found.problems
+    print("\n".join(report.findings))
+    if report.problems:
+        sys.exit("\n".join(f"error: {problem}" for problem in report.problems))
     print("nothing is wrong")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -80,6 +80,7 @@ from wallx_jax.training.plan import Plan, make_plan
 from wallx_jax.training.progress import Progress
 from wallx_jax.training.state import TrainState, with_gradient_buffer
 from wallx_jax.training.step import EVAL_SEED, Objective, compile_train_step, make_eval_step, make_train_step
+from wallx_jax.utils.errors import REPORTED, user_message
 from wallx_jax.utils.files import write_text
 
 logger = logging.getLogger(__name__)
@@ -87,9 +88,7 @@ logger = logging.getLogger(__name__)
 # Files of a model directory that consumers of a checkpoint expect next to the tokenizer.
 EXTRA_ASSETS = ("preprocessor_config.json", "video_preprocessor_config.json", "generation_config.json",
                 "chat_template.json", "chat_template.jinja")  # fmt: skip
-# Exceptions reported in one line: invalid input or settings, and missing resources. All others are bugs and keep their
-# traceback.
-USER_ERRORS = (OSError, ValueError, ImportError, RuntimeError, MemoryError)
+OUT_OF_MEMORY = "lower batch_size_per_gpu, or set numerics.remat=full, or use more devices (mesh.fsdp)"
 
 
 def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
@@ -163,7 +162,7 @@ class Setup:
     settings: RunConfig
     mesh: Mesh
     datasets: tuple[DatasetRun, ...]
-    source: init.ModelSource
+    source: init.InitSource
     optimizer: Optimizer
     stored: TrainState
     sample: Batch
@@ -197,7 +196,7 @@ def plan_run(
     config: ConfigDict,
     specs: Sequence[DatasetSpec],
     processors: Sequence[Processor],
-    source: init.ModelSource,
+    source: init.InitSource,
     mesh: Mesh,
     newest: int | None,
 ) -> Setup:
@@ -439,21 +438,10 @@ def main(config: ConfigDict, dry_run: bool = False) -> None:
             print(interrupted, file=sys.stderr)
             sys.exit(EXIT_CODE)
         except UnreadableData as error:
-            shutdown.fail(f"error: {told(error)}", os.EX_DATAERR)
-        except USER_ERRORS as error:
-            shutdown.fail(f"error: {told(error)}", 1)
+            shutdown.fail(f"error: {user_message(error, OUT_OF_MEMORY)}", os.EX_DATAERR)
+        except REPORTED as error:
+            shutdown.fail(f"error: {user_message(error, OUT_OF_MEMORY)}", 1)
     print("dry run: nothing was loaded or written" if dry_run else f"trained; last checkpoint: {last}")
-
-
-def told(error: BaseException) -> str:
-    """Return the message of an exception, without JAX's pages on memory; our own errors may span several lines."""
-    text = str(error).strip()
-    if isinstance(error, MemoryError) or text.startswith("RESOURCE_EXHAUSTED"):
-        reason = text.splitlines()[0] if text else "no memory left"
-        return f"{reason}; lower batch_size_per_gpu, or set numerics.remat=full, or use more devices (mesh.fsdp)"
-    if not text:
-        return type(error).__name__
-    return " ".join(text.split()) if isinstance(error, jax.errors.JaxRuntimeError) else text
 
 
 if __name__ == "__main__":

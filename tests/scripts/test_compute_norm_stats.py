@@ -19,7 +19,7 @@ from wallx_jax.data.datasets import open_datasets
 from wallx_jax.data.lerobot import LeRobotSource, read_info
 from wallx_jax.data.normalize import load_norm_stats
 from wallx_jax.data.stats import compute_stats
-from wallx_jax.utils.errors import ConfigError
+from wallx_jax.utils.errors import ConfigError, run_main
 
 ROOT = Path(__file__).parents[2]
 FRAMES, DIMS = 1000, 3
@@ -106,7 +106,7 @@ def test_of_several_datasets(run, dataset_dir, tables, tmp_path):
 )
 def test_what_is_wrong_is_one_line_and_writes_nothing(run, tables, tmp_path, values, match):
     with pytest.raises(SystemExit, match=match):
-        run(**{key: str(tables) if value == "TABLES" else value for key, value in values.items()})
+        run_main(lambda: run(**{key: str(tables) if value == "TABLES" else value for key, value in values.items()}))
     assert not list(tmp_path.iterdir())
 
 

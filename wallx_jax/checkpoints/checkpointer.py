@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import math
 from collections.abc import Awaitable, Mapping
@@ -31,18 +30,16 @@ from wallx_jax.checkpoints.layout import (
     first_readable,
     model_config_of,
     prepare,
-    reason,
     refuse_overwrite,
 )
 from wallx_jax.models.config import WallXConfig
+from wallx_jax.utils.errors import root_cause
 from wallx_jax.utils.files import read_json_object
 from wallx_jax.utils.tree import Tree, leaves_by_path, unflatten
+from wallx_jax.utils.versions import PACKAGES, package_version
 
 T = TypeVar("T")
 
-PACKAGES = (
-    "wallx-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "lerobot", "transformers"
-)  # fmt: skip
 _SAVE_TIMEOUT_S = 4 * 3600  # Orbax gives up after 20 minutes, too early for 50 GB on a slow network disk
 _SHOWN = 5  # differences listed in an error
 
@@ -226,13 +223,6 @@ def metadata_json(
     step: int, config: Mapping[str, Any], model_config: WallXConfig, loss: float | None = None, **more: Any
 ) -> bytes:
     """Return the content of metadata.json; `more` holds additional entries."""
-
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
     metadata = {
         "step": step,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -242,7 +232,7 @@ def metadata_json(
         "tokens": dataclasses.asdict(model_config.tokens),
         "numerics": dataclasses.asdict(model_config.numerics),
         "processes": jax.process_count(),
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": {package: package_version(package) for package in PACKAGES},
         **more,
     }
     return json.dumps(metadata, indent=2, default=str).encode()
@@ -341,7 +331,7 @@ def _restore_iterator(step: Path, data_iterator: DataIterator) -> None:
         data_iterator.set_state(state)
     except Exception as error:
         raise CheckpointError(
-            f"{file} holds no position that this version understands ({reason(error)}); {remedy}"
+            f"{file} holds no position that this version understands ({root_cause(error)}); {remedy}"
         ) from error
 
 

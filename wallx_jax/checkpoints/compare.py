@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from wallx_jax.checkpoints.layout import find_model
+from wallx_jax.checkpoints.source import open_source
 from wallx_jax.checkpoints.stream import ModelReader
 from wallx_jax.weights import names
 from wallx_jax.weights.safetensors_io import DTYPE_NAMES, Tensors, open_tensors
@@ -126,8 +126,8 @@ class _Side(Protocol):
 
 
 def _open(path: str | Path) -> _Side:
-    folder, is_pytorch = find_model(path)
-    return _Directory(open_tensors(folder)) if is_pytorch else _Checkpoint(folder)
+    source = open_source(path)
+    return _Checkpoint(source.folder) if source.is_checkpoint else _Directory(open_tensors(source.folder))
 
 
 class _Directory:

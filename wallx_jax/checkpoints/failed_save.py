@@ -19,8 +19,9 @@ from typing import Any
 
 import jax
 
-from wallx_jax.checkpoints.layout import CheckpointError, causes, complete_steps, partial_saves, reason
+from wallx_jax.checkpoints.layout import CheckpointError, complete_steps, partial_saves
 from wallx_jax.models.param_summary import gib
+from wallx_jax.utils.errors import causes, root_cause
 from wallx_jax.utils.files import DISK_REMEDIES
 
 _PATIENCE_S = 60.0  # for writes in progress
@@ -45,7 +46,7 @@ def cause(error: BaseException) -> tuple[str, str]:
     code = _code(error)
     if code in DISK_REMEDIES:
         return os.strerror(code), DISK_REMEDIES[code]
-    return reason(error), "find out what is wrong there"
+    return root_cause(error), "find out what is wrong there"
 
 
 def clean_up(folder: Path, step: int) -> None:

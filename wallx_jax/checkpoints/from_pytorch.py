@@ -20,7 +20,6 @@ from wallx_jax.checkpoints.stream import ParamWriter, new_checkpoint
 from wallx_jax.data.tokenizer import Tokenizer
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.utils import hub
-from wallx_jax.weights import names
 from wallx_jax.weights.load import Weights, open_weights
 from wallx_jax.weights.safetensors_io import DTYPE_NAMES, INDEX, NORMALIZERS, WeightsError
 
@@ -111,7 +110,7 @@ def _open_exact(folder: Path) -> Weights:
 
 
 def _expected(weights: Weights, acts: bool) -> WallXConfig:
-    if acts == (not names.is_qwen(weights.config)):
+    if acts == weights.config.has_action_head:
         return weights.config
     if acts:
         raise WeightsError(

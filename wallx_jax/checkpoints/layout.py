@@ -19,14 +19,14 @@ import itertools
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 
 from wallx_jax.models.config import Numerics, TokenIds, WallXConfig
-from wallx_jax.utils import hub
+from wallx_jax.utils.errors import UserError, causes, root_cause
 from wallx_jax.utils.files import read_json_object
 from wallx_jax.utils.json_fields import mismatch
 
@@ -44,7 +44,7 @@ OPTIONAL_METADATA = {"loss": int | float | None, "data_order": dict | None, "sou
 _TEMPORARY = re.compile(r"\d+\.orbax-checkpoint-tmp.*")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """Raised if a checkpoint cannot be found, read or written; the message is meant for the user."""
 
 
@@ -82,22 +82,6 @@ def find_checkpoints(path: str | Path, save_path: str | Path | None = None) -> l
         f"no complete checkpoint in {path}: looked for {FOLDER}/STEP/params, STEP/params and params; nor is it a "
         "PyTorch model directory, which has a config.json"
     )
-
-
-def find_model(path_or_repo: str | Path, revision: str | None = None) -> tuple[Path, bool]:
-    """Find a model given as a checkpoint, run, PyTorch model directory or hub repo id.
-
-    Returns:
-        (folder, whether it is a PyTorch model directory rather than a step directory).
-
-    Raises:
-        FileNotFoundError: there is no such path or repository.
-        CheckpointError: the folder contains neither a model nor a complete checkpoint.
-    """
-    folder = hub.resolve(path_or_repo, kind="model", revision=revision)
-    if (folder / "config.json").is_file():
-        return folder, True
-    return find_checkpoints(folder)[0], False
 
 
 def latest_step(save_path: str | Path) -> int | None:
@@ -250,25 +234,9 @@ def first_readable(
         except Exception as error:  # Orbax and TensorStore report damage as many exception types
             if any(isinstance(cause, KeyboardInterrupt | asyncio.CancelledError) for cause in causes(error)):
                 raise KeyboardInterrupt from error
-            loaded, success, why = None, False, reason(error)
+            loaded, success, why = None, False, root_cause(error)
         if agree(success):
             return loaded
         failures.append(f"{step}: {why}")
         logger.warning("the checkpoint %s is damaged and passed over (%s)", step, why)
     raise CheckpointError(f"no readable checkpoint: {'; '.join(failures)}")
-
-
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an exception and all exceptions that it wraps."""
-    if error is not None:
-        yield error
-        for inner in (error.__cause__, error.__context__, *getattr(error, "exceptions", ())):
-            yield from causes(inner)
-
-
-def reason(error: BaseException) -> str:
-    """Return the innermost exception's message as one line: Orbax wraps it in pages of text."""
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]}..."

@@ -13,10 +13,12 @@ from tqdm import tqdm
 
 from wallx_jax.checkpoints.compare import compare
 from wallx_jax.checkpoints.layout import COMMITTED, CheckpointError, assets_dir, find_checkpoints, read_metadata
+from wallx_jax.checkpoints.source import has_processor
 from wallx_jax.checkpoints.stream import ModelReader
 from wallx_jax.config.prompt_template import PromptTemplate
 from wallx_jax.data import processor as processors
-from wallx_jax.models.config import WallXConfig
+from wallx_jax.data.images import IMAGE_LIMITS
+from wallx_jax.models.config import FRAMES_PER_TOKEN, IMAGE_MEAN, IMAGE_STD, MERGE, PATCH, WallXConfig
 from wallx_jax.models.params import abstract_params
 from wallx_jax.utils import tree
 from wallx_jax.utils.files import new_directory, read_json_object
@@ -31,13 +33,13 @@ ROBOT = ("processor.json", "norm_stats.json", "fast", "robots")  # not used by a
 PREPROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessor",
     "processor_class": "Qwen2_5_VLProcessor",
-    "min_pixels": 3136,
-    "max_pixels": 12845056,
-    "patch_size": 14,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "min_pixels": IMAGE_LIMITS.smallest,
+    "max_pixels": IMAGE_LIMITS.largest,
+    "patch_size": PATCH,
+    "temporal_patch_size": FRAMES_PER_TOKEN,
+    "merge_size": MERGE,
+    "image_mean": list(IMAGE_MEAN),
+    "image_std": list(IMAGE_STD),
 }
 RELATIVE_ACTIONS = (
     "{}: some actions of this model are differences from the state at the chunk's start (relative_to in "
@@ -81,8 +83,8 @@ def export_model(
     config = model.config
     assets = assets_dir(step)
     source = read_metadata(step).get("source")
-    whole = (layout == "qwen2_5_vl") == names.is_qwen(config)
-    if layout == "wall_x" and names.is_qwen(config):
+    whole = (layout == "wall_x") == config.has_action_head
+    if layout == "wall_x" and not config.has_action_head:
         raise WeightsError(f"{step} is a Qwen2.5-VL without an action side: export it with layout qwen2_5_vl")
     config = config if whole else config.replace(action={"intermediate_size": None})
 
@@ -137,7 +139,7 @@ def _config_json(config: WallXConfig, assets: Path, specs: Mapping[str, Any]) ->
     widest = "bfloat16" if specs[names.EMBEDDING].dtype == DTYPES["BF16"] else "float32"
     ours = config.replace(numerics={"param_dtype": widest}).to_hf()
     ours["torch_dtype"] = specs[names.EMBEDDING].dtype.name
-    if not names.is_qwen(config) and (assets / processors.FILE_NAME).is_file():
+    if config.has_action_head and has_processor(assets):
         prompt = processors.read_config(assets).prompt
         if prompt != PromptTemplate():
             ours["wallx_jax"]["prompt"] = dataclasses.asdict(prompt)

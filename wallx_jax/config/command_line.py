@@ -15,13 +15,13 @@ from ml_collections import ConfigDict, config_flags
 
 from wallx_jax.config.defaults import PER_DATASET, SETTINGS, TABLES, default_config, flatten
 from wallx_jax.config.validate import REFERENCE
-from wallx_jax.utils.errors import ConfigError
+from wallx_jax.utils.errors import ConfigError, UserError
 
 flags.disclaim_key_flags()  # so that the launched program's --help lists --config and --workdir
 _ORDINARY: list[str] = []  # the arguments that ml_collections parses: all but settings in tables
 
 
-class CommandLineError(ValueError):
+class CommandLineError(UserError, ValueError):
     """An invalid command line, described in one line."""
 
 

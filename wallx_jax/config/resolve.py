@@ -15,7 +15,7 @@ from wallx_jax.config.schema import (
     LoopConfig,
     MeshConfig,
     MixedDataset,
-    ModelSource,
+    ModelSettings,
     OptimConfig,
     RobotConfig,
     RunConfig,
@@ -27,7 +27,7 @@ from wallx_jax.models.config import Numerics
 from wallx_jax.utils.errors import ConfigError
 from wallx_jax.utils.settings import build, settings_of
 
-SECTIONS = (ModelSource, RobotConfig, DataConfig, OptimConfig, MeshConfig, DistributedConfig, LoopConfig, RunConfig)
+SECTIONS = (ModelSettings, RobotConfig, DataConfig, OptimConfig, MeshConfig, DistributedConfig, LoopConfig, RunConfig)
 
 
 def resolve(config: ConfigDict) -> RunConfig:
@@ -82,7 +82,7 @@ def _run_config(v: Mapping[str, Any], mixed: tuple[MixedDataset, ...]) -> RunCon
     return build(
         RunConfig,
         v,
-        model=build(ModelSource, v, numerics=tuple((key.removeprefix("numerics."), v[key]) for key in numerics)),
+        model=build(ModelSettings, v, numerics=tuple((key.removeprefix("numerics."), v[key]) for key in numerics)),
         robot=_robot(v),
         data=_data(v),
         mixed=mixed,

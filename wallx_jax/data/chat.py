@@ -19,8 +19,8 @@ import numpy as np
 
 from wallx_jax.data import chat_template, images
 from wallx_jax.data.tokenizer import Tokenizer, check_unicode
+from wallx_jax.models.config import FRAMES_PER_TOKEN
 
-FRAMES_PER_TOKEN = 2  # Qwen2.5-VL's temporal_patch_size
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 # Tokens that delimit turns and visual inputs, or stand for a robot's state and actions.
 CONTROL = re.compile(

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+from wallx_jax.utils.errors import UserError
+
 REWRITE = "rewrite the dataset"
 
 
-class DatasetError(ValueError):
+class DatasetError(UserError, ValueError):
     """Raised if a dataset is incomplete, damaged or contradicts itself. The message names file, column and rows."""
 
 

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-PATCH = 14
-FACTOR = 28
+from wallx_jax.models.config import MERGE, PATCH
+
+FACTOR = PATCH * MERGE
 MAX_ASPECT = 200
 
 

@@ -2,17 +2,15 @@
 
 import argparse
 import importlib.util
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from wallx_jax.checkpoints.layout import CheckpointError, assets_dir, find_model, read_metadata
+from wallx_jax.checkpoints.source import open_source
 from wallx_jax.config import default_config, recorded, resolve
-from wallx_jax.data import processor as processors
 from wallx_jax.data.datasets import DatasetSpec
 from wallx_jax.data.fetch import fetch
 from wallx_jax.data.lerobot import LeRobotSource
@@ -22,11 +20,7 @@ from wallx_jax.data.validate import check_dataset
 from wallx_jax.inference.load import load_policy
 from wallx_jax.inference.policy import Policy
 from wallx_jax.training import init
-from wallx_jax.utils.errors import ConfigError
 from wallx_jax.utils.files import unusable_folder
-from wallx_jax.weights.safetensors_io import WeightsError
-
-USER_ERRORS = (ConfigError, CheckpointError, WeightsError, OSError, ValueError, ImportError)
 
 
 @dataclass(frozen=True)
@@ -65,14 +59,6 @@ def output_folder(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a script's main; exit with a one-line message on errors that the user can fix."""
-    try:
-        main()
-    except USER_ERRORS as error:
-        sys.exit(f"error: {error}")
-
-
 def load_eval_target(arguments: argparse.Namespace, numerics: Mapping[str, Any] | None = None) -> EvalTarget:
     """Load the policy and the data named by the arguments of `add_arguments`.
 
@@ -86,12 +72,12 @@ def load_eval_target(arguments: argparse.Namespace, numerics: Mapping[str, Any] 
     Raises:
         ValueError, FileNotFoundError, CheckpointError, WeightsError: something is missing or does not fit.
     """
-    folder, is_pytorch = find_model(arguments.checkpoint)
-    files = folder if is_pytorch else assets_dir(folder)
-    if not (files / processors.FILE_NAME).is_file():
+    source = open_source(arguments.checkpoint)
+    folder = source.folder
+    if not source.has_processor:
         return _open_model_directory(folder, arguments, numerics)
-    stored = recorded({} if is_pytorch else read_metadata(folder)["config"])
-    if len(known := processors.robots(files)) > 1:
+    stored = recorded(source.run_config)
+    if len(known := source.robots) > 1:
         if arguments.robot not in known:
             raise ValueError(
                 f"--robot {arguments.robot}: {folder} was trained on several datasets; choose one of {known}"
@@ -108,8 +94,8 @@ def load_eval_target(arguments: argparse.Namespace, numerics: Mapping[str, Any] 
     split = [stored[key] for key in ("train_test_split", "split_mode", "split_seed")]
     layout = policy.processor.config
     fetch(info, layout.camera_keys)
-    source = LeRobotSource(info, layout.horizon, layout.camera_keys, layout.state_key, layout.action_key)
-    return EvalTarget(policy, info, _held_out(source, *split), folder)
+    frames = LeRobotSource(info, layout.horizon, layout.camera_keys, layout.state_key, layout.action_key)
+    return EvalTarget(policy, info, _held_out(frames, *split), folder)
 
 
 def _open_model_directory(

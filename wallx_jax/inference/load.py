@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from wallx_jax.checkpoints.checkpointer import restore_params
-from wallx_jax.checkpoints.layout import CheckpointError, assets_dir, find_model, read_model_config
+from wallx_jax.checkpoints.layout import CheckpointError
+from wallx_jax.checkpoints.source import ModelSource, open_source
 from wallx_jax.data import images
 from wallx_jax.data import processor as processors
 from wallx_jax.data.fast import FastTokenizer
@@ -25,7 +26,7 @@ from wallx_jax.models.lora import merge_params
 from wallx_jax.models.scan import unstack_layers
 from wallx_jax.utils import hub, jax_flags, tree
 from wallx_jax.utils.files import read_json_object
-from wallx_jax.weights.load import load_params, read_config, read_normalizers
+from wallx_jax.weights.load import load_params, read_normalizers
 from wallx_jax.weights.safetensors_io import WeightsError
 
 VIEWS = ("face_view", "left_wrist_view", "right_wrist_view")
@@ -50,18 +51,11 @@ class Model(NamedTuple):
     files: Path
 
 
-def model_config(folder: Path, is_pytorch: bool, numerics: Mapping[str, Any] | None = None) -> WallXConfig:
-    """Read the shapes and numerics of a directory returned by `find_model`; `numerics` are overrides."""
-    if is_pytorch:
-        return read_config(folder, numerics)
-    return read_model_config(folder).replace(numerics=numerics or {})
-
-
 @jax_flags.ours()
 def load_model(
     path_or_repo: str | Path, *, revision: str | None = None, numerics: Mapping[str, Any] | None = None
 ) -> Model:
-    """Load a model from anything that `find_model` accepts.
+    """Load a model from anything that `open_source` accepts.
 
     Args:
         path_or_repo: path or hub repo id.
@@ -72,15 +66,18 @@ def load_model(
         FileNotFoundError, CheckpointError, WeightsError: the model is missing, does not fit, or has parameters with NaN
             or infinity; the message names them.
     """
-    folder, is_pytorch = find_model(path_or_repo, revision)
-    if is_pytorch:
-        config, params = load_params(folder, numerics=numerics)
-        return Model(config, unstack_layers(params), folder)
-    config, params = model_config(folder, is_pytorch, numerics), restore_params(folder)
-    _check_finite(folder, params)
+    return _load_source(open_source(path_or_repo, revision), numerics)
+
+
+def _load_source(source: ModelSource, numerics: Mapping[str, Any] | None) -> Model:
+    if not source.is_checkpoint:
+        config, params = load_params(source.folder, numerics=numerics)
+        return Model(config, unstack_layers(params), source.assets)
+    config, params = source.read_config(numerics), restore_params(source.folder)
+    _check_finite(source.folder, params)
     if config.lora.rank:
         config, params = dataclasses.replace(config, lora=LoraConfig()), merge_params(params, config.lora)
-    return Model(config, unstack_layers(params, free=True), assets_dir(folder))
+    return Model(config, unstack_layers(params, free=True), source.assets)
 
 
 def _check_finite(folder: Path, params: tree.Tree) -> None:
@@ -145,10 +142,10 @@ def load_policy(
         FileNotFoundError, CheckpointError, WeightsError: as `load_model`.
         ValueError: an argument is missing or does not fit the model.
     """
-    folder, is_pytorch = find_model(path_or_repo, revision)
-    files = folder if is_pytorch else assets_dir(folder)
-    if (files / processors.FILE_NAME).is_file():
-        known = processors.robots(files)
+    source = open_source(path_or_repo, revision)
+    folder = source.folder
+    if source.has_processor:
+        known = source.robots
         if known and robot not in known:
             raise ValueError(f"robot = {robot!r}: {folder} was trained on several; say which one it drives: {known}")
         given = {"norm_stats": norm_stats, "robot": None if known else robot, "views": views, "resolution": resolution,
@@ -159,13 +156,13 @@ def load_policy(
         processor = Processor.from_dir(model.files, robot)
         return Policy(_with_ids(model.config, processor.tokenizer), model.params, processor)
 
-    config, tokenizer = model_config(folder, is_pytorch, numerics), Tokenizer.from_dir(files)
-    if config.action.intermediate_size is None:
+    config, tokenizer = source.read_config(numerics), Tokenizer.from_dir(source.assets)
+    if not config.has_action_head:
         raise WeightsError(
             f"{folder} is a Qwen2.5-VL without an action side, it cannot act: train from it, or ask it with load_vlm"
         )
     fast = None if action_tokenizer is None else FastTokenizer.from_dir(hub.resolve(action_tokenizer))
-    stats = _robot_stats(files, norm_stats, robot)
+    stats = _robot_stats(source.assets, norm_stats, robot)
     resolution = RESOLUTION if resolution is None else resolution
     horizon = HORIZON if horizon is None else horizon
     processor = _new_processor(config, tokenizer, stats, tuple(views or VIEWS), resolution, horizon, fast)
@@ -212,7 +209,7 @@ def _new_processor(
         raise ValueError(f"horizon = {horizon!r}: give the actions per chunk, 1 or more")
     if resolution == -1:
         raise ValueError(
-            "resolution is -1: a model directory does not say how large its pictures were in training; give the pixels "
+            "resolution is -1: a model directory does not say how large its images were in training; give the pixels "
             "of their longer side"
         )
     sizes = (images.target_size(*CAMERA, resolution),) * len(views)

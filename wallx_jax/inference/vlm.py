@@ -62,9 +62,9 @@ class VLM:
         """Number of programs compiled so far."""
         return self._sampler.compilations
 
-    def ask(self, question: str, *pictures: Any, **options: Any) -> Answer:
+    def ask(self, question: str, *images: Any, **options: Any) -> Answer:
         """Answer a question about images (uint8 RGB [h, w, 3] or Pillow); options as in `chat`."""
-        content = [{"type": "image", "image": picture} for picture in pictures]
+        content = [{"type": "image", "image": image} for image in images]
         return self.chat([{"role": "user", "content": [*content, {"type": "text", "text": question}]}], **options)
 
     def chat(

@@ -15,6 +15,14 @@ from wallx_jax.utils.settings import Choice, setting
 
 IGNORE = -100  # label of a position without a target, as in PyTorch's cross-entropy
 
+# Images as every Qwen2.5-VL and Wall-X model takes them; the image sizes of datasets and chats are derived from these.
+PATCH = 14  # side of a patch, in pixels
+MERGE = 2  # side of the cell of patches that becomes one token, in patches
+FRAMES_PER_TOKEN = 2  # frames of a video in a patch
+# CLIP's channel statistics, which Qwen2-VL's image processor uses.
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -43,9 +51,9 @@ class VisionConfig:
     num_heads: int = 16
     out_hidden_size: int = 2048
     in_channels: int = 3
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    spatial_merge_size: int = 2
+    patch_size: int = PATCH
+    temporal_patch_size: int = FRAMES_PER_TOKEN
+    spatial_merge_size: int = MERGE
     window_size: int = 112
     fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
     tokens_per_second: float = 2
@@ -275,6 +283,11 @@ class WallXConfig:
     tokens: TokenIds = field(default_factory=TokenIds)
     numerics: Numerics = field(default_factory=Numerics)
     lora: LoraConfig = field(default_factory=LoraConfig)
+
+    @property
+    def has_action_head(self) -> bool:
+        """Whether there are an action expert and heads; a plain Qwen2.5-VL has neither."""
+        return self.action.intermediate_size is not None
 
     def replace(self, **sections: Mapping[str, Any]) -> "WallXConfig":
         """Return a copy with fields inside sections replaced: `config.replace(text={"vocab_size": 10})`."""

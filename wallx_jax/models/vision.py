@@ -13,14 +13,10 @@ from flax import nnx
 
 from wallx_jax.models import scan
 from wallx_jax.models.attention import dot_product_attention
-from wallx_jax.models.config import Kernels, VisionConfig
+from wallx_jax.models.config import IMAGE_MEAN, IMAGE_STD, Kernels, VisionConfig
 from wallx_jax.models.layers import Linear, RMSNorm, SwiGLU
 from wallx_jax.models.rope import apply_rope
 from wallx_jax.models.vision_plan import FrameRun, Grid, frame_runs, plan_frame
-
-# CLIP's channel statistics, which Qwen2-VL's image processor uses.
-IMAGE_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-IMAGE_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 _Groups = Sequence[tuple[int, int]]  # (count, size) of the groups of consecutive patches in a frame that attend
 
@@ -51,7 +47,8 @@ def patchify(pixels: jax.Array, config: VisionConfig) -> jax.Array:
     height, width, channels = pixels.shape[-3:]
     if height % (patch * merge) or width % (patch * merge):
         raise ValueError(f"image of {height}x{width} px: both sides must be multiples of {patch * merge}")
-    x = (pixels.astype(jnp.float32) / 255 - IMAGE_MEAN) / IMAGE_STD
+    mean, std = np.array(IMAGE_MEAN, np.float32), np.array(IMAGE_STD, np.float32)
+    x = (pixels.astype(jnp.float32) / 255 - mean) / std
     x = x if x.ndim == 5 else x[:, None]
     if missing := -x.shape[1] % span:
         x = jnp.concatenate([x, *[x[:, -1:]] * missing], axis=1)

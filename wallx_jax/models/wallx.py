@@ -105,7 +105,7 @@ class WallX(nnx.Module):
         self.embed = Embedding(config.text.vocab_size, config.text.hidden_size, rngs=rngs)
         self.vision = VisionTower(config.vision, config.numerics.remat, stacked, rngs=rngs)
         self.decoder = Decoder(config, stacked, rngs=rngs)
-        if config.action.intermediate_size is not None:
+        if config.has_action_head:
             self.action = ActionHeads(config, rngs=rngs)
         if not config.text.tie_word_embeddings:
             self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False, rngs=rngs)
@@ -174,7 +174,7 @@ class WallX(nnx.Module):
     def embed_batch(self, batch, seconds_per_frame: Sequence[float] | None = None) -> Prefix:
         """Embed the prompt of a data.batch.Batch; a model without action heads ignores the state."""
         features, grids = self.encode_images(batch.images) if batch.images else (None, ())
-        acts = self.config.action.intermediate_size is not None
+        acts = self.config.has_action_head
         state = (batch.state, batch.state_mask) if acts else (None, None)
         return self.embed_prefix(batch.tokens, batch.token_mask, features, grids, *state, seconds_per_frame)
 

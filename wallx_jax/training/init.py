@@ -17,14 +17,13 @@ from jax.sharding import Mesh, NamedSharding
 from wallx_jax.checkpoints.checkpointer import compare_params, compare_state, restore_params
 from wallx_jax.checkpoints.layout import (
     CheckpointError,
-    assets_dir,
-    find_model,
     first_readable,
     latest_step,
     metadata_of,
     model_config_of,
     read_model_config,
 )
+from wallx_jax.checkpoints.source import ModelSource, SourceKind, open_source
 from wallx_jax.checkpoints.stream import ModelReader, ParamsReader
 from wallx_jax.config.schema import RunConfig
 from wallx_jax.data import processor as processors
@@ -42,7 +41,7 @@ from wallx_jax.training.sharding import param_spec, shardings
 from wallx_jax.training.state import TrainState, create_state
 from wallx_jax.utils import tree
 from wallx_jax.utils.errors import ConfigError
-from wallx_jax.weights.load import Put, assemble, load_params, open_weights, read_config
+from wallx_jax.weights.load import Put, assemble, load_params, open_weights
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ UPSTREAM_CHANNELS = 20  # action and state width of a new action side, as upstre
 
 
 @dataclass(frozen=True)
-class ModelSource:
+class InitSource:
     """A model whose weights have not been read yet.
 
     Attributes:
@@ -84,7 +83,7 @@ def resumable(run: RunConfig) -> RunConfig:
     return dataclasses.replace(run, loop=dataclasses.replace(loop, resume_ckpt=None))
 
 
-def find(run: RunConfig, robot_state_dim: int, robot_action_dim: int, fast: FastTokenizer | None) -> ModelSource:
+def find(run: RunConfig, robot_state_dim: int, robot_action_dim: int, fast: FastTokenizer | None) -> InitSource:
     """Find the model and determine its final shapes without reading weights.
 
     Args:
@@ -97,24 +96,24 @@ def find(run: RunConfig, robot_state_dim: int, robot_action_dim: int, fast: Fast
         FileNotFoundError, WeightsError, CheckpointError: the model was not found or is invalid; the message names it.
     """
     if run.loop.resume_ckpt is None:
-        folder, is_pytorch = find_model(run.model.path, run.model.revision)
-        if is_pytorch:
-            config = read_config(folder, dict(run.model.numerics))
-            tokenizer = _with_tokens(Tokenizer.from_dir(folder), fast)
+        source = open_source(run.model.path, run.model.revision)
+        if not source.is_checkpoint:
+            config = source.read_config(dict(run.model.numerics))
+            tokenizer = _with_tokens(Tokenizer.from_dir(source.assets), fast)
             config = _final_config(run, config, tokenizer, robot_state_dim, robot_action_dim)
-            return ModelSource(config, tokenizer, folder)
-        checkpoint = folder
+            return InitSource(config, tokenizer, source.assets)
     else:
-        checkpoint = first_readable(run.loop.resume_ckpt, run.loop.save_path, _with_small_files)
+        step = first_readable(run.loop.resume_ckpt, run.loop.save_path, _with_small_files)
+        source = ModelSource(SourceKind.CHECKPOINT, step)
 
-    config = read_model_config(checkpoint)
-    assets = assets_dir(checkpoint)
+    checkpoint, assets = source.folder, source.assets
+    config = source.read_config()
     if run.loop.resume_ckpt is None or run.loop.load_ckpt_only:
         config = dataclasses.replace(config, numerics=run.model.apply_numerics(config.numerics))
         tokenizer = _with_tokens(Tokenizer.from_dir(assets), fast)
         config = _final_config(run, config, tokenizer, robot_state_dim, robot_action_dim)
-        return ModelSource(config, tokenizer, assets, checkpoint)
-    if not (assets / processors.FILE_NAME).is_file():
+        return InitSource(config, tokenizer, assets, checkpoint)
+    if not source.has_processor:
         raise CheckpointError(
             f"{checkpoint} is a converted model, no run that could be resumed: start from it with "
             f"pretrained_wallx_path={checkpoint}"
@@ -122,16 +121,16 @@ def find(run: RunConfig, robot_state_dim: int, robot_action_dim: int, fast: Fast
     processor = Processor.from_dir(assets)
     free = {name: value for name, value in run.model.numerics if name in resume.FREE_NUMERICS}
     config = config.replace(numerics=free)
-    return ModelSource(config, processor.tokenizer, assets, checkpoint, processor)
+    return InitSource(config, processor.tokenizer, assets, checkpoint, processor)
 
 
 def _with_small_files(checkpoint: Path) -> Path:
     """Return `checkpoint` after reading its metadata and assets, which raises an exception if they are damaged."""
     model_config_of(checkpoint)
-    assets = checkpoint / "assets"
-    Tokenizer.from_dir(assets)
-    if (assets / processors.FILE_NAME).is_file():
-        Processor.from_dir(assets)
+    source = ModelSource(SourceKind.CHECKPOINT, checkpoint)
+    Tokenizer.from_dir(source.assets)
+    if source.has_processor:
+        Processor.from_dir(source.assets)
     return checkpoint
 
 
@@ -152,7 +151,7 @@ def _final_config(
     keeps rows beyond it.
     """
     rows = config.text.vocab_size
-    fresh = config.action.intermediate_size is None
+    fresh = not config.has_action_head
     rows = len(tokenizer) if fresh else max(rows, len(tokenizer))
     config = dataclasses.replace(config, lora=run.optim.lora)
     if fresh:
@@ -187,7 +186,7 @@ def _check_adapters(config: WallXConfig, fresh: bool) -> None:
         )
 
 
-def plan_datasets(specs: Sequence[DatasetSpec]) -> tuple[ModelSource, tuple[Processor, ...]]:
+def plan_datasets(specs: Sequence[DatasetSpec]) -> tuple[InitSource, tuple[Processor, ...]]:
     """Determine the model's final shapes and each dataset's preprocessing.
 
     A resumed run takes both from its checkpoint.
@@ -225,7 +224,7 @@ def plan_datasets(specs: Sequence[DatasetSpec]) -> tuple[ModelSource, tuple[Proc
     return origin, unify_prompt_length(specs, built)
 
 
-def check_weights(origin: ModelSource, state: TrainState) -> None:
+def check_weights(origin: InitSource, state: TrainState) -> None:
     """Check from headers only that the source's files contain what loading will need.
 
     Args:
@@ -260,7 +259,7 @@ def data_order(datasets: Sequence[DatasetRun], global_batch: int, seed: int) -> 
     }
 
 
-def check_same_order(origin: ModelSource, order: Mapping[str, Any]) -> None:
+def check_same_order(origin: InitSource, order: Mapping[str, Any]) -> None:
     """Compare the data order of a resumed run with that of its checkpoint.
 
     Warn if the seed, frames, episodes or dataset weights have changed.
@@ -288,7 +287,7 @@ def check_same_order(origin: ModelSource, order: Mapping[str, Any]) -> None:
         )
 
 
-def load_state(origin: ModelSource, optimizer: Optimizer, mesh: Mesh, seed: int) -> TrainState:
+def load_state(origin: InitSource, optimizer: Optimizer, mesh: Mesh, seed: int) -> TrainState:
     """Create a new training state from the source's weights, placing each parameter on the mesh as it is read.
 
     The model computes the same function as the source: stored adapters are rescaled to keep their output or, if this
@@ -322,7 +321,7 @@ def _put(x: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
-def load_origin(origin: ModelSource, seed: int, put: Put | None = None) -> tree.Tree:
+def load_origin(origin: InitSource, seed: int, put: Put | None = None) -> tree.Tree:
     """Load the source's parameters in their final shapes.
 
     Args:

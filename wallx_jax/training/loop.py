@@ -21,16 +21,17 @@ from wallx_jax.training.progress import Progress
 from wallx_jax.training.sharding import batch_sharding
 from wallx_jax.training.state import TrainState
 from wallx_jax.utils import tree
+from wallx_jax.utils.errors import UserError
 from wallx_jax.utils.files import atomic_file
 
 T = TypeVar("T", Batch, EvalBatch)
 
 
-class UnreadableData(RuntimeError):
+class UnreadableData(UserError, RuntimeError):
     """Raised when a sample cannot be read or encoded during a run; see `run_loop` for what has been saved."""
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError, RuntimeError):
     """Raised when too many updates were skipped because their loss or gradients were not finite."""
 
 

@@ -16,7 +16,7 @@ from wallx_jax.models.param_summary import gib
 from wallx_jax.models.vision import visual_grid
 from wallx_jax.models.vision_plan import token_count
 from wallx_jax.training import flops
-from wallx_jax.training.init import ModelSource
+from wallx_jax.training.init import InitSource
 from wallx_jax.training.loop import StepCounts
 from wallx_jax.training.optimizer import FROZEN, VLM, Optimizer
 from wallx_jax.training.sharding import batch_copies
@@ -121,7 +121,7 @@ class Plan:
 
 def make_plan(
     datasets: Sequence[DatasetRun],
-    source: ModelSource,
+    source: InitSource,
     optimizer: Optimizer,
     state: TrainState,
     mesh: Mesh,

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import jax
 
+from wallx_jax.utils.errors import UserError, one_line
+
 INSTALL = "pip install 'jax[cuda12]'"
 SMI_TIMEOUT_S = 20
 _ALIASES = {"cuda": "gpu", "rocm": "gpu"}
 
 
-class DeviceError(RuntimeError):
+class DeviceError(UserError, RuntimeError):
     """JAX does not have the requested devices; the message is meant for the user."""
 
 
@@ -42,7 +44,8 @@ def require(platform: str | None) -> str:
     try:
         found = jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # AssertionError if no plugin provides the platform
-        raise DeviceError(f"{by}: JAX cannot start it ({_line(error)}); {_remedy(asked, found=None)}") from None
+        why = one_line(error) if str(error) else "no plugin for it"
+        raise DeviceError(f"{by}: JAX cannot start it ({why}); {_remedy(asked, found=None)}") from None
     if asked:
         if found != _ALIASES.get(asked, asked):
             raise DeviceError(
@@ -108,13 +111,8 @@ def _failure() -> str:
     try:
         jax.devices("gpu")
     except RuntimeError as error:
-        return _line(error)
+        return one_line(error)
     return "JAX_PLATFORMS or jax_platforms keeps it from the GPU"
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or "no plugin for it"
-    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def _counted(names: list[str]) -> str:

@@ -11,6 +11,8 @@ from typing import Literal
 from packaging.version import InvalidVersion, Version
 from tqdm import tqdm
 
+from wallx_jax.utils.errors import one_line
+
 logger = logging.getLogger(__name__)
 
 Kind = Literal["model", "dataset"]
@@ -229,4 +231,4 @@ def _reason(error: Exception) -> str:
         if isinstance(cause, errors.HfHubHTTPError) and not isinstance(cause, errors.LocalEntryNotFoundError):
             return _reason(cause)
         return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no network"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {one_line(error)}"

@@ -211,14 +211,14 @@ def _resized(
     """Return the parameters to be resized, {path: array}, and the config after all changes."""
     specs = tree.flatten(abstract_params(config))
     changing: tuple[str, ...] = init.VOCABULARY if vocab_size is not None else ()
-    widen = not names.is_qwen(config) and (action_dim > config.action.action_dim or state_dim > config.action.state_dim)
+    widen = config.has_action_head and (action_dim > config.action.action_dim or state_dim > config.action.state_dim)
     changing += init.CHANNELS if widen else ()
     params = tree.unflatten({path: read(path) for path in changing if path in specs})
     if vocab_size is not None:
         config, params = init.resize_vocabulary(config, params, vocab_size, seed)
     if widen:
         config, params = init.widen_channels(config, params, action_dim, state_dim, seed)
-    if names.is_qwen(config) and action is not None:
+    if not config.has_action_head and action is not None:
         widths = {"action_dim": max(action.action_dim, action_dim), "state_dim": max(action.state_dim, state_dim)}
         config = dataclasses.replace(config, action=dataclasses.replace(action, **widths))
     return tree.flatten(params), config

@@ -153,11 +153,6 @@ def _ranges(numbers: list[int]) -> str:
     return text if len(numbers) == 1 else f"{{{text}}}"
 
 
-def is_qwen(config: WallXConfig) -> bool:
-    """Return whether the model has no action expert and heads, and hence uses Qwen2.5-VL's names."""
-    return config.action.intermediate_size is None
-
-
 class TensorSpec(NamedTuple):
     """Source of a parameter, or of one layer of it.
 
@@ -187,7 +182,7 @@ def expand(config: WallXConfig) -> dict[str, TensorSpec]:
             shape = params[row.path].shape
             layers, shape = (range(shape[0]), shape[1:]) if row.stacked else ([None], shape)
             for layer in layers:
-                slots[row.name(layer, is_qwen(config))] = TensorSpec(
+                slots[row.name(layer, not config.has_action_head)] = TensorSpec(
                     row, layer, row.op.torch_shape(shape, config.vision)
                 )
     return slots

@@ -21,6 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from wallx_jax.utils.errors import UserError
 from wallx_jax.utils.files import atomic_file, read_json_object, unique_keys
 
 DTYPES = {
@@ -36,7 +37,7 @@ NORMALIZERS = "normalizers.safetensors"  # statistics that upstream stores among
 WEIGHTS = ("*.safetensors", INDEX, "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError, ValueError):
     """Raised for a model directory or weight file that cannot be used; the message gives path, reason and remedy."""
 
 

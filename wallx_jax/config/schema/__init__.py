@@ -7,7 +7,7 @@ a section stand in its `errors`.
 from wallx_jax.config.schema.data import AugmentConfig, Camera, DataConfig, SplitMode, UnreadableFrames
 from wallx_jax.config.schema.devices import DistributedConfig, MeshConfig, Platform
 from wallx_jax.config.schema.loop import LoopConfig
-from wallx_jax.config.schema.model import ModelSource
+from wallx_jax.config.schema.model import ModelSettings
 from wallx_jax.config.schema.optim import OptimConfig, Optimizer
 from wallx_jax.config.schema.robot import RobotConfig
 from wallx_jax.config.schema.run import MixedDataset, RunConfig, dataset_name
@@ -20,7 +20,7 @@ __all__ = [
     "LoopConfig",
     "MeshConfig",
     "MixedDataset",
-    "ModelSource",
+    "ModelSettings",
     "OptimConfig",
     "Optimizer",
     "Platform",

@@ -10,7 +10,7 @@ from wallx_jax.utils.settings import section, setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSource:
+class ModelSettings:
     """The source of the model's weights and its tokenizer. WALL-OSS and Qwen2.5-VL are told apart by their tensors.
 
     Attributes:

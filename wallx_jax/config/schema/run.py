@@ -8,7 +8,7 @@ from typing import Any
 from wallx_jax.config.schema.data import DataConfig
 from wallx_jax.config.schema.devices import DistributedConfig, MeshConfig, Platform
 from wallx_jax.config.schema.loop import LoopConfig
-from wallx_jax.config.schema.model import ModelSource
+from wallx_jax.config.schema.model import ModelSettings
 from wallx_jax.config.schema.optim import OptimConfig
 from wallx_jax.config.schema.robot import RobotConfig
 from wallx_jax.utils.settings import section, setting
@@ -48,7 +48,7 @@ class RunConfig:
         loop: length, intervals and outputs.
     """
 
-    model: ModelSource = section(ModelSource, prefix=False)
+    model: ModelSettings = section(ModelSettings, prefix=False)
     robot: RobotConfig = section(RobotConfig, prefix=False)
     data: DataConfig = section(DataConfig, prefix=False)
     mixed: tuple[MixedDataset, ...] = setting(
