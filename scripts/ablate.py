@@ -15,6 +15,7 @@ extras.require("train", __name__, __doc__)
 
 from wallx_jax.evaluation import ablation, openloop, plots, target
 from wallx_jax.utils.errors import run_main
+from wallx_jax.utils.files import write_text
 
 
 def main() -> None:
@@ -45,7 +46,7 @@ def main() -> None:
     for name, effect in found.items():
         row = effect.errors.as_json() | {"moved": effect.moved, "ratio": effect.ratio}
         result["replaced"][name] = row | ({} if name == "nothing" else {"verdict": ablation.verdict(effect)})
-    (arguments.out / "ablation.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    write_text(arguments.out / "ablation.json", json.dumps(result, indent=2) + "\n")
     print(ablation.table(found))
     print(f"{len(recorded)} held-out frames; picture and numbers in {arguments.out}")
 

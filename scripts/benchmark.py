@@ -428,7 +428,9 @@ def main() -> None:
     text = json.dumps(report, indent=2)
     print(text)
     if arguments.json:
-        arguments.json.write_text(text + "\n", "utf-8")
+        from wallx_jax.utils.files import write_text
+
+        write_text(arguments.json, text + "\n")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ from wallx_jax.data.pipeline import DataLoader, Encode, training_dataset
 from wallx_jax.data.processor import Processor
 from wallx_jax.data.source import FrameSource
 from wallx_jax.data.writer import DatasetWriter
-from wallx_jax.utils.files import read_json_object
+from wallx_jax.utils.files import read_json_object, write_text
 
 VIEWS = {"face_view": "cam_high", "left_wrist_view": "cam_left_wrist", "right_wrist_view": "cam_right_wrist"}
 DIMS, FPS, CHANNELS = 14, 30, 20
@@ -359,7 +359,7 @@ def main() -> None:
     text = json.dumps(report, indent=2)
     print(text)
     if arguments.json:
-        arguments.json.write_text(text + "\n", "utf-8")
+        write_text(arguments.json, text + "\n")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from wallx_jax.dataset_check import check, preflight
 from wallx_jax.dataset_check.report import as_json, as_text
 from wallx_jax.evaluation import plots
 from wallx_jax.utils.errors import ConfigError, run_main
+from wallx_jax.utils.files import write_text
 
 # Scripts may define a flag of the same name and be imported into one program.
 define = functools.partial(flags.DEFINE_string, allow_override=True)
@@ -96,7 +97,7 @@ def _count(decode: str) -> int | None:
 def _write(report: check.Report, folder: Path) -> None:
     info, look = report.info, report.look
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(as_json(report), indent=2) + "\n", "utf-8")
+    write_text(folder / "report.json", json.dumps(as_json(report), indent=2) + "\n")
     state, action = report.tables.state, report.tables.action
     plots.dimensions(folder / "dimensions.png", [state, action])
     jumps = state.jumps + action.jumps

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from wallx_jax.utils import extras
+from wallx_jax.utils.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUTS = 50
@@ -53,7 +54,7 @@ def main() -> None:
     say(start, "evaluating")
     results = evaluate(model, run, args.workdir / "demo.png")
     results["minutes"] = (time.perf_counter() - start) / 60
-    (args.workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+    write_text(args.workdir / "results.json", json.dumps(results, indent=2) + "\n")
     print(table(results))
     say(start, f"done; see {args.workdir / 'demo.png'}")
 

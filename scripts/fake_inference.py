@@ -29,6 +29,7 @@ from wallx_jax.inference.vlm import VLM
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.utils import tree
 from wallx_jax.utils.errors import run_main
+from wallx_jax.utils.files import write_text
 
 CAMERA = (480, 640)
 
@@ -47,7 +48,7 @@ def main() -> None:
     text = json.dumps(figures, indent=2)
     print(text)
     if arguments.json:
-        arguments.json.write_text(text + "\n", "utf-8")
+        write_text(arguments.json, text + "\n")
     sys.exit(0 if figures["finite"] else 1)
 
 

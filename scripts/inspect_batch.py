@@ -26,6 +26,7 @@ from wallx_jax.dataset_check import preflight
 from wallx_jax.dataset_check.sample import describe_actions, describe_inputs
 from wallx_jax.evaluation import plots
 from wallx_jax.training import init
+from wallx_jax.utils.files import write_text
 
 flags.DEFINE_integer(
     "samples", 4, "training samples to show of each dataset, in the order in which training meets them", 1
@@ -55,7 +56,7 @@ def main(config: ConfigDict) -> None:
     out = Path(specs[0].settings.loop.save_path)
     out.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(f"{seen}\n{done}" for seen, done in zip(inputs, actions, strict=True))
-    (out / "batch.txt").write_text(text + "\n", encoding="utf-8")
+    write_text(out / "batch.txt", text + "\n")
     plots.pictures(out / "batch.png", rows)
     print("\n\n".join(inputs))
     print(f"\n{len(inputs)} samples, with their actions, in {out / 'batch.txt'} and {out / 'batch.png'}")

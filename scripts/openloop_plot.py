@@ -17,6 +17,7 @@ extras.require("train", __name__, __doc__)
 
 from wallx_jax.evaluation import openloop, plots, target
 from wallx_jax.utils.errors import run_main
+from wallx_jax.utils.files import write_text
 
 
 def main() -> None:
@@ -45,7 +46,7 @@ def main() -> None:
         title = f"episode {episode}: {part.observations[0]['instruction']} (mean absolute error {score.mean:.4g})"
         file = arguments.out / f"episode_{episode}.png"
         plots.episode(file, part, chunks[rows], names, policy.processor.predicted, title)
-    (arguments.out / "openloop.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    write_text(arguments.out / "openloop.json", json.dumps(result, indent=2) + "\n")
     for name in ("policy", "hold_still", "mean_action"):
         error = result[name]["mae"]  # None where no frame has a prediction
         print(f"{name:12} mean absolute error {'-' if error is None else f'{error:.4g}'}")

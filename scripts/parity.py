@@ -32,6 +32,7 @@ from wallx_jax.models.positions import position_ids, rope_delta
 from wallx_jax.models.vision_plan import Grid, token_count
 from wallx_jax.models.wallx import FlowTarget, LossTotals, Prefix
 from wallx_jax.training.optimizer import clip, make_optimizer
+from wallx_jax.utils.files import write_text
 from wallx_jax.weights.load import load_params
 from wallx_jax.weights.names import torch_tensors
 
@@ -380,7 +381,7 @@ def main() -> int:
     failed = sum(not result.ok for result in results)
     print(f"{len(results) - failed} of {len(results)} arrays agree")
     if arguments.json:
-        arguments.json.write_text(json.dumps([dataclasses.asdict(result) for result in results], indent=1), "utf-8")
+        write_text(arguments.json, json.dumps([dataclasses.asdict(result) for result in results], indent=1))
     return 1 if failed else 0
 
 

@@ -20,6 +20,7 @@ extras.require("train", __name__, __doc__)
 from wallx_jax.data.pipeline import eval_batches
 from wallx_jax.evaluation import numerics_search, openloop, target
 from wallx_jax.utils.errors import run_main
+from wallx_jax.utils.files import write_text
 
 
 def main() -> None:
@@ -49,7 +50,7 @@ def main() -> None:
     if arguments.json:
         figures = {"combinations": [m.as_json() for m in found], "best": decision.best.numerics,
                    "decided": not decision.rivals}  # fmt: skip
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
+        write_text(arguments.json, json.dumps(figures, indent=2) + "\n")
     if arguments.write and decision.rivals:
         raise ValueError("not written: undecided. More --batches may tell")
     if arguments.write:

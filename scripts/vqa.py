@@ -19,6 +19,7 @@ extras.require("train", __name__, __doc__)
 from wallx_jax.data.video import read_video
 from wallx_jax.inference.load import load_vlm
 from wallx_jax.utils.errors import run_main
+from wallx_jax.utils.files import write_text
 
 
 def main() -> None:
@@ -53,7 +54,7 @@ def main() -> None:
     if arguments.json:
         figures = {"text": answer.text, "tokens": answer.tokens, "finished": answer.finished,
                    "timings_ms": answer.timings_ms}  # fmt: skip
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
+        write_text(arguments.json, json.dumps(figures, indent=2) + "\n")
 
 
 def _read_image(file: Path) -> Image.Image:

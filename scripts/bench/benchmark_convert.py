@@ -22,6 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from wallx_jax.models.config import PRESETS
+from wallx_jax.utils.files import write_text
 from wallx_jax.weights import names
 from wallx_jax.weights.export import write_json
 from wallx_jax.weights.safetensors_io import SINGLE, open_tensors, safetensors_file
@@ -41,7 +42,7 @@ def main() -> None:
         text = json.dumps(measure(arguments.preset, Path(folder)), indent=2)
     print(text)
     if arguments.json:
-        arguments.json.write_text(text + "\n", "utf-8")
+        write_text(arguments.json, text + "\n")
 
 
 def measure(preset: str, folder: Path) -> dict:

@@ -30,6 +30,7 @@ from benchmark_stats import write_dataset
 
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.metadata import read_info
+from wallx_jax.utils.files import write_text
 
 HORIZON = 32
 
@@ -96,7 +97,7 @@ def main() -> None:
     text = json.dumps(report, indent=2)
     print(text)
     if arguments.json:
-        arguments.json.write_text(text + "\n", "utf-8")
+        write_text(arguments.json, text + "\n")
 
 
 def run_workers(source: LeRobotSource, workers: int, samples: int) -> list[dict[str, float]]:

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from wallx_jax.data.metadata import read_info
 from wallx_jax.data.stats import compute_stats
+from wallx_jax.utils.files import write_text
 
 STATE, ACTION = "observation.state", "action"
 EPISODE, FPS = 400, 50
@@ -136,7 +137,7 @@ def main() -> None:
     text = json.dumps(report, indent=2)
     print(text)
     if arguments.json:
-        arguments.json.write_text(text + "\n", "utf-8")
+        write_text(arguments.json, text + "\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 import dataclasses
+import gc
 import json
+import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -467,3 +470,18 @@ def test_dataset_to_batch(dataset_info, tokenizer):
     assert np.abs(batch.actions).max() <= 1
     decoded = processor.decode_actions(batch.actions)
     np.testing.assert_allclose(decoded[..., synthetic.CONSTANT_DIM], 0.25)
+
+
+def test_a_dropped_processor_leaves_nothing_behind(stats, tokenizer, observation):
+    """Encoded prompts are kept by the processor and its copies, not by the module."""
+    own = tokenizer.with_wallx_tokens(FAST_SIZE)
+    processor = Processor(config(own), own, stats)
+    other = processor.for_inference(observation["images"], observation["instruction"])
+    again = pickle.loads(pickle.dumps(other))
+    expected = other.encode(**observation)
+    assert other.encode(**observation).tokens is expected.tokens
+    np.testing.assert_array_equal(again.encode(**observation).tokens, expected.tokens)
+    dropped = weakref.ref(own)
+    del own, processor, other
+    gc.collect()
+    assert dropped() is None

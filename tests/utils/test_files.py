@@ -131,3 +131,12 @@ def test_small_files_are_read_in_one_place():
             if call.startswith(("json.load", "yaml.load")) and ("read_text" in call and "read_text(path)" not in call):
                 elsewhere.append(f"{file.relative_to(ROOT)}, line {node.lineno}")
     assert not elsewhere
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
+def test_a_device_is_written_not_replaced():
+    with pytest.raises(OSError, match="^/dev/full cannot be written: No space left on device$"):
+        write_text(Path("/dev/full"), "text")
+    assert Path("/dev/full").is_char_device()
+    write_text(Path("/dev/null"), "text")
+    assert Path("/dev/null").is_char_device()

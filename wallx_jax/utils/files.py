@@ -132,6 +132,12 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small text file atomically (see `atomic_file`) as UTF-8, regardless of the locale."""
+    if path.exists() and not path.is_file():  # a device or a pipe, which a file must not replace
+        try:
+            path.write_bytes(text.encode())
+        except OSError as error:
+            raise OSError(f"{path} cannot be written: {error.strerror}") from error
+        return
     with atomic_file(path) as file:
         file.write(text.encode())
 
