@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 
-import check_dataset
+import check_dataset as program
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -354,7 +354,7 @@ def script(monkeypatch, capsys, restored_state):
     def command(*arguments):
         monkeypatch.setattr(sys, "argv", ["check_dataset.py", *arguments])
         with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
-            launch(check_dataset.main, needs_config=False)
+            launch(program.main, needs_config=False)
         captured = capsys.readouterr()
         return ended.value.code, captured.out + captured.err
 
