@@ -3,7 +3,7 @@
 #   make demo       record a dataset, train and evaluate a tiny model on the CPU; installs about 1.1 GB, without PyTorch
 #   make test       run all tests, with lerobot and PyTorch as references
 #   make test-fast  run the tests that take less than two seconds each: three minutes on two cores
-#   make lint       run ruff
+#   make lint       run ruff and mypy
 #
 # Further targets for development: test-most, test-random, extras, test-install, test-lowest, torch-reference, test-loaders, clean.
 PYTHON ?= python3
@@ -39,6 +39,7 @@ test-random: $(VENV)/.test
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Resolve every combination of extras for both Python versions, and check that none brings in PyTorch or a second CUDA
 # unintentionally.
@@ -71,7 +72,7 @@ test-loaders: torch-reference $(VENV)/.test
 	$(BIN)/python -m pytest tests/checkpoints/test_loaders.py
 
 clean:
-	rm -rf .venv .venv-torch .venv-install .venv-lowest *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-torch .venv-install .venv-lowest *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # Resolve all requirements at once with uv: pip backtracks for more than ten minutes because of the pins of lerobot and
 # transformers. uv ignores pip's settings, so pass it the index that is configured for pip.

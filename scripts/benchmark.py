@@ -79,17 +79,18 @@ def median_ms(call, repeats: int) -> float:
     return float(np.median(times[1:]))
 
 
-def train_step_of(model, optimizer: str = "adamw", freeze_vlm: bool = False):
-    """Return (optimizer settings, train step) with the defaults of a run."""
+def train_step_of(model, name: str = "adamw", freeze_vlm: bool = False):
+    """Return (optimizer, train step) with the defaults of a run."""
     from wallx_jax.config import default_config, resolve
+    from wallx_jax.training.optimizer import make_optimizer
     from wallx_jax.training.step import Objective, make_train_step
 
     c = default_config()
     c.pretrained_wallx_path = c.repo_id = c.save_path = "unused"
     c.camera_views = {"face_view": "unused"}
-    c.optimizer, c.freeze_vlm = optimizer, freeze_vlm
-    optim = dataclasses.replace(resolve(c).optim, lora=model.lora)
-    return optim, make_train_step(model, optim, 1000, Objective(), seed=0)
+    c.optimizer, c.freeze_vlm = name, freeze_vlm
+    optimizer = make_optimizer(dataclasses.replace(resolve(c).optim, lora=model.lora), 1000)
+    return optimizer, make_train_step(model, optimizer, Objective(), seed=0)
 
 
 def time_chunk(model, params, batch, repeats: int) -> dict:
@@ -122,12 +123,12 @@ def time_parts(model, params, batch, repeats: int) -> dict:
     def prefix(params, batch, features):
         net = from_params(model, params)
         prompt = net.embed_prefix(batch.tokens, batch.token_mask, features, grids, batch.state, batch.state_mask)
-        return net.encode_prefix(prompt, room=ACTIONS)[0]
+        return net.encode_prefix(prompt, cache_length=TOKENS)[0]
 
     def denoise(params, cache, noise, mask):  # all steps in one program, as in a chunk: no copies between steps
         net, times = from_params(model, params), flow.euler_times(STEPS)
         return flow.integrate(
-            lambda x, clock, kv: net.suffix_velocity(cache._replace(kv=kv), x, mask, clock[None]),
+            lambda x, time_emb, kv: net.suffix_velocity(cache._replace(kv=kv), x, mask, time_emb[None]),
             noise,
             times,
             net.action.embed_time(times[:-1]),
@@ -250,16 +251,16 @@ def compare(model, params, batch, scan_layers: bool, python: Path, repeats: int)
     with tempfile.TemporaryDirectory() as folder:
         save_directory(folder, model, params)
         theirs = TorchReference(python, Path(folder), model, batch, noise)
-        apart, on_device = unstack_layers(params), jax.device_put(batch)
-        ours = chunk_program(model, apart, on_device, noise)
+        unrolled, on_device = unstack_layers(params), jax.device_put(batch)
+        ours = chunk_program(model, unrolled, on_device, noise)
         times: dict[str, list[float]] = {name: [] for name in ("ours", "torch", "ours_train", "torch_train")}
         for _ in range(repeats + 1):
             start = time.perf_counter()
-            actions = np.asarray(ours(apart, on_device, noise))
+            actions = np.asarray(ours(unrolled, on_device, noise))
             times["ours"].append(1e3 * (time.perf_counter() - start))
             times["torch"].append(theirs(f"chunk {STEPS}")["ms"])
         expected = np.array(theirs("actions")["actions"])
-        del apart
+        del unrolled
         train_one = train_program(model, params, on_device, scan_layers)
         for _ in range(repeats + 1):
             start = time.perf_counter()
@@ -290,11 +291,11 @@ def train_program(model, params, batch, scan_layers: bool):
     from wallx_jax.training.state import create_state, with_gradient_buffer
     from wallx_jax.training.step import compile_train_step
 
-    optim, step = train_step_of(model)
+    optimizer, step = train_step_of(model)
     params = params if scan_layers else unstack_layers(params)
-    state = jax.jit(lambda p: create_state(p, optim, 1000))(params)
+    state = jax.jit(lambda p: create_state(p, optimizer))(params)
     if jax.default_backend() == "cpu":  # as in a training run
-        state = with_gradient_buffer(state, optim)
+        state = with_gradient_buffer(state, optimizer)
     micro = jax.tree.map(lambda x: x[None], batch)
     start = time.perf_counter()
     compiled = compile_train_step(step, state, micro)
@@ -333,11 +334,11 @@ def run(model, batch_size: int, what: Sequence[str], scan_layers: bool, repeats:
     if "train" in what:
         figures["train"] = time_train(model, params, batch, scan_layers, repeats)
     if timers := [time for name, time in (("chunk", time_chunk), ("parts", time_parts)) if name in what]:
-        apart = unstack_layers(params)
+        unrolled = unstack_layers(params)
         del params
         figures["inference"] = {}
         for timer in timers:
-            figures["inference"] |= timer(model, apart, batch, repeats)
+            figures["inference"] |= timer(model, unrolled, batch, repeats)
     stats = jax.devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     return figures | {
@@ -362,9 +363,14 @@ def main() -> None:
         help="what the backward pass recomputes; default: the preset's; with --compare-torch none, fastest on a CPU",
     )
     parser.add_argument(
+        "--kernels",
+        choices=("auto", "xla", "cudnn", "cpu"),
+        help="implementation of layers, norms and attention; default: auto; with --aot for a GPU xla",
+    )
+    parser.add_argument(
         "--scan-layers",
         action=argparse.BooleanOptionalAction,
-        help="train with layers scanned or apart; default: scanned; with --compare-torch apart, faster on a CPU",
+        help="train with layers scanned or unrolled; default: scanned; with --compare-torch unrolled, faster on a CPU",
     )
     parser.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank instead of all weights")
     parser.add_argument("--freeze-vlm", action="store_true", help="with --aot: train the action side only")
@@ -382,16 +388,19 @@ def main() -> None:
     from wallx_jax.models.config import PRESETS
 
     model = PRESETS[arguments.preset].replace(lora={"rank": arguments.lora_rank})
+    # "auto" is the kernels for this machine, not for the target.
+    kernels = arguments.kernels or ("xla" if arguments.aot and arguments.target != "cpu" else "auto")
+    model = model.replace(numerics={"kernels": kernels})
     if remat := arguments.remat or ("none" if arguments.compare_torch else None):
         model = model.replace(numerics={"remat": remat})
     scan_layers = not arguments.compare_torch if arguments.scan_layers is None else arguments.scan_layers
     if arguments.aot:
-        optim, step = train_step_of(model, arguments.optimizer, arguments.freeze_vlm)
+        optimizer, step = train_step_of(model, arguments.optimizer, arguments.freeze_vlm)
         sample = jax.tree.map(lambda x: x[0], random_batch(model, 1))
         figures = {"optimizer": arguments.optimizer, "lora_rank": arguments.lora_rank}
         figures |= {"freeze_vlm": arguments.freeze_vlm}
         figures |= aot.plan(
-            model, optim, step, sample, arguments.batch, scan_layers, arguments.target, arguments.devices
+            model, optimizer, step, sample, arguments.batch, scan_layers, arguments.target, arguments.devices
         )
     elif arguments.compare_torch:
         from wallx_jax.models.params import init_params
@@ -407,6 +416,7 @@ def main() -> None:
         "batch_per_device": arguments.batch,
         "tokens": TOKENS,
         "dtype": model.numerics.compute_dtype,
+        "kernels": model.numerics.kernels,
         "remat": model.numerics.remat,
         "scan_layers": scan_layers,
         "device": jax.devices()[0].device_kind,

@@ -44,10 +44,10 @@ from tabletop import assets
 
 from wallx_jax.config import default_config, resolve
 from wallx_jax.config.schema import Camera
-from wallx_jax.data.build import build_processor, load_stats, split_sources
-from wallx_jax.data.datasets import Part, open_parts
+from wallx_jax.data.build import DatasetRun, build_processor, cache_frames, load_stats, split_datasets
+from wallx_jax.data.datasets import DatasetSpec, open_datasets
 from wallx_jax.data.images import resize
-from wallx_jax.data.pipeline import DataLoader, Encode, samples
+from wallx_jax.data.pipeline import DataLoader, Encode, training_dataset
 from wallx_jax.data.processor import Processor
 from wallx_jax.data.source import FrameSource
 from wallx_jax.data.writer import DatasetWriter
@@ -125,15 +125,17 @@ def pan(rng: np.random.Generator, frames: int, height: int, width: int) -> Itera
         yield np.clip(scene[:, 2 * frame :][:, :width] + noise, 0, 255).astype(np.uint8)
 
 
-def prepare(root: Path, folder: Path) -> tuple[Part, Processor]:
+def prepare(root: Path, folder: Path) -> DatasetRun:
     """Build settings and preprocessing of a run on the dataset at `root`, with every frame used for training."""
     c = default_config()
     c.pretrained_wallx_path, c.repo_id, c.save_path = "unused", str(root), str(folder / "run")
     c.camera_views, c.train_test_split = VIEWS, 1.0
-    (part,) = open_parts(resolve(c))
+    (spec,) = open_datasets(resolve(c))
     tokenizer = assets.write_tokenizer(folder / "tokenizer")
-    stats = load_stats(part.settings, part.source)
-    return part, build_processor(part.settings, part.source, tokenizer, None, stats, CHANNELS, CHANNELS)
+    stats = load_stats(spec.settings, spec.source)
+    processor = build_processor(spec.settings, spec.source, tokenizer, None, stats, CHANNELS, CHANNELS)
+    (dataset,) = split_datasets([spec], [processor])
+    return dataset
 
 
 def steady(batches: Iterator[Any], batch: int, workers: int, seconds: float) -> dict[str, float]:
@@ -184,13 +186,13 @@ def proportional_mib(pid: int) -> float:
 
 
 def ours(source: FrameSource, processor: Processor, batch: int, workers: int, seconds: float) -> dict[str, float]:
-    with closing(DataLoader(samples(source, processor, seed=0), batch, workers)) as batches:
+    with closing(DataLoader(training_dataset(source, processor, seed=0), batch, workers)) as batches:
         return steady(batches, batch, workers, seconds)
 
 
-def parts_of_a_sample(part: Part, processor: Processor, count: int) -> dict[str, float]:
+def parts_of_a_sample(spec: DatasetSpec, processor: Processor, count: int) -> dict[str, float]:
     """Measure the CPU milliseconds per sample of decoding, resizing and encoding, in one process."""
-    source, encode = part.source, Encode(processor)
+    source, encode = spec.source, Encode(processor)
     chosen = np.random.default_rng(1).integers(len(source), size=count).tolist()
     source[0]  # opens the files
 
@@ -200,7 +202,7 @@ def parts_of_a_sample(part: Part, processor: Processor, count: int) -> dict[str,
         return 1000 * (time.process_time() - start) / count, results
 
     def resized(sample: Any) -> Any:
-        cameras = zip(sample.images, part.settings.data.cameras, strict=True)
+        cameras = zip(sample.images, spec.settings.data.cameras, strict=True)
         images = tuple(resize(image, camera.resolution) for image, camera in cameras)
         return dataclasses.replace(sample, images=images, resized=True)
 
@@ -235,7 +237,7 @@ class Resized:
 
 
 def lerobots_loader(
-    part: Part, horizon: int, backend: str, batch: int, workers: int, resized: bool = False
+    spec: DatasetSpec, horizon: int, backend: str, batch: int, workers: int, resized: bool = False
 ) -> Iterator[Any]:
     """Yield batches of a torch DataLoader over LeRobotDataset, epoch after epoch."""
     import torch
@@ -244,10 +246,10 @@ def lerobots_loader(
     # Newer releases can return the decoded bytes without conversion, which is faster.
     options = {"return_uint8": True} if "return_uint8" in inspect.signature(LeRobotDataset.__init__).parameters else {}
     steps = {"action": [step / FPS for step in range(horizon)]}
-    root = part.info.root
+    root = spec.info.root
     dataset = LeRobotDataset("benchmark/loader", root, delta_timestamps=steps, video_backend=backend, **options)
     if resized:
-        dataset = Resized(dataset, part.settings.data.cameras)
+        dataset = Resized(dataset, spec.settings.data.cameras)
     loader = torch.utils.data.DataLoader(
         dataset, batch, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=workers > 0
     )
@@ -255,12 +257,12 @@ def lerobots_loader(
         yield from loader
 
 
-def compare(part: Part, processor: Processor, batch: int, seconds: float) -> dict[str, Any]:
+def compare(spec: DatasetSpec, processor: Processor, batch: int, seconds: float) -> dict[str, Any]:
     """Compare with lerobot's loader using the faster of its decoders: with WORKERS processes, and in this process."""
     horizon, speeds = processor.config.horizon, {}
     for backend in ("torchcodec", "pyav"):
         try:
-            with closing(lerobots_loader(part, horizon, backend, batch, WORKERS)) as batches:
+            with closing(lerobots_loader(spec, horizon, backend, batch, WORKERS)) as batches:
                 speeds[backend] = steady(batches, batch, WORKERS, seconds)["samples_per_s"]
         except Exception as error:  # a decoder that is not installed, or lacks its libraries
             speeds[backend] = None
@@ -271,20 +273,22 @@ def compare(part: Part, processor: Processor, batch: int, seconds: float) -> dic
         "lerobot_version": importlib.metadata.version("lerobot"),
         "lerobot_backend": backend,
         "lerobot_backends_samples_per_s": speeds,
-        **in_turn(part, processor, backend, batch, WORKERS, seconds),
-        "one_process": in_turn(part, processor, backend, batch, 0, seconds),
-        "per_sample": parts_of_a_sample(part, processor, count=100),
+        **in_turn(spec, processor, backend, batch, WORKERS, seconds),
+        "one_process": in_turn(spec, processor, backend, batch, 0, seconds),
+        "per_sample": parts_of_a_sample(spec, processor, count=100),
     }
 
 
-def in_turn(part: Part, processor: Processor, backend: str, batch: int, workers: int, seconds: float) -> dict[str, Any]:
+def in_turn(
+    spec: DatasetSpec, processor: Processor, backend: str, batch: int, workers: int, seconds: float
+) -> dict[str, Any]:
     """Measure lerobot's loader and this package's alternately; return the medians over ROUNDS rounds."""
     rounds: dict[str, list[dict[str, float]]] = {"lerobot": [], "lerobot_resized": [], "wallx_jax": []}
     for _ in range(ROUNDS):
         for name, resized in (("lerobot", False), ("lerobot_resized", True)):
-            with closing(lerobots_loader(part, processor.config.horizon, backend, batch, workers, resized)) as batches:
+            with closing(lerobots_loader(spec, processor.config.horizon, backend, batch, workers, resized)) as batches:
                 rounds[name].append(steady(batches, batch, workers, seconds))
-        rounds["wallx_jax"].append(ours(part.source, processor, batch, workers, seconds))
+        rounds["wallx_jax"].append(ours(spec.source, processor, batch, workers, seconds))
     medians = {
         name: {key: statistics.median(figures[key] for figures in each) for key in each[0]}
         for name, each in rounds.items()
@@ -296,18 +300,17 @@ def in_turn(part: Part, processor: Processor, backend: str, batch: int, workers:
     return {**medians, "rounds": rounds, **ratios}
 
 
-def measure(part: Part, processor: Processor, cache: Path, batch: int, workers: list[int], seconds: float):
+def measure(dataset: DatasetRun, cache: Path, batch: int, workers: list[int], seconds: float):
     """Measure throughput with and without the frame cache."""
 
     def by_workers(source: FrameSource) -> dict[str, float]:
-        return {str(n): ours(source, processor, batch, n, seconds)["samples_per_s"] for n in workers}
+        return {str(n): ours(source, dataset.processor, batch, n, seconds)["samples_per_s"] for n in workers}
 
-    settings = part.settings
-    decoded = by_workers(split_sources(settings, part.source, processor.config)[0])
+    decoded, settings = by_workers(dataset.train), dataset.settings
     with_cache = dataclasses.replace(settings, data=dataclasses.replace(settings.data, frame_cache=str(cache)))
     start = time.perf_counter()
-    source = split_sources(with_cache, part.source, processor.config)[0]
-    fill = part.info.num_frames / (time.perf_counter() - start)
+    source = cache_frames(dataclasses.replace(dataset, settings=with_cache)).train
+    fill = dataset.info.num_frames / (time.perf_counter() - start)
     cached = by_workers(source)
     return {
         "decoded_samples_per_s": decoded,
@@ -336,18 +339,18 @@ def main() -> None:
         write_dataset(root, arguments.episodes, arguments.frames, *arguments.size, arguments.codec)
         if arguments.repeat > 1:
             lengthen(root, arguments.repeat)
-        part, processor = prepare(root, Path(folder))
+        dataset = prepare(root, Path(folder))
         if arguments.compare_lerobot:
-            figures = compare(part, processor, arguments.batch, arguments.seconds)
+            figures = compare(dataset, dataset.processor, arguments.batch, arguments.seconds)
         else:
             cache = Path(folder) / "cache"
-            figures = measure(part, processor, cache, arguments.batch, arguments.workers, arguments.seconds)
+            figures = measure(dataset, cache, arguments.batch, arguments.workers, arguments.seconds)
         report = {
             "camera_size": arguments.size,
             "cameras": len(VIEWS),
             "codec": arguments.codec,
             "video_file_bytes": max(file.stat().st_size for file in root.rglob("*.mp4")),
-            "samples": part.info.num_frames,
+            "samples": dataset.info.num_frames,
             "batch": arguments.batch,
             "cpu_count": os.cpu_count(),
             "python": platform.python_version(),

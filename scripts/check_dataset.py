@@ -30,7 +30,7 @@ extras.require("train", __name__, __doc__)
 from wallx_jax.config import default_config, resolve
 from wallx_jax.config.command_line import CommandLineError, launch
 from wallx_jax.config.robots import KEY_MAPPINGS
-from wallx_jax.data.datasets import open_parts
+from wallx_jax.data.datasets import open_datasets
 from wallx_jax.data.metadata import is_depth, read_info
 from wallx_jax.data.validate import IMAGE_PREFIX
 from wallx_jax.dataset_check import check, preflight
@@ -55,7 +55,7 @@ def main(config: ConfigDict | None) -> None:
     config.save_path = str(output)
     run = resolve(config)
     preflight.check_folders(run)
-    parts = open_parts(run)
+    parts = open_datasets(run)
     failed = False
     for part in parts:
         report = check.check(part, decode)

@@ -24,7 +24,7 @@ from wallx_jax.config import resolve
 from wallx_jax.config.command_line import CommandLineError, launch
 from wallx_jax.config.robots import KEY_MAPPINGS
 from wallx_jax.data.build import dataset_stats
-from wallx_jax.data.datasets import open_parts
+from wallx_jax.data.datasets import open_datasets
 from wallx_jax.data.metadata import DatasetInfo, read_info
 from wallx_jax.data.normalize import FILE_NAME, NormStats, save_norm_stats
 from wallx_jax.data.stats import compute_stats, table
@@ -69,7 +69,7 @@ def of_config(config: ConfigDict | None) -> Iterator[tuple[Path, DatasetInfo, No
     if values.state_key or values.action_key:
         raise CommandLineError("--state_key and --action_key go with --dataset; write --config.state_key=... instead")
     run = resolve(config)
-    parts = open_parts(run, videos="none")
+    parts = open_datasets(run, videos="none")
     for part in parts:
         file = output() if len(parts) == 1 else output(part.name)
         yield file, part.info, dataset_stats(part.settings, part.source, progress=True)

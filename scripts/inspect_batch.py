@@ -19,9 +19,9 @@ extras.require("train", __name__, __doc__)
 
 from wallx_jax.config import resolve
 from wallx_jax.config.command_line import launch
-from wallx_jax.data.build import build_augment, split_sources
-from wallx_jax.data.datasets import open_parts
-from wallx_jax.data.pipeline import samples, shuffled
+from wallx_jax.data.build import build_augment, cache_frames, split_datasets
+from wallx_jax.data.datasets import open_datasets
+from wallx_jax.data.pipeline import shuffled, training_dataset
 from wallx_jax.dataset_check import preflight
 from wallx_jax.dataset_check.sample import describe_actions, describe_inputs
 from wallx_jax.evaluation import plots
@@ -36,15 +36,15 @@ def main(config: ConfigDict) -> None:
     logging.getLogger("absl").setLevel(logging.WARNING)
     run = resolve(config)
     preflight.check_folders(run)
-    parts = open_parts(run)
-    _, processors = init.plan_parts(parts)
+    specs = open_datasets(run)
+    _, processors = init.plan_datasets(specs)
 
     inputs, actions, rows = [], [], []
-    for part, processor in zip(parts, processors, strict=True):
-        data, seed = part.settings.data, part.settings.loop.seed
-        source = split_sources(part.settings, part.source, processor.config)[0]
-        state_names, names = map(part.info.dim_names, (data.state_key, data.action_key))
-        frames, fed = shuffled(source, seed), samples(source, processor, seed, build_augment(part.settings))
+    for dataset in map(cache_frames, split_datasets(specs, processors)):
+        processor, data, seed = dataset.processor, dataset.settings.data, dataset.settings.loop.seed
+        state_names, names = map(dataset.info.dim_names, (data.state_key, data.action_key))
+        frames = shuffled(dataset.train, seed)
+        fed = training_dataset(dataset.train, processor, seed, build_augment(dataset.settings))
         for i in range(flags.FLAGS.samples):
             raw, sample = frames[i], fed[i]
             inputs.append(describe_inputs(raw, sample, processor, state_names))
@@ -52,7 +52,7 @@ def main(config: ConfigDict) -> None:
             titles = [f"{n}: {view}" for n, view in enumerate(processor.config.views, 1)]
             titles[0] = f"episode {raw.episode}, frame {raw.frame}: {raw.instruction}\n{titles[0]}"
             rows.append(list(zip(titles, sample.images, strict=True)))
-    out = Path(parts[0].settings.loop.save_path)
+    out = Path(specs[0].settings.loop.save_path)
     out.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(f"{seen}\n{done}" for seen, done in zip(inputs, actions, strict=True))
     (out / "batch.txt").write_text(text + "\n", encoding="utf-8")

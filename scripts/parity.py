@@ -21,16 +21,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from wallx_jax.config.schema import OptimConfig
 from wallx_jax.models import flow, losses
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.models.generate import generate
 from wallx_jax.models.params import from_params
-from wallx_jax.models.positions import next_position, position_ids
+from wallx_jax.models.positions import position_ids, rope_delta
 from wallx_jax.models.vision_plan import Grid, token_count
 from wallx_jax.models.wallx import FlowTarget, LossTotals, Prefix
-from wallx_jax.training.optimizer import clip, global_norm, make_optimizer, schedule
+from wallx_jax.training.optimizer import clip, make_optimizer
 from wallx_jax.weights.load import load_params
 from wallx_jax.weights.names import torch_tensors
 
@@ -50,7 +51,6 @@ ADAMW = OptimConfig(
     weight_decay=0.1,
     max_grad_norm=1.0,
     freeze_vlm=False,
-    train_action_expert_only=False,
     train_action_heads=True,
 )
 DECAY_STEPS = 10
@@ -208,8 +208,8 @@ class Case:
             suffix = None
             if (target := self.flow_target(arrays)) is not None:
                 suffix = (flow.interpolate(target.actions, target.noise, target.time), target.mask, target.time)
-            out = net.forward(self.prefix(net, group, arrays), suffix, keep_layers=True)
-            return out.hidden, out.layers, net.logits(out.hidden)
+            out = net.forward(self.prefix(net, group, arrays), suffix, output_hidden_states=True)
+            return out.hidden, out.hidden_states, net.logits(out.hidden)
 
         hidden, layers, logits = zip(*self.run(of, semantics), strict=True)
         return {
@@ -256,20 +256,20 @@ class Case:
 
     @functools.cache  # noqa: B019
     def adamw(self, semantics: str, updates: int) -> dict[str, object]:
-        optimizer, rate = make_optimizer(ADAMW, DECAY_STEPS), schedule(ADAMW.learning_rate, ADAMW, DECAY_STEPS)
-        params, state = self.params, optimizer.init(self.params)
+        optimizer = make_optimizer(ADAMW, DECAY_STEPS)
+        params, state = self.params, optimizer.tx.init(self.params)
         seen = []
 
         @jax.jit
         def update(params, state, grads):
-            norm = global_norm(grads)
-            changes, state = optimizer.update(clip(grads, norm, ADAMW.max_grad_norm), state, params)
+            norm = optax.tree.norm(grads)
+            changes, state = optimizer.tx.update(clip(grads, norm, ADAMW.max_grad_norm), state, params)
             return jax.tree.map(jnp.add, params, changes), state, norm
 
         for step in range(updates):
             (loss, _), grads = self.grad_fn(semantics)(params)
             params, state, norm = update(params, state, grads)
-            seen.append((loss, norm, rate(step)))
+            seen.append((loss, norm, optimizer.schedules["vlm"](step)))
         lost, norms, rates = (np.array(column, np.float64) for column in zip(*seen, strict=True))
         return {"losses": lost, "grad_norms": norms, "lrs": rates, "param": torch_tensors(self.config, params)}
 
@@ -290,8 +290,7 @@ class Case:
         if base == "position_ids":
             return self.positions
         if base == "rope_deltas":
-            after = next_position(jnp.asarray(self.positions), jnp.asarray(self.mask))
-            return np.asarray(after)[:, None] - self.mask.shape[1]
+            return np.asarray(rope_delta(jnp.asarray(self.positions), jnp.asarray(self.mask)))[:, None]
         if base in ("hidden", "hidden_layers", "logits"):
             return self.hidden(semantics)[base]
         if base in ("loss", "cross_entropy_loss", "flow_loss"):
@@ -350,7 +349,7 @@ def compare(name: str, expected: np.ndarray, actual: np.ndarray | None, mask: np
     return Comparison(name, bool(relative <= tolerance), float(error), float(relative))
 
 
-def run(model_dir: Path, golden: Path) -> list[Comparison]:
+def run(model_dir: Path, golden: Path, kernels: str = "auto") -> list[Comparison]:
     """Compare every out.* array of a golden file with what this model computes from its in.* arrays."""
     with np.load(golden) as file:
         meta = json.loads(str(file["meta"])) if "meta" in file else {}
@@ -358,7 +357,7 @@ def run(model_dir: Path, golden: Path) -> list[Comparison]:
         expected = {key.removeprefix("out."): file[key] for key in file.files if key.startswith("out.")}
     if not expected:
         raise SystemExit(f"{golden} holds no out.* arrays")
-    config, params = load_params(model_dir, numerics=FLOAT32)
+    config, params = load_params(model_dir, numerics=FLOAT32 | {"kernels": kernels})
     ids = {"propri": meta.get("propri_token_id"), "action": meta.get("action_token_id")}
     config = config.replace(tokens={name: number for name, number in ids.items() if number is not None})
     case = Case(config, jax.tree.map(jnp.asarray, params), inputs)

@@ -19,9 +19,11 @@ from wallx_jax.checkpoints.checkpointer import Checkpointer
 from wallx_jax.checkpoints.inspection import inspect_checkpoint
 from wallx_jax.checkpoints.layout import read_model_config
 from wallx_jax.config import flatten, resolve
-from wallx_jax.data.datasets import open_parts
+from wallx_jax.data.build import split_datasets
+from wallx_jax.data.datasets import open_datasets
 from wallx_jax.models.params import abstract_params
 from wallx_jax.training import init
+from wallx_jax.training.optimizer import make_optimizer
 from wallx_jax.training.state import create_state
 from wallx_jax.utils import devices, tree
 
@@ -43,15 +45,15 @@ def written(model_dir, dataset_dir, tmp_path_factory):
     """A run directory with the steps 2 and 4, as training writes them, of untrained weights."""
     folder = tmp_path_factory.mktemp("doctor") / "run"
     config = tiny_run.run_config(model_dir, dataset_dir, folder)
-    (part,) = open_parts(resolve(config))
-    settings = part.settings
-    origin, processors = init.plan_parts([part])
+    specs = open_datasets(resolve(config))
+    origin, processors = init.plan_datasets(specs)
+    optimizer = make_optimizer(specs[0].settings.optim, 4)
     params = jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), abstract_params(origin.config))
     assets = folder / "assets"
-    train.write_assets([part], processors, origin.files, assets)
+    train.write_assets(split_datasets(specs, processors), origin.files, assets)
     with Checkpointer(folder) as checkpointer:
         for step in (2, 4):
-            state = create_state(params, settings.optim, 4)
+            state = create_state(params, optimizer)
             checkpointer.save(step, state, Position(), flatten(config), origin.config, assets, loss=0.5)
     return folder
 

@@ -22,7 +22,7 @@ from huggingface_hub import constants
 from packaging.requirements import Requirement
 
 from wallx_jax.checkpoints.inspection import CheckpointReport, inspect_checkpoint
-from wallx_jax.config.resolve import PLATFORMS
+from wallx_jax.config.schema import Platform
 from wallx_jax.models.param_summary import gib
 from wallx_jax.utils import compile_cache, devices, extras
 from wallx_jax.utils.files import unusable_folder
@@ -134,7 +134,7 @@ def _version(name: str) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--platform", choices=PLATFORMS, help="what JAX must compute on")
+    parser.add_argument("--platform", choices=[*Platform], help="what JAX must compute on")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint, run or PyTorch model directory to check")
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)  # the report replaces what JAX and Orbax log

@@ -21,13 +21,16 @@ if __name__ == "__main__":  # the imports below take seconds; Ctrl-C must not pr
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -45,22 +48,35 @@ from wallx_jax.config import flatten, resolve
 from wallx_jax.config.command_line import launch, render
 from wallx_jax.config.schema import RunConfig
 from wallx_jax.data.batch import Batch, EvalBatch, describe
-from wallx_jax.data.build import blank_sample, build_augment, split_sources
-from wallx_jax.data.datasets import Part, open_parts
-from wallx_jax.data.pipeline import DataLoader, eval_batches, mixed, samples
+from wallx_jax.data.build import (
+    DatasetRun,
+    blank_sample,
+    cache_frames,
+    split_datasets,
+    training_stream,
+    validation_batches,
+)
+from wallx_jax.data.datasets import DatasetSpec, open_datasets
+from wallx_jax.data.pipeline import DataLoader
 from wallx_jax.data.processor import Processor
-from wallx_jax.data.tokenizer import Tokenizer
 from wallx_jax.data.unreadable import SkippedFrames
 from wallx_jax.data.workers import check_shared_memory
 from wallx_jax.dataset_check import preflight
-from wallx_jax.models.config import WallXConfig
 from wallx_jax.training import distributed, init, resume, run_lock, sharding, shutdown
 from wallx_jax.training.flops import update_flops
 from wallx_jax.training.interruption import EXIT_CODE, Interrupted, StopRequest
-from wallx_jax.training.loop import Steps, UnreadableData, abstract_batch, run_loop
+from wallx_jax.training.loop import (
+    RunData,
+    RunOutputs,
+    StepCounts,
+    Steps,
+    UnreadableData,
+    abstract_batch,
+    run_loop,
+)
 from wallx_jax.training.metrics import MetricWriter
-from wallx_jax.training.optimizer import check_patterns, is_trainable
-from wallx_jax.training.plan import StepCounts, make_plan
+from wallx_jax.training.optimizer import Optimizer, check_patterns, make_optimizer
+from wallx_jax.training.plan import Plan, make_plan
 from wallx_jax.training.progress import Progress
 from wallx_jax.training.state import TrainState, with_gradient_buffer
 from wallx_jax.training.step import EVAL_SEED, Objective, compile_train_step, make_eval_step, make_train_step
@@ -96,204 +112,311 @@ def run(config: ConfigDict, dry_run: bool = False) -> Path | None:
         UnreadableData: a sample could not be read during training; a checkpoint has been saved.
         Interrupted: SIGTERM or SIGINT arrived during training; a checkpoint has been saved.
     """
-    with contextlib.ExitStack() as stack:
-        return _run(config, dry_run, stack)
-
-
-def _run(config: ConfigDict, dry_run: bool, stack: contextlib.ExitStack) -> Path | None:
-    """Run `run`; resources to close at the end are registered on `stack`."""
     settings = init.resumable(resolve(config))
     preflight.check_folders(settings)
+    mesh = connect_devices(settings)
+    specs = open_datasets(settings, videos="first" if dry_run else "all")
+    newest = latest_step(settings.loop.save_path)
+    source, processors = init.plan_datasets(specs)
+    setup = plan_run(config, specs, processors, source, mesh, newest)
+    if dry_run:
+        init.check_weights(source, setup.stored)
+        print("\n".join([str(setup.plan), *setup.findings]))
+        return None
+    log_plan(setup)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(run_folder(setup))
+        data = stack.enter_context(open_data(setup))
+        distributed.meet()
+        state = initial_state(setup, data.batches)
+        outputs = stack.enter_context(open_outputs(setup, int(state.step), data.batches))
+        steps = compile_steps(setup, state, outputs.progress)
+        distributed.meet()  # compile times differ between processes
+        stop = stack.enter_context(StopRequest(mesh, functools.partial(abandon, setup.save_path)))
+        state = run_loop(state, steps, data, outputs, settings.loop, setup.length, stop.reached)
+    return finish(setup, state, stop)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that has been checked, before anything is written or weights are read.
+
+    Attributes:
+        config: the configuration, as given.
+        settings: the validated settings, completed from the first dataset.
+        mesh: devices of the run.
+        datasets: the datasets, their frames not cached yet.
+        source: where the initial weights come from.
+        optimizer: the run's optimizer.
+        stored: shapes, dtypes and shardings of the training state in checkpoints.
+        sample: one training sample without batch axis, all zeros.
+        length: length of the run.
+        data_order: settings that determine the order of samples, see `init.data_order`.
+        save_path: run directory, absolute.
+        newest: newest step in save_path, read before the model was found; None if there is no checkpoint.
+        continues: whether the run continues in the directory of the run that it resumes.
+        plan: summary of the run.
+        findings: descriptions of what deserves attention but does not stop the run.
+    """
+
+    config: ConfigDict
+    settings: RunConfig
+    mesh: Mesh
+    datasets: tuple[DatasetRun, ...]
+    source: init.ModelSource
+    optimizer: Optimizer
+    stored: TrainState
+    sample: Batch
+    length: StepCounts
+    data_order: dict[str, Any]
+    save_path: Path
+    newest: int | None
+    continues: bool
+    plan: Plan
+    findings: tuple[str, ...]
+
+    @property
+    def assets(self) -> Path:
+        """Directory with the files that go into every checkpoint."""
+        return self.save_path / "assets"
+
+    @property
+    def eval_batch(self) -> int:
+        """Samples per validation batch, over all processes."""
+        return self.settings.data.eval_batch_size * sharding.batch_copies(self.mesh)
+
+
+def connect_devices(settings: RunConfig) -> Mesh:
+    """Connect the processes of the run, check that the requested devices exist, and arrange them in a mesh."""
     distributed.initialize(settings.distributed)
     devices.require(settings.platform)
-    if dry_run:
-        settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, frame_cache=None))
-    parts = open_parts(settings, videos="first" if dry_run else "all")
-    settings = parts[0].settings
-    mesh = sharding.make_mesh(settings.mesh)
-    loop, save_path = settings.loop, Path(settings.loop.save_path).expanduser().absolute()
+    return sharding.make_mesh(settings.mesh)
 
-    newest = latest_step(save_path)
-    origin, processors = init.plan_parts(parts)
-    if origin.resumes:
-        resume.tell_changes(config, origin.checkpoint)
-    continues = origin.resumes and origin.checkpoint.parent == save_path / FOLDER
+
+def plan_run(
+    config: ConfigDict,
+    specs: Sequence[DatasetSpec],
+    processors: Sequence[Processor],
+    source: init.ModelSource,
+    mesh: Mesh,
+    newest: int | None,
+) -> Setup:
+    """Check everything that can be checked before weights are read, and plan the run.
+
+    Args:
+        config: the configuration, as given.
+        specs: the datasets.
+        processors: the preprocessing of each dataset.
+        source: where the initial weights come from.
+        mesh: devices of the run.
+        newest: newest step in save_path before the model was found.
+
+    Raises:
+        ConfigError, CheckpointError, DatasetError, ValueError, OSError: a check failed; the message gives the remedy.
+    """
+    settings = specs[0].settings
+    loop, save_path = settings.loop, Path(settings.loop.save_path).expanduser().absolute()
+    continues = source.resumes and source.checkpoint.parent == save_path / FOLDER
+    if source.resumes:
+        resume.log_changes(config, source.checkpoint)
     if not continues:
         refuse_overwrite(save_path)
-    noted = preflight.check(parts)
-    sources = [split_sources(part.settings, part.source, p.config) for part, p in zip(parts, processors, strict=True)]
-    micro_batch = settings.data.batch_size * mesh.shape["data"] * mesh.shape["fsdp"]
-    global_batch = micro_batch * loop.gradient_accumulation_steps
-    order = init.data_order(parts, [len(train) for train, _ in sources], global_batch, loop.seed)
-    init.check_same_order(origin, order)
-    share, shares = sharding.data_shard(mesh)
-    epoch = sum(len(train) for train, _ in sources)
-    total_steps, decay_steps = loop.total_steps(epoch, global_batch), loop.decay_steps(epoch, global_batch)
-    noted += preflight.check_length(settings, epoch, global_batch, total_steps)
-    numbers = range(len(parts)) if len(parts) > 1 else [None]
-    streams = [
-        samples(train, processor, loop.seed, build_augment(part.settings), number)
-        for (train, _), processor, part, number in zip(sources, processors, parts, numbers, strict=True)
-    ]
-    stream = mixed(streams, [part.weight for part in parts])
-    batches = DataLoader(stream, global_batch // shares, settings.data.num_workers, share, shares)
-    stack.callback(batches.close)
-
-    sample = blank_sample(processors[0].config, mixed=len(parts) > 1)
-    batch_bytes = global_batch // shares * sum(x.nbytes for x in jax.tree.leaves(sample))
+    findings = preflight.check(specs)
+    datasets = split_datasets(specs, processors)
+    length = count_steps(settings, datasets, mesh)
+    order = init.data_order(datasets, length.global_batch, loop.seed)
+    init.check_same_order(source, order)
+    findings += preflight.check_length(settings, length.epoch, length.global_batch, length.total_steps)
+    sample = blank_sample(processors[0].config, mixed=len(datasets) > 1)
+    _, shard_count = sharding.data_shard(mesh)
+    batch_bytes = length.global_batch // shard_count * sum(x.nbytes for x in jax.tree.leaves(sample))
     check_shared_memory(settings.data.num_workers, batch_bytes)
-
-    abstract = init.abstract_state(origin.config, settings.optim, decay_steps, mesh)
-    check_patterns(settings.optim, abstract.params)
-    frames = [(len(train), len(held)) for train, held in sources]
-    length = StepCounts(global_batch, epoch, total_steps, decay_steps)
-    plan = make_plan(parts, origin, processors[0].config, abstract, mesh, frames, length)
-    if dry_run:
-        init.check_weights(origin, abstract)
-        print("\n".join(map(str, [plan, *(f"{name}: {finding}" for name, finding in noted)])))
-        return None
-    logger.info("%s", plan)
-    for name, finding in noted:
-        logger.warning("%s: %s", name, finding)
-
-    compile_cache.enable(settings.compile_cache)
-    assets = save_path / "assets"
-    if jax.process_index() == 0:
-        save_path.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(run_lock.hold(save_path))
-        if latest_step(save_path) != newest:
-            raise CheckpointError(f"another run has just saved a checkpoint in {save_path}: start this one again")
-        write_text(save_path / "config.yaml", render(config))
-        write_assets(parts, processors, origin.files, assets)
-    logger.info("%s", origin.config.numerics)
-    logger.info("one sample: %s", describe(sample))
-
-    distributed.meet()
-    if origin.resumes:
-        state, _ = restore_state(loop.resume_ckpt, abstract, batches, save_path)
-        resumed_step = int(state.step) if continues else None
-    else:
-        state, resumed_step = init.load_state(origin, settings, decay_steps, mesh), None
-    if not loop.scan_layers:
-        apart = init.abstract_state(origin.config, settings.optim, decay_steps, mesh, scan_layers=False)
-        state = init.restack_like(state, apart)
-    if mesh.local_devices[0].platform == "cpu":
-        state = with_gradient_buffer(state, settings.optim, loop.gradient_accumulation_steps)
-
-    if int(state.step) >= total_steps:
-        logger.warning(
-            "nothing is left to train: the checkpoint has done %d updates, and num_training_steps or num_epoch ask for "
-            "%d",
-            int(state.step),
-            total_steps,
-        )
-    progress = Progress(total_steps, int(state.step))
-    stack.callback(progress.close)
-    writer = MetricWriter(
-        save_path,
-        resumed_step=resumed_step,
-        use_wandb=loop.use_wandb,
-        project=loop.log_project,
-        name=loop.log_name,
-        config=flatten(config),
+    optimizer = make_optimizer(settings.optim, length.decay_steps)
+    stored = init.abstract_state(source.config, optimizer, mesh)
+    check_patterns(optimizer, stored.params)
+    return Setup(
+        config=config,
+        settings=settings,
+        mesh=mesh,
+        datasets=datasets,
+        source=source,
+        optimizer=optimizer,
+        stored=stored,
+        sample=sample,
+        length=length,
+        data_order=order,
+        save_path=save_path,
+        newest=newest,
+        continues=continues,
+        plan=make_plan(datasets, source, optimizer, stored, mesh, length),
+        findings=tuple(f"{name}: {finding}" for name, finding in findings),
     )
-    stack.callback(writer.close)
-    eval_batch = settings.data.eval_batch_size * mesh.shape["data"] * mesh.shape["fsdp"]
-
-    eval_frames = min(loop.eval_frames, (loop.eval_batches or loop.eval_frames) * eval_batch)
-
-    def held_out() -> Iterator[EvalBatch]:
-        for (_, val), processor, number in zip(sources, processors, numbers, strict=True):
-            yield from eval_batches(val, processor, eval_batch, eval_frames, share, shares, number)
-
-    checkpointer = Checkpointer(save_path, loop.max_to_keep, resumed_step)
-    stack.callback(checkpointer.close)
-
-    def save(step: int, state: TrainState, loss: float | None) -> None:
-        stored = init.restack_like(dataclasses.replace(state, gradients=None), abstract)
-        checkpointer.save(step, stored, batches, flatten(config), origin.config, assets, loss=loss, data_order=order)
-
-    def give_up(number: Signals) -> None:
-        saved = latest_step(save_path)
-        lost = "all that was trained is lost" if saved is None else f"what was trained after step {saved} is lost"
-        shutdown.leave(f"ended by a second signal ({number.name}): {lost}", 128 + number)
-
-    evaluates = loop.eval_interval and any(len(val) for _, val in sources)
-    sizes = (global_batch, eval_batch if evaluates else None)
-    objective = make_objective(settings, processors[0].tokenizer, [part.name for part in parts])
-    steps = compile_steps(settings, origin.config, decay_steps, state, sample, sizes, objective, mesh, progress)
-    distributed.meet()  # compile times differ between processes
-    stop = stack.enter_context(StopRequest(mesh, give_up))
-    state = run_loop(
-        state, batches, steps, total_steps, global_batch, loop, mesh, held_out, writer, progress, save,
-        stop.reached, SkippedFrames([part.source for part in parts]),
-    )  # fmt: skip
-    checkpointer.wait()
-    last = find_checkpoints(save_path)[0]
-    if stop.stopped and int(state.step) < total_steps:
-        raise Interrupted(
-            f"interrupted after step {int(state.step)} of {total_steps}; saved {last}; go on with resume.ckpt=latest"
-        )
-    return last
 
 
-def write_assets(parts: Sequence[Part], processors: Sequence[Processor], model_files: Path, folder: Path) -> None:
+def count_steps(settings: RunConfig, datasets: Sequence[DatasetRun], mesh: Mesh) -> StepCounts:
+    """Return the length of a run."""
+    loop, epoch = settings.loop, sum(len(dataset.train) for dataset in datasets)
+    global_batch = settings.data.batch_size * sharding.batch_copies(mesh) * loop.gradient_accumulation_steps
+    return StepCounts(global_batch, epoch, loop.total_steps(epoch, global_batch), loop.decay_steps(epoch, global_batch))
+
+
+def log_plan(setup: Setup) -> None:
+    """Log the plan of a run, what deserves attention, and what the model is fed."""
+    logger.info("%s", setup.plan)
+    for finding in setup.findings:
+        logger.warning("%s", finding)
+    logger.info("%s", setup.source.config.numerics)
+    logger.info("one sample: %s", describe(setup.sample))
+
+
+@contextlib.contextmanager
+def run_folder(setup: Setup) -> Iterator[None]:
+    """Lock the run directory and write the files that describe the run.
+
+    Raises:
+        CheckpointError: another run is training in the directory, or has saved a checkpoint since the run was planned.
+    """
+    compile_cache.enable(setup.settings.compile_cache)
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            setup.save_path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(run_lock.hold(setup.save_path))
+            if latest_step(setup.save_path) != setup.newest:
+                raise CheckpointError(
+                    f"another run has just saved a checkpoint in {setup.save_path}: start this one again"
+                )
+            write_text(setup.save_path / "config.yaml", render(setup.config))
+            write_assets(setup.datasets, setup.source.files, setup.assets)
+        yield
+
+
+def write_assets(datasets: Sequence[DatasetRun], model_files: Path, folder: Path) -> None:
     """Write the files that go into every checkpoint: processors, and EXTRA_ASSETS of the model directory."""
-    processors[0].save(folder)
-    if len(parts) > 1:
-        for part, processor in zip(parts, processors, strict=True):
-            processor.save_as(folder, part.name)
+    datasets[0].processor.save(folder)
+    if len(datasets) > 1:
+        for dataset in datasets:
+            dataset.processor.save_as(folder, dataset.name)
     for name in EXTRA_ASSETS:
         if (model_files / name).is_file():
             shutil.copyfile(model_files / name, folder / name)
 
 
-def make_objective(settings: RunConfig, tokenizer: Tokenizer, datasets: Sequence[str]) -> Objective:
+@contextlib.contextmanager
+def open_data(setup: Setup) -> Iterator[RunData]:
+    """Fill the frame caches, if configured, and open the streams of batches of this process."""
+    datasets = [cache_frames(dataset) for dataset in setup.datasets]
+    loop, shard = setup.settings.loop, sharding.data_shard(setup.mesh)
+    eval_frames = min(loop.eval_frames, (loop.eval_batches or loop.eval_frames) * setup.eval_batch)
+    stream = training_stream(datasets, loop.seed)
+    own_batch = setup.length.global_batch // shard[1]
+    with contextlib.closing(DataLoader(stream, own_batch, setup.settings.data.num_workers, *shard)) as batches:
+        yield RunData(
+            batches,
+            lambda: validation_batches(datasets, setup.eval_batch, eval_frames, *shard),
+            SkippedFrames([dataset.source for dataset in datasets]),
+        )
+
+
+def initial_state(setup: Setup, batches: DataLoader) -> TrainState:
+    """Restore the state and the position of `batches` from a checkpoint, or create a new state from a model."""
+    settings, source, optimizer, mesh = setup.settings, setup.source, setup.optimizer, setup.mesh
+    if source.resumes:
+        state, _ = restore_state(settings.loop.resume_ckpt, setup.stored, batches, setup.save_path)
+    else:
+        state = init.load_state(source, optimizer, mesh, settings.loop.seed)
+    if not settings.loop.scan_layers:
+        state = init.restack_like(state, init.abstract_state(source.config, optimizer, mesh, scan_layers=False))
+    if mesh.local_devices[0].platform == "cpu":
+        state = with_gradient_buffer(state, optimizer, settings.loop.gradient_accumulation_steps)
+    if int(state.step) >= setup.length.total_steps:
+        logger.warning(
+            "nothing is left to train: the checkpoint has done %d updates, and num_training_steps or num_epoch ask for "
+            "%d",
+            int(state.step),
+            setup.length.total_steps,
+        )
+    return state
+
+
+@contextlib.contextmanager
+def open_outputs(setup: Setup, first_step: int, batches: DataLoader) -> Iterator[RunOutputs]:
+    """Open the progress display, the metrics and the checkpoints of a run that starts after `first_step` updates."""
+    loop, save_path = setup.settings.loop, setup.save_path
+    config, resumed_step = flatten(setup.config), first_step if setup.continues else None
+    with (
+        contextlib.closing(Progress(setup.length.total_steps, first_step)) as progress,
+        contextlib.closing(
+            MetricWriter(
+                save_path,
+                resumed_step=resumed_step,
+                use_wandb=loop.use_wandb,
+                project=loop.log_project,
+                name=loop.log_name,
+                config=config,
+            )
+        ) as writer,
+        Checkpointer(save_path, loop.max_to_keep, resumed_step) as checkpointer,
+    ):
+
+        def save(step: int, state: TrainState, loss: float | None) -> None:
+            stored = init.restack_like(dataclasses.replace(state, gradients=None), setup.stored)
+            model, order = setup.source.config, setup.data_order
+            checkpointer.save(step, stored, batches, config, model, setup.assets, loss=loss, data_order=order)
+
+        yield RunOutputs(progress, writer, save, checkpointer.wait)
+
+
+def make_objective(setup: Setup) -> Objective:
     """Return what to train and measure: flow matching, or FAST tokens as text with their accuracy."""
-    loop = settings.loop
-    speaks = settings.model.use_fast_tokenizer
-    ids = (tokenizer.fast_start, tokenizer.fast_start + tokenizer.fast_size) if speaks else None
-    names = tuple(datasets) if len(datasets) > 1 else ()
-    return Objective(not speaks, loop.flow_loss_weight, loop.mask_padded_actions, ids, names)
+    loop, tokenizer = setup.settings.loop, setup.datasets[0].processor.tokenizer
+    use_flow = not setup.settings.model.use_fast_tokenizer
+    ids = None if use_flow else (tokenizer.fast_start, tokenizer.fast_start + tokenizer.fast_size)
+    names = tuple(dataset.name for dataset in setup.datasets) if len(setup.datasets) > 1 else ()
+    return Objective(use_flow, loop.flow_loss_weight, loop.mask_padded_actions, ids, names)
 
 
-def compile_steps(
-    settings: RunConfig,
-    model: WallXConfig,
-    decay_steps: int,
-    state: TrainState,
-    sample: Batch,
-    batch_sizes: tuple[int, int | None],
-    objective: Objective,
-    mesh: Mesh,
-    progress: Progress,
-) -> Steps:
+def compile_steps(setup: Setup, state: TrainState, progress: Progress) -> Steps:
     """Compile the train step and, if there is held-out data, the evaluation step for this run's shapes.
 
     Args:
-        settings: the run's configuration.
-        model: architecture and numerics.
-        decay_steps: updates over which the learning rate decays.
-        state: initial train state.
-        sample: one training sample without batch axis, for shapes and dtypes.
-        batch_sizes: (samples per update, samples per evaluation batch); None as the latter: no evaluation.
-        objective: what to train and measure.
-        mesh: devices of the run.
+        setup: the run.
+        state: initial training state.
         progress: displays what is being compiled.
     """
-    loop, (train_size, eval_size) = settings.loop, batch_sizes
-    train_step = make_train_step(model, settings.optim, decay_steps, objective, loop.seed)
-    batch = abstract_batch(sample, train_size, mesh, loop.gradient_accumulation_steps)
+    loop, model, mesh, objective = setup.settings.loop, setup.source.config, setup.mesh, make_objective(setup)
+    train_step = make_train_step(model, setup.optimizer, objective, loop.seed)
+    batch = abstract_batch(setup.sample, setup.length.global_batch, mesh, loop.gradient_accumulation_steps)
     with progress.compiling("the train step"):
         train = compile_train_step(train_step, state, batch)
-    flops = update_flops(model, sample, is_trainable(settings.optim), objective.use_flow)
-    if eval_size is None:
-        return Steps(train, None, flops)
-    with progress.compiling("the evaluation step"):
-        eval_step = jax.jit(make_eval_step(model, objective, EVAL_SEED))
-        held_out = EvalBatch(sample, frame=np.uint32(0), counted=np.bool_(True))
-        evaluate = eval_step.lower(state.params, abstract_batch(held_out, eval_size, mesh)).compile()
-    return Steps(train, evaluate, flops, objective.datasets)
+    evaluate = None
+    if loop.eval_interval and any(len(dataset.held_out) for dataset in setup.datasets):
+        with progress.compiling("the evaluation step"):
+            eval_step = jax.jit(make_eval_step(model, objective, EVAL_SEED))
+            held_out = EvalBatch(setup.sample, frame=np.uint32(0), counted=np.bool_(True))
+            evaluate = eval_step.lower(state.params, abstract_batch(held_out, setup.eval_batch, mesh)).compile()
+    flops = update_flops(model, setup.sample, setup.optimizer.is_trainable, objective.use_flow)
+    return Steps(train, evaluate, mesh, flops, objective.datasets)
+
+
+def abandon(save_path: Path, number: Signals) -> NoReturn:
+    """End all processes of a run at once, on a second signal."""
+    saved = latest_step(save_path)
+    lost = "all that was trained is lost" if saved is None else f"what was trained after step {saved} is lost"
+    shutdown.leave(f"ended by a second signal ({number.name}): {lost}", 128 + number)
+
+
+def finish(setup: Setup, state: TrainState, stop: StopRequest) -> Path:
+    """Return the run's last checkpoint.
+
+    Raises:
+        Interrupted: a signal has stopped the run before its end.
+    """
+    last, step, total_steps = find_checkpoints(setup.save_path)[0], int(state.step), setup.length.total_steps
+    if stop.stopped and step < total_steps:
+        raise Interrupted(
+            f"interrupted after step {step} of {total_steps}; saved {last}; continue with resume.ckpt=latest"
+        )
+    return last
 
 
 def main(config: ConfigDict, dry_run: bool = False) -> None:

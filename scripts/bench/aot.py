@@ -55,7 +55,7 @@ def target_devices(target: str, count: int) -> list:
         ) from error
 
 
-def plan(model, optim, train_step, sample, batch_size: int, scan_layers: bool, target: str, devices: int) -> dict:
+def plan(model, optimizer, train_step, sample, batch_size: int, scan_layers: bool, target: str, devices: int) -> dict:
     """Analyse the memory of the train step on `devices` devices, parameters sharded over fsdp; allocate nothing."""
 
     from wallx_jax.config.schema import MeshConfig
@@ -65,7 +65,7 @@ def plan(model, optim, train_step, sample, batch_size: int, scan_layers: bool, t
     from wallx_jax.training.step import compile_train_step
 
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=devices, tensor=1), target_devices(target, devices))
-    state = abstract_state(model, optim, 1000, mesh, scan_layers)
+    state = abstract_state(model, optimizer, mesh, scan_layers)
     batch = abstract_batch(sample, batch_size * devices, mesh, 1)
     start = time.perf_counter()
     memory = compile_train_step(train_step, state, batch).memory_analysis()

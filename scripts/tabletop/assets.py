@@ -88,7 +88,7 @@ def write_tokenizer(folder: Path) -> Tokenizer:
     bpe.add_special_tokens(CONTROL_TOKENS)
     bpe.add_tokens(PLAIN_TOKENS)
     tokenizer = Tokenizer(bpe)
-    tokenizer.add_wallx_tokens()
+    tokenizer = tokenizer.with_wallx_tokens()
     tokenizer.save(folder)
     return tokenizer
 

@@ -69,7 +69,7 @@ def _last_logits(model, ids):
     net = from_params(config, model.params)
     state = np.zeros((1, width.state_dim), np.float32)
     prompt = net.embed_prefix(ids, np.ones(ids.shape, bool), None, (), state, state)
-    return np.asarray(net.logits(net.encode_prefix(prompt, room=0)[1][:, -1:]))[0, 0]
+    return np.asarray(net.logits(net.forward(prompt).hidden[:, -1:]))[0, 0]
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """PyTorch directory -> checkpoint -> PyTorch directory: the same tensors, bit for bit, under the same names."""
 
 import json
+import tomllib
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 from helpers.tiny_models import SMALL, SMALL_QWEN, Directory, random_params
 from jax.sharding import AxisType
+from packaging.requirements import Requirement
 
 from wallx_jax.checkpoints import from_pytorch, stream
 from wallx_jax.checkpoints.checkpointer import restore_params
@@ -219,6 +222,34 @@ def test_a_piece_that_reads_back_otherwise_is_noticed(wallx, tmp_path, monkeypat
     with pytest.raises(CheckpointError, match="reads back otherwise than it was written"):
         convert_model(wallx.write(), tmp_path / "checkpoint", acts=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["wallx"]
+
+
+@pytest.mark.parametrize("version", ["0.12.2", "0.13.0", "1.0"])
+def test_another_version_of_orbax_is_refused(wallx, tmp_path, monkeypatch, version):
+    monkeypatch.setattr(stream.importlib.metadata, "version", lambda package: version)
+    with pytest.raises(CheckpointError, match=f"orbax-checkpoint {version} is installed, .* install such a version"):
+        convert_model(wallx.write(), tmp_path / "checkpoint", acts=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["wallx"]
+
+
+@pytest.mark.parametrize("lost", ["commit_success.txt", "params/embed.embedding/.zarray"])
+def test_another_layout_of_orbax_is_refused(wallx, tmp_path, monkeypatch, lost):
+    save = stream.ocp.save_checkpointables
+
+    def otherwise(step, items):
+        save(step, items)
+        (step / lost).unlink()
+
+    monkeypatch.setattr(stream.ocp, "save_checkpointables", otherwise)
+    with pytest.raises(CheckpointError, match=f"lays out .* otherwise than is known: there is no {lost}; install"):
+        convert_model(wallx.write(), tmp_path / "checkpoint", acts=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["wallx"]
+
+
+def test_the_known_versions_are_those_that_are_installed():
+    project = tomllib.loads((Path(stream.__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    (orbax,) = [r for r in map(Requirement, project["dependencies"]) if r.name == "orbax-checkpoint"]
+    assert orbax.specifier == stream.ORBAX
 
 
 @pytest.mark.medium

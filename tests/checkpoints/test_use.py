@@ -20,6 +20,7 @@ from wallx_jax.config import resolve
 from wallx_jax.config.prompt_template import PromptTemplate
 from wallx_jax.data.processor import Processor
 from wallx_jax.training import init, sharding
+from wallx_jax.training.optimizer import make_optimizer
 from wallx_jax.utils import tree
 from wallx_jax.weights.load import load_params
 
@@ -63,13 +64,14 @@ def test_training_starts_from_it_as_from_its_origin(pair, dataset_dir, tmp_path,
     for path in pair[:2]:
         config = tiny_run.run_config(path, dataset_dir, tmp_path)
         settings = resolve(config)
+        optimizer = make_optimizer(settings.optim, 4)
         origin = init.find(settings, 33 if wider else 14, 31 if wider else 14, None)
         mesh = sharding.make_mesh(settings.mesh, jax.devices()[:1])
         if wider and pair[2]:
             with pytest.warns(UserWarning, match="the robot has 31 action and 33 state channels"):
-                states.append(init.load_state(origin, settings, 4, mesh))
+                states.append(init.load_state(origin, optimizer, mesh, settings.loop.seed))
         else:
-            states.append(init.load_state(origin, settings, 4, mesh))
+            states.append(init.load_state(origin, optimizer, mesh, settings.loop.seed))
     theirs, ours = (tree.flatten(state.params) for state in states)
     assert ours.keys() == theirs.keys()
     for name in ours:

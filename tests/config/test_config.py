@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from ml_collections import ConfigDict
+from helpers.usable_config import usable
 
 from wallx_jax.config import default_config, flatten, resolve, robots
 from wallx_jax.config.command_line import render
@@ -29,18 +29,6 @@ GUIDE = {  # the training guide's keys and, where it gives one, defaults
     "predict_action_keys": (), "repo_id": None, "download_videos": True, "resume.ckpt": None,
     "resume.load_ckpt_only": False, "freeze_vlm": False, "action_expert_learning_rate": None, "flow_loss_weight": 1.0,
 }  # fmt: skip
-
-
-def usable(**changes) -> ConfigDict:
-    c = default_config()
-    c.pretrained_wallx_path, c.repo_id, c.save_path = "model", "lerobot/aloha_mobile_cabinet", "out"
-    for key, value in changes.items():
-        *parents, last = key.split("__")
-        section = c
-        for parent in parents:
-            section = section[parent]
-        section[last] = value
-    return c
 
 
 def dataset(**changes) -> DatasetInfo:
@@ -86,17 +74,6 @@ def test_defaults_are_the_guides(key):
 def test_default_resolution_is_the_guides():
     views = {"face_view", "left_wrist_view", "right_wrist_view", "move1_view", "move2_view", "top_view", "wall_view"}
     assert flatten(default_config())["resolution"] == dict.fromkeys(views, 256)
-
-
-def test_every_setting_has_a_comment():
-    text = (ROOT / "wallx_jax" / "config" / "resolve.py").read_text()
-    source = text.split("def default_config")[1].split("return c.lock()")[0]
-    bare = [
-        line
-        for line in source.splitlines()
-        if line.startswith("    c.") and "#" not in line and "OrderedConfig()" not in line
-    ]
-    assert not bare
 
 
 def test_numerics_section_mirrors_the_dataclass():
@@ -611,7 +588,7 @@ def app(tmp_path_factory):
     (folder / "app.py").write_text(
         "from wallx_jax.config.command_line import launch\n"
         "from wallx_jax.config import flatten, resolve\n"
-        "from wallx_jax.config.resolve import TABLES\n"
+        "from wallx_jax.config.defaults import TABLES\n"
         "def main(c):\n"
         "    c.split_mode == 'x' and resolve(c)\n"
         "    print(c.learning_rate, c.num_epoch, c.save_path, c.resolution.face_view, c.resume.ckpt)\n"

@@ -12,7 +12,7 @@ from wallx_jax.config.schema import AugmentConfig
 from wallx_jax.data.augment import Augment
 from wallx_jax.data.batch import Batch
 from wallx_jax.data.lerobot import LeRobotSource
-from wallx_jax.data.pipeline import DataLoader, Encode, eval_batches, samples, shuffled
+from wallx_jax.data.pipeline import DataLoader, Encode, eval_batches, shuffled, training_dataset
 from wallx_jax.data.processor import Processor, ProcessorConfig
 
 VIEWS = ("face_view", "left_wrist_view")
@@ -106,7 +106,7 @@ def source(dataset_info):
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory):
     tokenizer = tiny_run.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    tokenizer.add_wallx_tokens(None)
+    tokenizer = tokenizer.with_wallx_tokens(None)
     config = ProcessorConfig(
         views=VIEWS, camera_keys=tuple(synthetic.CAMERAS), resolutions=(84, 56), image_sizes=((56, 84), (56, 56)),
         horizon=3, prompt_length=120,
@@ -115,7 +115,7 @@ def processor(tmp_path_factory):
 
 
 def stream(source, processor, size=4, **options):
-    return DataLoader(samples(source, processor, 3, Augment(DEFAULT, VIEWS)), size, **options)
+    return DataLoader(training_dataset(source, processor, 3, Augment(DEFAULT, VIEWS)), size, **options)
 
 
 def assert_same(batches, others):
@@ -131,7 +131,7 @@ def take(iterator, count):
 
 def test_training_alone_is_augmented(source, processor):
     (batch,) = take(stream(source, processor), 1)
-    (plain,) = take(DataLoader(samples(source, processor, 3), 4), 1)
+    (plain,) = take(DataLoader(training_dataset(source, processor, 3), 4), 1)
     np.testing.assert_array_equal(batch.state, plain.state)
     assert all(not np.array_equal(a, b) for a, b in zip(batch.images, plain.images, strict=True))
     held_out = next(eval_batches(source, processor, 4)).batch
@@ -141,7 +141,7 @@ def test_training_alone_is_augmented(source, processor):
 def test_another_epoch_or_seed_changes_a_frame_otherwise(source, processor):
     few = LeRobotSource(source.info, 3, source.cameras, frames=np.array([4]))
     augment = Augment(DEFAULT, VIEWS)
-    one, other = (samples(few, processor, seed, augment) for seed in (0, 1))
+    one, other = (training_dataset(few, processor, seed, augment) for seed in (0, 1))
     for a, b in ((one[0], one[1]), (one[0], other[0])):
         np.testing.assert_array_equal(a.state, b.state)
         assert not np.array_equal(a.images[0], b.images[0])
@@ -160,7 +160,7 @@ def test_resume_is_exact(source, processor):
 
 def test_hosts_share_the_samples(source, processor):
     (whole,) = take(stream(source, processor), 1)
-    shares = [stream(source, processor, 2, share=i, shares=2) for i in range(2)]
+    shares = [stream(source, processor, 2, shard_index=i, shard_count=2) for i in range(2)]
     parts = [next(share) for share in shares]
     for camera, image in enumerate(whole.images):
         np.testing.assert_array_equal(np.stack([part.images[camera] for part in parts], 1).reshape(image.shape), image)

@@ -13,7 +13,7 @@ FRAMES = [np.full((56, 84, 3), 40 * n, np.uint8) for n in range(4)]
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     tokenizer = tiny_run.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    tokenizer.add_wallx_tokens(4)
+    tokenizer = tokenizer.with_wallx_tokens(4)
     return tokenizer
 
 

@@ -7,9 +7,9 @@ import pytest
 from helpers import tiny_run
 
 from wallx_jax.config import resolve
-from wallx_jax.data.datasets import in_one_layout, open_parts
+from wallx_jax.data.datasets import open_datasets, unify_prompt_length
 from wallx_jax.data.lerobot import LeRobotSource
-from wallx_jax.data.pipeline import DataLoader, eval_batches, mixed, samples
+from wallx_jax.data.pipeline import DataLoader, eval_batches, mix_datasets, training_dataset
 from wallx_jax.data.processor import Processor
 from wallx_jax.utils.errors import ConfigError
 
@@ -46,7 +46,7 @@ def test_an_entry_takes_over_what_it_does_not_set(dataset_dir):
 def test_an_entry_may_put_its_robot_together_differently(dataset_dir):
     state, action = {"arm": "observation.state[7:14]"}, {"grip": "action[6:7]", "arm": "action[7:14]"}
     entry = {"dof_config": action, "agent_pos_config": state, "relative_action_keys": ("arm",)}
-    first, other = (part.settings for part in open_parts(resolve(config(dataset_dir, **entry))))
+    first, other = (part.settings for part in open_datasets(resolve(config(dataset_dir, **entry))))
     assert (first.data.action_key, first.robot.relative_to()) == ("action", ())
     assert other.data.action_key == "action[6:14]" and other.data.state_key == "observation.state[7:14]"
     assert other.robot.relative_to() == (-1, *range(7))
@@ -56,7 +56,7 @@ def test_what_does_not_fit_several_datasets_is_one_error(dataset_dir):
     c = config(dataset_dir, dof_config={"arm": "action[0:20]"})
     c.camera_views = {"face_view": "nowhere"}
     with pytest.raises(ConfigError) as caught:
-        open_parts(resolve(c))
+        open_datasets(resolve(c))
     assert [error.split(" = ")[0] for error in caught.value.errors] == [
         "camera_views.face_view", "datasets.other: camera_views.face_view", "datasets.other: dof_config.arm",
     ]  # fmt: skip
@@ -108,9 +108,9 @@ def test_an_error_of_the_whole_run_is_said_once(dataset_dir):
 
 def test_what_does_not_fit_names_the_dataset(dataset_dir):
     with pytest.raises(ConfigError, match="datasets.other: camera_views.face_view = 'nowhere'.*cam_high"):
-        open_parts(resolve(config(dataset_dir, camera_views={"face_view": "nowhere"})))
+        open_datasets(resolve(config(dataset_dir, camera_views={"face_view": "nowhere"})))
     with pytest.raises(FileNotFoundError, match="nobody/nothing"):
-        open_parts(resolve(config(dataset_dir, repo_id="nobody/nothing")))
+        open_datasets(resolve(config(dataset_dir, repo_id="nobody/nothing")))
 
 
 # Layout
@@ -118,7 +118,7 @@ def test_what_does_not_fit_names_the_dataset(dataset_dir):
 
 @pytest.fixture(scope="module")
 def parts(dataset_dir):
-    return open_parts(resolve(config(dataset_dir, weight=0.5)))
+    return open_datasets(resolve(config(dataset_dir, weight=0.5)))
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def processors(parts, tmp_path_factory):
     from wallx_jax.data.build import build_processor, load_stats
 
     tokenizer = tiny_run.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    tokenizer.add_wallx_tokens(None)
+    tokenizer = tokenizer.with_wallx_tokens(None)
     return [
         build_processor(part.settings, part.source, tokenizer, None, load_stats(part.settings, part.source), 20, 20)
         for part in parts
@@ -138,7 +138,7 @@ def test_dims_are_called_what_the_dataset_calls_them(processors, parts, dataset_
 
     assert processors[0].names == tuple(f"joint_{dim}" for dim in range(14))
     robot = {"dof_config": {"left": 7, "right": 7}, "predict_action_keys": ("right",)}
-    (part,) = open_parts(resolve(tiny_run.run_config("model", dataset_dir, "out", **robot)))
+    (part,) = open_datasets(resolve(tiny_run.run_config("model", dataset_dir, "out", **robot)))
     tokenizer, stats = processors[0].tokenizer, processors[0].stats
     partly = build_processor(part.settings, part.source, tokenizer, None, stats, 20, 20)
     assert partly.names == processors[0].names and not partly.predicted[:7].any()
@@ -153,7 +153,7 @@ def changed(processor, **layout):
 
 def test_the_longest_prompt_gives_the_layout(parts, processors):
     longer = processors[1].config.prompt_length + 5
-    first, second = in_one_layout(parts, [processors[0], changed(processors[1], prompt_length=longer)])
+    first, second = unify_prompt_length(parts, [processors[0], changed(processors[1], prompt_length=longer)])
     assert first.config.prompt_length == second.config.prompt_length == longer
     image = [np.zeros((*size, 3), np.uint8) for size in first.config.image_sizes]
     sample = first.encode(image, np.zeros(14), "open the cabinet", resized=True)
@@ -163,7 +163,7 @@ def test_the_longest_prompt_gives_the_layout(parts, processors):
 def test_pictures_of_other_sizes_are_one_error(parts, processors):
     other = changed(processors[1], image_sizes=((56, 56), (56, 56)))
     with pytest.raises(ConfigError, match=r"datasets.other: .*56x56, 56x56 .*those of synthetic to 56x84, 56x56"):
-        in_one_layout(parts, [processors[0], other])
+        unify_prompt_length(parts, [processors[0], other])
 
 
 def test_each_robot_has_its_own_statistics_on_disk(processors, tmp_path):
@@ -194,9 +194,10 @@ def streams(parts, processors):
 
 def stream(streams, weights, seed=3):
     parts = [
-        samples(source, processor, seed, dataset=i) for i, (source, processor) in enumerate(zip(*streams, strict=True))
+        training_dataset(source, processor, seed, dataset=i)
+        for i, (source, processor) in enumerate(zip(*streams, strict=True))
     ]
-    return mixed(parts, weights)
+    return mix_datasets(parts, weights)
 
 
 def take(iterator, count):
@@ -252,8 +253,8 @@ def test_workers_change_nothing(streams):
 
 def test_one_dataset_has_no_numbers(streams):
     (source, _), (processor, _) = streams
-    only = samples(source, processor, 0)
-    assert mixed([only], [1.0]) is only and only[0].dataset is None
+    only = training_dataset(source, processor, 0)
+    assert mix_datasets([only], [1.0]) is only and only[0].dataset is None
     assert next(DataLoader(only, 2)).dataset is None
     assert next(eval_batches(source, processor, 2)).batch.dataset is None
     assert next(eval_batches(source, processor, 2, dataset=1)).batch.dataset.tolist() == [1, 1]

@@ -14,7 +14,9 @@ from wallx_jax.data.frame_cache import CachedSource
 from wallx_jax.data.images import resize, target_size
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.metadata import read_info
+from wallx_jax.data.pipeline import samples
 from wallx_jax.data.processor import ProcessorConfig
+from wallx_jax.data.unreadable import SkipUnreadable
 
 CAMERAS = tuple(synthetic.CAMERAS)
 RESOLUTIONS = (84, 56)
@@ -31,6 +33,13 @@ CONFIG = ProcessorConfig(
 @pytest.fixture
 def source(dataset_info):
     return LeRobotSource(dataset_info, 3, CAMERAS, frames=np.array([4, 9, 20]))
+
+
+@pytest.mark.parametrize("wrap", [lambda cached: cached, SkipUnreadable])
+def test_an_empty_split_is_named(source, tmp_path, wrap):
+    cached = CachedSource(source.select([]), CONFIG, tmp_path)
+    with pytest.raises(ValueError, match=f"{source.info.repo_id}: the training split has no frames"):
+        samples(wrap(cached), None, seed=0)
 
 
 def test_gives_what_resizing_the_source_gives(source, tmp_path, monkeypatch):

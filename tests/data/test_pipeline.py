@@ -7,7 +7,7 @@ from helpers import synthetic
 
 from wallx_jax.data.batch import Batch, stack_samples
 from wallx_jax.data.lerobot import LeRobotSource
-from wallx_jax.data.pipeline import DataLoader, eval_batches, samples, split_frames
+from wallx_jax.data.pipeline import DataLoader, eval_batches, split_frames, training_dataset
 
 HORIZON = 3
 pytestmark = pytest.mark.filterwarnings("ignore:The video decoding and encoding capabilities of torchvision")
@@ -29,7 +29,7 @@ def source(dataset_info):
 
 
 def batches(source, size=4, seed=3, processor=None, **options):
-    return DataLoader(samples(source, processor or PlainProcessor(), seed), size, **options)
+    return DataLoader(training_dataset(source, processor or PlainProcessor(), seed), size, **options)
 
 
 def take(iterator, count):
@@ -148,16 +148,16 @@ def together(shares) -> np.ndarray:
 
 def test_hosts_share_the_samples(source):
     whole = take(batches(source), 2)
-    shares = [take(batches(source, 2, share=i, shares=2), 2) for i in range(2)]
+    shares = [take(batches(source, 2, shard_index=i, shard_count=2), 2) for i in range(2)]
     for step in range(2):
         np.testing.assert_array_equal(together([share[step] for share in shares]), whole[step].state)
 
 
 def test_another_number_of_hosts_goes_on(source):
-    whole, two = take(batches(source), 4), [batches(source, 2, share=i, shares=2) for i in range(2)]
+    whole, two = take(batches(source), 4), [batches(source, 2, shard_index=i, shard_count=2) for i in range(2)]
     for share in two:
         take(share, 2)
-    four = [batches(source, 1, share=i, shares=4) for i in range(4)]
+    four = [batches(source, 1, shard_index=i, shard_count=4) for i in range(4)]
     for share in four:
         share.set_state(two[0].get_state())
     for step in (2, 3):
@@ -208,7 +208,7 @@ def test_eval_limit_is_the_same_frames_in_any_batches(source):
 def test_processes_share_each_eval_batch(source, limit):
     whole = list(eval_batches(source, PlainProcessor(), 8, limit))
     for index in range(2):
-        own = eval_batches(source, PlainProcessor(), 8, limit, process_index=index, process_count=2)
+        own = eval_batches(source, PlainProcessor(), 8, limit, shard_index=index, shard_count=2)
         for mine, batch in zip(own, whole, strict=True):
             np.testing.assert_array_equal(mine.batch.state, batch.batch.state[index::2])
             np.testing.assert_array_equal(mine.frame, batch.frame[index::2])

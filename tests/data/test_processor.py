@@ -12,7 +12,7 @@ from wallx_jax.data.batch import Batch
 from wallx_jax.data.fast import FastTokenizer
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.normalize import NormStats, Stats
-from wallx_jax.data.pipeline import DataLoader, samples
+from wallx_jax.data.pipeline import DataLoader, training_dataset
 from wallx_jax.data.processor import Processor, ProcessorConfig, acts_relatively, required_prompt_length
 from wallx_jax.data.stats import compute_stats
 from wallx_jax.data.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ def tokenizer():
     from helpers.qwen_vocab import tokenizer_dir
 
     tokenizer = Tokenizer.from_dir(tokenizer_dir())
-    tokenizer.add_wallx_tokens(FAST_SIZE)
+    tokenizer = tokenizer.with_wallx_tokens(FAST_SIZE)
     return tokenizer
 
 
@@ -363,7 +363,7 @@ def test_fast_needs_its_tokenizer(tokenizer, stats, fast):
     from helpers.qwen_vocab import tokenizer_dir
 
     plain = Tokenizer.from_dir(tokenizer_dir())
-    plain.add_wallx_tokens(None)
+    plain = plain.with_wallx_tokens(None)
     with pytest.raises(ValueError, match=f"has {fast.vocab_size} tokens, but the vocabulary has 0"):
         Processor(config(tokenizer, objective="fast"), plain, stats, fast)
 
@@ -461,7 +461,7 @@ def test_one_entry_per_camera(tokenizer):
 def test_dataset_to_batch(dataset_info, tokenizer):
     processor = Processor(config(tokenizer), tokenizer, compute_stats(dataset_info))
     source = LeRobotSource(dataset_info, HORIZON, processor.config.camera_keys)
-    batch = next(DataLoader(samples(source, processor, seed=0), 3))
+    batch = next(DataLoader(training_dataset(source, processor, seed=0), 3))
     assert batch.tokens.shape == (3, processor.config.prompt_length)
     assert [x.shape for x in batch.images] == [(3, *size, 3) for size in SIZES]
     assert np.abs(batch.actions).max() <= 1

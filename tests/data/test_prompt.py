@@ -38,7 +38,7 @@ INSTRUCTION = "pick up the red block."
 @pytest.fixture(scope="module")
 def qwen():
     tokenizer = Tokenizer.from_dir(qwen_vocab.tokenizer_dir())
-    tokenizer.add_wallx_tokens(2048)
+    tokenizer = tokenizer.with_wallx_tokens(2048)
     return tokenizer
 
 
@@ -246,7 +246,7 @@ def test_refused(qwen, change, message):
 
 def test_a_tokenizer_without_wallx_tokens_is_refused():
     tokenizer = Tokenizer.from_dir(qwen_vocab.tokenizer_dir())
-    with pytest.raises(ValueError, match="no token for propri; call Tokenizer.add_wallx_tokens"):
+    with pytest.raises(ValueError, match="no token for propri; call Tokenizer.with_wallx_tokens"):
         prompt.build_prefix(tokenizer, INSTRUCTION, ["top_view"], [4])
     assert prompt.build_prefix(tokenizer, INSTRUCTION, ["top_view"], [4], "language").ids
 

@@ -370,6 +370,13 @@ def test_a_file_is_converted_when_it_is_wanted(tmp_path, monkeypatch):
     assert sorted(converted) == [0, 1, 2]
 
 
+def test_a_frame_is_marked_before_any_is_read(root):
+    info = read_info(root)
+    table = FrameTable(info, info.parts(STATE), info.parts(ACTION))
+    table.mark_unreadable(5)
+    assert np.flatnonzero(table.unreadable).tolist() == [5]
+
+
 def test_copies_in_other_processes_share_the_arrays(root, tmp_path):
     source = LeRobotSource(read_info(root), 2, [])
     folder = pickle.loads(pickle.dumps(source)).table._folder

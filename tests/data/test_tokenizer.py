@@ -72,16 +72,16 @@ def test_matches_tiktoken(plain):
 
 
 def test_wallx_tokens(qwen):
-    qwen.add_wallx_tokens()
+    qwen = qwen.with_wallx_tokens()
     assert len(qwen) == 151667 and (qwen.fast_start, qwen.fast_size) == (None, 0)
     assert qwen.token_ids() == TokenIds()
-    qwen.add_wallx_tokens(2048)
+    qwen = qwen.with_wallx_tokens(2048)
     assert len(qwen) == 153715 and (qwen.fast_start, qwen.fast_size) == (151667, 2048)
     assert [qwen.token_id(t) for t in ("<|propri|>", "<|action|>", fast_token(0))] == [151665, 151666, 151667]
     assert qwen.token_id(fast_token(2047)) == 153714
     assert qwen.encode("x<|action_token_2047|><|action|>y") == [87, 153714, 151666, 88]
-    qwen.add_wallx_tokens(2048)  # a second time changes nothing
-    qwen.add_wallx_tokens(1024)
+    qwen = qwen.with_wallx_tokens(2048)  # a second time changes nothing
+    qwen = qwen.with_wallx_tokens(1024)
     assert len(qwen) == 153715 and qwen.fast_size == 2048
     assert qwen.decode([29245, 151645, 151665], skip_special=True) == "pick<|propri|>"
     assert qwen.added_tokens_in("a<|action|>b<tool_call><|action|>") == ["<|action|>", "<tool_call>"]
@@ -91,7 +91,7 @@ def test_wallx_tokens(qwen):
 def test_save_round_trip_and_transformers(qwen, tmp_path):
     from transformers import AutoTokenizer
 
-    qwen.add_wallx_tokens(16)
+    qwen = qwen.with_wallx_tokens(16)
     qwen.config["something_unknown"] = {"a": 1}
     qwen.save(tmp_path)
     again = Tokenizer.from_dir(tmp_path)
@@ -125,7 +125,7 @@ def test_tokens_added_by_transformers_are_read(tmp_path):
 @pytest.mark.medium
 @pytest.mark.parametrize("listing", ["added_tokens.json", "tokenizer_config.json"])
 def test_slow_files_alone(qwen, tmp_path, listing):
-    qwen.add_wallx_tokens(4)
+    qwen = qwen.with_wallx_tokens(4)
     files = json.loads((qwen_vocab.tokenizer_dir() / "tokenizer.json").read_text(encoding="utf-8"))
     (tmp_path / "vocab.json").write_text(json.dumps(files["model"]["vocab"]))
     merges = "\n".join(map(" ".join, files["model"]["merges"]))
@@ -151,23 +151,35 @@ def test_slow_files_alone(qwen, tmp_path, listing):
 def test_small_tokenizer(small):
     assert small.decode(small.encode("häl<|im_start|>\n")) == "häl<|im_start|>\n"
     assert small.token_ids() == TokenIds(-1, -1, -1, -1, -1, -1, -1)
-    small.add_wallx_tokens(2)
+    small = small.with_wallx_tokens(2)
     assert (small.fast_start, small.fast_size, len(small)) == (259, 2, 261)
     copy = pickle.loads(pickle.dumps(small))
     assert copy.encode("<|action|>a") == small.encode("<|action|>a") and copy.fast_start == 259
 
 
+def test_adding_tokens_leaves_a_tokenizer_as_it_was(small):
+    before = len(small), small.config
+    first, second = small.with_wallx_tokens(2), small.with_wallx_tokens(3)
+    assert (first.fast_size, second.fast_size, small.fast_size, small.token_id("<|action|>")) == (2, 3, 0, None)
+    assert (len(small), small.config) == before
+
+
+def test_a_saved_tokenizer_can_get_more_fast_tokens(small, tmp_path):
+    small.with_wallx_tokens(2).save(tmp_path)
+    assert Tokenizer.from_dir(tmp_path).with_wallx_tokens(5).fast_size == 5
+
+
 def test_fast_ids_must_be_consecutive(small):
-    small.add_wallx_tokens(2)
+    small = small.with_wallx_tokens(2)
     small._backend.add_tokens(["<other>"])
     with pytest.raises(ValueError, match="already has 2 FAST tokens followed by other"):
-        small.add_wallx_tokens(4)
+        small = small.with_wallx_tokens(4)
 
 
 def test_errors_name_the_file_and_the_remedy(small, tmp_path):
     with pytest.raises(FileNotFoundError, match="expected tokenizer.json, or vocab.json and merges.txt"):
         Tokenizer.from_dir(tmp_path)
-    small.add_wallx_tokens(2)
+    small = small.with_wallx_tokens(2)
     small.save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"action_token_vocab_size": 3}))

@@ -6,10 +6,11 @@ import threading
 import av
 import numpy as np
 import pytest
-from helpers import synthetic
+from helpers import edits, synthetic
 
-from wallx_jax.data import video
+from wallx_jax.data import fetch, video
 from wallx_jax.data.errors import FrameError
+from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.metadata import read_info
 from wallx_jax.data.video import VideoFile, VideoReader, decode_in_order, read_frame, read_video
 
@@ -281,3 +282,35 @@ def test_a_video_for_the_vlm(tmp_path):
     (tmp_path / "text.mp4").write_text("no video")
     with pytest.raises(ValueError, match="text.mp4 cannot be opened as a video"):
         read_video(tmp_path / "text.mp4", 5)
+
+
+@pytest.mark.parametrize("camera_type", ["video", "image"])
+@pytest.mark.parametrize("selected", [None, "1:3"])
+def test_a_frame_that_does_not_exist_is_refused(tmp_path, camera_type, selected):
+    """Episodes share files: the frames before the first and after the last selected one are in them, too."""
+    info = read_info(synthetic.write_dataset(tmp_path / "data", camera_type=camera_type), episodes=selected)
+    for frame in (-1, info.num_frames, info.num_frames + 5):
+        message = f"data: frame {frame} is asked for, but the {info.num_episodes} episodes in use have "
+        with pytest.raises(ValueError, match=f"{message}{info.num_frames} frames, 0 to {info.num_frames - 1}$"):
+            read_frame(info, HIGH, frame)
+        if camera_type == "video":
+            with pytest.raises(ValueError, match=message):
+                list(decode_in_order(info, HIGH, [0, frame]))
+
+
+def test_videos_are_found_where_info_json_says(tmp_path):
+    info = read_info(synthetic.write_dataset(tmp_path / "data"))
+    expected = [read_frame(info, HIGH, frame) for frame in (0, 7)]
+    moved = "clips/{file_index}_{chunk_index:02d}/{video_key}.mkv.mp4"
+    for camera in synthetic.CAMERAS:
+        for file in fetch.video_files(info, camera):
+            target = info.root / moved.format(video_key=camera, chunk_index=0, file_index=0)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (info.root / file).rename(target)
+    edits.edit_info(info.root, lambda content: content.update(video_path=moved))
+    info = read_info(info.root)
+    for frame, image in zip((0, 7), expected, strict=True):
+        np.testing.assert_array_equal(read_frame(info, HIGH, frame), image)
+        np.testing.assert_array_equal(LeRobotSource(info, 2, [HIGH])[frame].images[0], image)
+    assert [frame for frame, _ in decode_in_order(info, HIGH)] == list(range(info.num_frames))
+    assert fetch.video_files(info, WRIST) == [moved.format(video_key=WRIST, chunk_index=0, file_index=0)]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from wallx_jax.config import resolve
 from wallx_jax.config.command_line import launch
-from wallx_jax.data.datasets import open_parts
+from wallx_jax.data.datasets import open_datasets
 from wallx_jax.data.normalize import NormStats, Stats, save_norm_stats
 from wallx_jax.dataset_check import frames, signals
 from wallx_jax.dataset_check.check import check as check_dataset
@@ -63,7 +63,7 @@ def root(clean_dir, tmp_path):
 
 
 def check(root, decode=0, **changes):
-    (part,) = open_parts(resolve(tiny_run.run_config(root, root, root, **changes)))
+    (part,) = open_datasets(resolve(tiny_run.run_config(root, root, root, **changes)))
     return check_dataset(part, decode)
 
 
@@ -237,7 +237,7 @@ class Pictures:
 
 
 def test_black_and_frozen_cameras(clean_dir):
-    part = open_parts(resolve(tiny_run.run_config(clean_dir, clean_dir, clean_dir)))[0]
+    part = open_datasets(resolve(tiny_run.run_config(clean_dir, clean_dir, clean_dir)))[0]
     moving = np.random.default_rng(0).integers(0, 256, (FRAMES, 64, 96, 3), np.uint8)
     hanging = moving.copy()
     hanging[EPISODES == 2] = hanging[PLACE]

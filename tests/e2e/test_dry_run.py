@@ -13,9 +13,12 @@ from helpers import tiny_run
 
 import wallx_jax.train
 from wallx_jax.checkpoints.layout import CheckpointError
+from wallx_jax.config import resolve
+from wallx_jax.data.datasets import open_datasets
 from wallx_jax.data.fast import FastTokenizer
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.models.params import abstract_params
+from wallx_jax.training import init
 from wallx_jax.utils import tree
 from wallx_jax.utils.errors import ConfigError
 from wallx_jax.weights.load import Weights, read_config
@@ -68,12 +71,13 @@ def test_the_plan(plan_of, model_dir):
     assert "activations on top" in text and not Path("cache").exists()
 
 
-def test_an_accelerator_is_measured_against_the_plan(plan_of, monkeypatch):
-    kept = []
-    real = wallx_jax.train.make_plan
-    monkeypatch.setattr(wallx_jax.train, "make_plan", lambda *arguments: kept.append(real(*arguments)) or kept[0])
-    plan_of()
-    plan = kept[0]
+def test_an_accelerator_is_measured_against_the_plan(model_dir, dataset_dir, tmp_path):
+    config = tiny_run.run_config(model_dir, dataset_dir, tmp_path / "run", mesh__fsdp=2)
+    settings = resolve(config)
+    specs = open_datasets(settings)
+    source, processors = init.plan_datasets(specs)
+    mesh = wallx_jax.train.connect_devices(settings)
+    plan = wallx_jax.train.plan_run(config, specs, processors, source, mesh, None).plan
     assert "device has" not in str(plan) and "at the peak" not in str(plan), "a CPU has neither"
     update = plan.flops * plan.length.global_batch
     on_device = dataclasses.replace(plan, device_limit=80 << 30, peak_flops=update / 1800)
@@ -115,6 +119,21 @@ def test_what_is_wrong_is_an_error_as_in_a_real_run(plan_of, model_dir, tmp_path
     with pytest.raises(WeightsError):
         plan_of(broken)
     assert not (tmp_path / "run").exists()
+
+
+def test_no_frame_is_cached_before_everything_is_checked(model_dir, dataset_dir, tmp_path):
+    cache = tmp_path / "cache"
+    config = tiny_run.run_config(
+        model_dir, dataset_dir, tmp_path / "run", mesh__fsdp=2, frame_cache=str(cache), learning_rates=("^vison/=1",)
+    )
+    with pytest.raises(ConfigError, match="matches no parameter"):
+        wallx_jax.train.run(config)
+    assert not cache.exists()
+
+
+def test_no_dataset_of_a_mixture_is_cached(plan_of, dataset_dir, tmp_path):
+    text = plan_of(datasets={"other": {"repo_id": str(dataset_dir)}}, frame_cache=str(tmp_path / "cache"))
+    assert text.count("4 episodes, 26 frames") == 2 and not (tmp_path / "cache").exists()
 
 
 def test_folders_that_cannot_be_written_are_found(plan_of, tmp_path):

@@ -81,13 +81,8 @@ def test_trains_logs_and_saves(four_steps, model_dir):
 
 def test_resume_equals_the_uninterrupted_run(four_steps, model_dir, dataset_dir, tmp_path):
     config, whole = four_steps
-    half = tiny_run.run_config(model_dir, dataset_dir, tmp_path / "run")
-    # The learning rate must fall as in the long run, so the loop of a long one is cut short.
-    real = wallx_jax.train.run_loop
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wallx_jax.train, "run_loop", lambda s, b, steps, total, *rest: real(s, b, steps, 2, *rest))
-        assert train(half).name == "2"
-    half.resume.ckpt = "latest"
+    killed = tiny_run.killed_after(Path(config.save_path), 2, tmp_path / "run")
+    half = tiny_run.run_config(model_dir, dataset_dir, killed, resume__ckpt="latest")
     resumed = train(half)
     assert resumed.name == "4"
     a, b = (tree.flatten(restore_params(path)) for path in (whole, resumed))
@@ -97,23 +92,22 @@ def test_resume_equals_the_uninterrupted_run(four_steps, model_dir, dataset_dir,
     assert {s: line["loss"] for s, line in ours.items()} == {s: line["loss"] for s, line in theirs.items()}
 
 
-def test_layers_apart_train_and_save_the_same(four_steps, model_dir, dataset_dir, tmp_path):
-    """The first half scanned, the second apart; what is stored is stacked either way."""
+def test_unrolled_layers_train_and_save_the_same(four_steps, model_dir, dataset_dir, tmp_path):
+    """All of a run unrolled, only its first half, or only its second; what is stored is stacked in each case."""
     config, whole = four_steps
-    half = tiny_run.run_config(model_dir, dataset_dir, tmp_path / "run", scan_layers=False)
-    real = wallx_jax.train.run_loop
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wallx_jax.train, "run_loop", lambda s, b, steps, total, *rest: real(s, b, steps, 2, *rest))
-        train(half)
-    half.resume.ckpt, half.scan_layers = "latest", True
-    resumed = train(half)
-    half.resume.ckpt, half.scan_layers = str(resumed.parent / "2"), False
-    half.save_path = str(tmp_path / "again")
-    again = train(half)
+    unrolled = tiny_run.run_config(model_dir, dataset_dir, tmp_path / "run", scan_layers=False)
+    checkpoints = [train(unrolled)]
+    for other, scan_layers in ((unrolled, True), (config, False)):
+        killed = tiny_run.killed_after(Path(other.save_path), 2, tmp_path / str(scan_layers))
+        checkpoints.append(
+            train(tiny_run.run_config(model_dir, dataset_dir, killed, resume__ckpt="latest", scan_layers=scan_layers))
+        )
     losses = [line["loss"] for line in curve(config.save_path).values()]
-    np.testing.assert_allclose([line["loss"] for line in curve(tmp_path / "run").values()], losses, rtol=1e-4)
+    for checkpoint in checkpoints:
+        run = checkpoint.parents[1]
+        np.testing.assert_allclose([line["loss"] for line in curve(run).values()], losses, rtol=1e-4)
     expected = tree.flatten(restore_params(whole))
-    for checkpoint in (resumed, again):
+    for checkpoint in checkpoints:
         stored = tree.flatten(restore_params(checkpoint))
         assert stored.keys() == expected.keys()
         for path in expected:
@@ -129,14 +123,12 @@ def test_checkpoints_act_with_the_moving_average(model_dir, dataset_dir, tmp_pat
     )
     train(plain)
     train(whole)
-    real = wallx_jax.train.run_loop
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wallx_jax.train, "run_loop", lambda s, b, steps, total, *rest: real(s, b, steps, 2, *rest))
-        train(half)
+    tiny_run.killed_after(tmp_path / "whole", 2, tmp_path / "half")
     half.resume.ckpt = "latest"
     train(half)
     losses = [[line["loss"] for line in curve(config.save_path).values()] for config in (plain, whole, half)]
     assert losses[0] == losses[1] == losses[2]
+    assert curve(whole.save_path)[2]["learning_rate/rule:^vision/"] == pytest.approx(1e-4), "after warm-up"
     last, average, resumed = (tree.flatten(restore_params(config.save_path)) for config in (plain, whole, half))
     for path in last:
         np.testing.assert_array_equal(average[path], resumed[path], err_msg=path)

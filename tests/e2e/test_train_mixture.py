@@ -59,12 +59,8 @@ def test_logs_the_loss_of_each(whole):
 
 def test_resume_equals_the_uninterrupted_run(whole, model_dir, dataset_dir, small_dir, tmp_path):
     config, last = whole
-    half = configured(model_dir, dataset_dir, small_dir, tmp_path / "run")
-    real = wallx_jax.train.run_loop
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wallx_jax.train, "run_loop", lambda s, b, steps, total, *rest: real(s, b, steps, 2, *rest))
-        wallx_jax.train.run(half)
-    half.resume.ckpt = "latest"
+    killed = tiny_run.killed_after(Path(config.save_path), 2, tmp_path / "run")
+    half = configured(model_dir, dataset_dir, small_dir, killed, resume__ckpt="latest")
     a, b = (tree.flatten(restore_params(path)) for path in (last, wallx_jax.train.run(half)))
     for path in a:
         np.testing.assert_array_equal(a[path], b[path], err_msg=path)
@@ -100,6 +96,6 @@ def test_pictures_must_have_one_size(model_dir, dataset_dir, small_dir, tmp_path
     views = {"left_wrist_view": "cam_left_wrist"}
     datasets = {"seven": {"repo_id": str(small_dir), "camera_views": views}}
     config = configured(model_dir, dataset_dir, small_dir, tmp_path / "never", datasets=datasets)
-    with pytest.raises(ConfigError, match="datasets.seven: its pictures come to 56x56 .* synthetic to 56x84, 56x56"):
+    with pytest.raises(ConfigError, match="datasets.seven: its images come to 56x56 .* synthetic to 56x84, 56x56"):
         wallx_jax.train.run(config)
     assert not (tmp_path / "never").exists()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -56,7 +57,7 @@ def write_model(folder: Path, qwen: bool = False, seed: int = 0, **text) -> Path
     """Random weights: Wall-X's layout, or Qwen2.5-VL's with more vocabulary rows than tokens, as published."""
     tokenizer = write_tokenizer(folder)
     if not qwen:
-        tokenizer.add_wallx_tokens(None)
+        tokenizer = tokenizer.with_wallx_tokens(None)
         tokenizer.save(folder)
     config = TINY.replace(
         vision={"depth": 2, "hidden_size": 16, "out_hidden_size": 32, "fullatt_block_indexes": (1,)},
@@ -87,6 +88,15 @@ def run_config(model: Path, dataset: Path, save_path: Path, **changes):
             node = node[parent]
         node[last] = value
     return c
+
+
+def killed_after(run: Path, step: int, copy: Path) -> Path:
+    """A copy of a run as if it had been killed before the checkpoint after `step`: its metrics go further."""
+    shutil.copytree(run, copy)
+    for folder in (copy / "checkpoints").iterdir():
+        if int(folder.name) > step:
+            shutil.rmtree(folder)
+    return copy
 
 
 def unit_stats(dims: int) -> NormStats:

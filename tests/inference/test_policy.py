@@ -74,7 +74,7 @@ def fast_policy(model_dir, fast_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "fast"
     size = FastTokenizer.from_dir(fast_dir).vocab_size
     tokenizer = tiny_run.write_tokenizer(folder)
-    tokenizer.add_wallx_tokens(size)
+    tokenizer = tokenizer.with_wallx_tokens(size)
     tiny_run.write_model(folder, vocab_size=len(tokenizer))
     tokenizer.save(folder)
     return wallx_jax.load_policy(

@@ -15,17 +15,19 @@ FIXTURES = ROOT / "tests" / "fixtures"
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["cpu", "xla"])
 @pytest.mark.parametrize("case", ["flow", "flow_ce", "fast"])
-def test_wall_x(case):
-    results = parity.run(FIXTURES / "golden", FIXTURES / "golden" / f"{case}.npz")
+def test_wall_x(case, kernels):
+    results = parity.run(FIXTURES / "golden", FIXTURES / "golden" / f"{case}.npz", kernels)
     assert len(results) > 15
     assert [result.line() for result in results if not result.ok] == []
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["cpu", "xla"])
 @pytest.mark.parametrize("case", ["image", "mixed_padded", "text", "video"])
-def test_qwen(case):
-    results = parity.run(FIXTURES / "golden_qwen", FIXTURES / "golden_qwen" / f"{case}.npz")
+def test_qwen(case, kernels):
+    results = parity.run(FIXTURES / "golden_qwen", FIXTURES / "golden_qwen" / f"{case}.npz", kernels)
     assert [result.line() for result in results if not result.ok] == []
 
 

@@ -58,8 +58,8 @@ def test_forward(tmp_path, heads, kv_heads, depth, full, layers, grids):
         net = from_params(config, params)
         features, seen = net.encode_images(images)
         assert seen == grids
-        out = net.forward(net.embed_prefix(tokens, mask, features, seen), keep_layers=True)
-        return net.logits(out.hidden), out.layers
+        out = net.forward(net.embed_prefix(tokens, mask, features, seen), output_hidden_states=True)
+        return net.logits(out.hidden), out.hidden_states
 
     logits, hidden = run(params, jnp.asarray(tokens), jnp.asarray(mask), images)
     for layer in range(layers - 1):  # transformers' last hidden state is after the final norm

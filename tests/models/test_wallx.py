@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -61,12 +60,12 @@ def test_prefix_cache_equals_full_recomputation(params, action_attention, mrope_
     noisy = flow.interpolate(target.actions, target.noise, target.time)
     prefix = prefix_of(net, data)
     full = net.action.velocity(net.forward(prefix, (noisy, target.mask, target.time)).hidden[:, LENGTH:])
-    cache, hidden = net.encode_prefix(prefix, room=HORIZON)
-    clock = net.action.embed_time(target.time)
-    velocity, kv = net.suffix_velocity(cache, noisy, target.mask, clock)
+    cache, hidden = net.encode_prefix(prefix, cache_length=LENGTH + HORIZON)
+    time_emb = net.action.embed_time(target.time)
+    velocity, kv = net.suffix_velocity(cache, noisy, target.mask, time_emb)
     np.testing.assert_allclose(velocity, full, atol=5e-5)
     # What one call has written into the cache does not reach the next.
-    again, _ = net.suffix_velocity(cache._replace(kv=kv), noisy, target.mask, clock)
+    again, _ = net.suffix_velocity(cache._replace(kv=kv), noisy, target.mask, time_emb)
     np.testing.assert_array_equal(again, velocity)
     np.testing.assert_allclose(hidden[0], net.forward(prefix).hidden[0], atol=5e-5)
 
@@ -74,7 +73,7 @@ def test_prefix_cache_equals_full_recomputation(params, action_attention, mrope_
 @pytest.mark.medium
 @pytest.mark.parametrize("action_attention", ["bidirectional", "causal"])
 @pytest.mark.parametrize("masked_dims", ["drift", "held"])
-@pytest.mark.parametrize("layers", ["stacked", "apart"])
+@pytest.mark.parametrize("layers", ["stacked", "unrolled"])
 def test_sampling_equals_full_recomputation_at_every_step(params, action_attention, masked_dims, layers):
     config = TINY.replace(numerics={"action_attention": action_attention, "masked_dims": masked_dims})
     data, steps = inputs(), 4
@@ -92,29 +91,29 @@ def test_sampling_equals_full_recomputation_at_every_step(params, action_attenti
 
 
 @pytest.mark.medium
-def test_layers_apart_are_those_of_the_stack(params):
-    data, apart = inputs(), scan.unstack_layers(params)
-    assert scan.is_unrolled(apart) and not scan.is_unrolled(params)
-    assert tree.flatten(apart)["decoder/layers/2/attn/q/kernel"].shape == (64, 64)
-    one, other = (from_params(TINY, p) for p in (params, apart))
+def test_unrolled_layers_are_those_of_the_stack(params):
+    data, unrolled = inputs(), scan.unstack_layers(params)
+    assert scan.is_unrolled(unrolled) and not scan.is_unrolled(params)
+    assert tree.flatten(unrolled)["decoder/layers/2/attn/q/kernel"].shape == (64, 64)
+    one, other = (from_params(TINY, p) for p in (params, unrolled))
     target = data[-1]
     suffix = (jnp.asarray(target.noise), target.mask, target.time)
-    a, b = (net.forward(prefix_of(net, data), suffix, keep_layers=True) for net in (one, other))
+    a, b = (net.forward(prefix_of(net, data), suffix, output_hidden_states=True) for net in (one, other))
     np.testing.assert_allclose(a.hidden, b.hidden, atol=2e-4)
-    np.testing.assert_allclose(a.layers, b.layers, atol=3e-5 * np.abs(a.layers).max())
-    tail = other.forward(prefix_of(other, data), suffix, last=HORIZON + 3)
+    np.testing.assert_allclose(a.hidden_states, b.hidden_states, atol=3e-5 * np.abs(a.hidden_states).max())
+    tail = other.forward(prefix_of(other, data), suffix, tokens_to_keep=HORIZON + 3)
     np.testing.assert_allclose(tail.hidden, b.hidden[:, -(HORIZON + 3) :], atol=1e-5)
-    tail = one.forward(prefix_of(one, data), suffix, last=HORIZON + 3)
+    tail = one.forward(prefix_of(one, data), suffix, tokens_to_keep=HORIZON + 3)
     np.testing.assert_allclose(tail.hidden, a.hidden[:, -(HORIZON + 3) :], atol=1e-5)
-    again = scan.unstack_layers(apart)
-    assert tree.flatten(again).keys() == tree.flatten(apart).keys()
+    again = scan.unstack_layers(unrolled)
+    assert tree.flatten(again).keys() == tree.flatten(unrolled).keys()
 
 
-def test_taking_layers_apart_can_free_the_stack():
+def test_unrolling_layers_can_free_the_stack():
     params = init_params(TINY, seed=0)
-    apart = scan.unstack_layers(params, free=True)
+    unrolled = scan.unstack_layers(params, free=True)
     assert params["decoder"]["layers"]["attn"]["q"]["kernel"].is_deleted()
-    assert np.isfinite(tree.flatten(apart)["decoder/layers/3/attn/q/kernel"]).all()
+    assert np.isfinite(tree.flatten(unrolled)["decoder/layers/3/attn/q/kernel"]).all()
     assert not params["embed"]["embedding"].is_deleted()
 
 
@@ -166,6 +165,25 @@ def test_flags_change_what_they_name(params):
         TINY.replace(numerics={"action_attention": "both"})
 
 
+@pytest.mark.parametrize("layers", ["stacked", "unrolled"])
+def test_kernels_compute_the_same_losses_and_gradients(params, layers):
+    """Also beside padding, whose rows attend to nothing."""
+    data = inputs()
+    params = params if layers == "stacked" else scan.unstack_layers(params)
+
+    def loss(params, kernels):
+        net = from_params(TINY.replace(numerics={"kernels": kernels}), params)
+        sums = net.loss_sums(prefix_of(net, data), jnp.asarray(data[0][:, -6:]), data[-1])
+        return sums.cross_entropy + sums.flow
+
+    (cpu, cpu_grads), (xla, xla_grads) = (
+        jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, kernels) for kernels in ("cpu", "xla")
+    )
+    assert float(cpu) == pytest.approx(float(xla), rel=1e-5)
+    for (path, a), b in zip(tree.flatten(cpu_grads).items(), jax.tree.leaves(xla_grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * max(np.abs(b).max(), 1e-3), err_msg=path)
+
+
 def test_flow_loss_reductions():
     mask = jnp.asarray(np.broadcast_to(np.arange(20) < 7, (2, 3, 20)), jnp.float32)
     assert float(flow.flow_count(mask, "all")) == 120
@@ -194,7 +212,7 @@ def test_hits_count_every_token_of_the_range():
     labels = jnp.asarray([[5, 6, 7, 8, -100, 4]])
     said = jnp.asarray([[5, 7, 7, 8, 0, 4]])
     logits = jnp.eye(10)[said]
-    assert losses.in_token_range(labels, (5, 8)).tolist() == [[True, True, True, False, False, False]]
+    assert losses.token_range_mask(labels, (5, 8)).tolist() == [[True, True, True, False, False, False]]
     assert float(losses.correct_count(logits, labels, (5, 8))) == 2
 
 
@@ -279,7 +297,7 @@ def test_one_compilation_serves_every_prompt(params):
 NUMERICS = st.builds(
     Numerics,
     **{
-        field.name: st.sampled_from(get_args(field.type)) if get_args(field.type) else st.booleans()
+        field.name: st.booleans() if field.type is bool else st.sampled_from(field.type)
         for field in dataclasses.fields(Numerics)
     },
 )

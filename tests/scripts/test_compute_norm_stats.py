@@ -15,7 +15,7 @@ from helpers import synthetic, tiny_run
 from wallx_jax.config import resolve
 from wallx_jax.config.command_line import CommandLineError
 from wallx_jax.data.build import load_stats
-from wallx_jax.data.datasets import open_parts
+from wallx_jax.data.datasets import open_datasets
 from wallx_jax.data.lerobot import LeRobotSource, read_info
 from wallx_jax.data.normalize import load_norm_stats
 from wallx_jax.data.stats import compute_stats
@@ -75,10 +75,10 @@ def test_of_a_configuration_as_training_reads_it(run, dataset_dir, tmp_path):
     config.dof_config, config.agent_pos_config = robot
     out, _ = run(config)
     assert "joint_7" in out and "minus the state's joint_7" in out and "never moves" in out
-    (part,) = open_parts(resolve(config))
+    (part,) = open_datasets(resolve(config))
     computed = load_stats(part.settings, part.source)
     config.norm_stats_path = str(tmp_path / "norm_stats.json")
-    (part,) = open_parts(resolve(config))
+    (part,) = open_datasets(resolve(config))
     read = load_stats(part.settings, part.source)
     np.testing.assert_array_equal(read.action.q01, computed.action.q01)
     assert read.relative_to == (*range(7), -1) and read.horizon == 4

@@ -17,7 +17,7 @@ from wallx_jax.models import scan
 from wallx_jax.models.config import PRESETS, TINY, WallXConfig
 from wallx_jax.models.params import abstract_params
 from wallx_jax.training import flops, sharding
-from wallx_jax.training.optimizer import is_trainable
+from wallx_jax.training.optimizer import make_optimizer
 from wallx_jax.training.step import Objective, batch_sums
 from wallx_jax.utils import tree
 
@@ -86,7 +86,7 @@ def test_counts_the_products_that_jax_traces(changes, window, use_flow):
     optim = settings(**changes)
     model = dataclasses.replace(MODEL, lora=optim.lora)
     batch = a_batch(model, window)
-    trained, frozen = tree.split(abstract_params(model), is_trainable(optim))
+    trained, frozen = tree.split(abstract_params(model), make_optimizer(optim, 10).is_trainable)
 
     def forward(trained, frozen, batch):
         return loss(trained, frozen, batch, model, use_flow)
@@ -97,7 +97,9 @@ def test_counts_the_products_that_jax_traces(changes, window, use_flow):
     gradients = jax.make_jaxpr(jax.grad(forward))(trained, frozen, batch).jaxpr
     needed, _ = dce_jaxpr(gradients, [True] * len(gradients.outvars))  # as XLA will
     traced = traced_flops(needed)
-    assert 2 * flops.update_flops(model, sample, is_trainable(optim), use_flow) == pytest.approx(traced, rel=0.02)
+    assert 2 * flops.update_flops(model, sample, make_optimizer(optim, 10).is_trainable, use_flow) == pytest.approx(
+        traced, rel=0.02
+    )
 
 
 def test_xla_counts_the_same():
@@ -114,7 +116,9 @@ def test_a_full_update_of_the_published_model_costs_three_forward_passes():
     model = PRESETS["wall_oss_3b"]
     sample = jax.tree.map(lambda x: x[0], a_batch(model, 0))
     forward = forward_flops(model, sample)
-    assert flops.update_flops(model, sample, is_trainable(settings())) == pytest.approx(3 * forward, rel=0.002)
+    assert flops.update_flops(model, sample, make_optimizer(settings(), 10).is_trainable) == pytest.approx(
+        3 * forward, rel=0.002
+    )
     # 2 FLOPs x 3.1 B decoder weights x 253 prompt tokens are the bulk of it.
     assert 1.6e12 < forward < 2.6e12
 

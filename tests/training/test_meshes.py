@@ -17,6 +17,7 @@ from wallx_jax.config.schema import MeshConfig
 from wallx_jax.models.params import init_params
 from wallx_jax.training import sharding
 from wallx_jax.training.loop import put_batch
+from wallx_jax.training.optimizer import make_optimizer
 from wallx_jax.training.state import create_state
 from wallx_jax.training.step import Objective, make_train_step
 from wallx_jax.utils import tree
@@ -28,9 +29,10 @@ STEPS, BATCH = 5, 8
 def trained(params: tree.Tree, sizes: tuple[int, int, int]) -> tuple[list[float], dict[str, np.ndarray]]:
     """Losses, and parameters after STEPS updates, on a mesh (data, fsdp, tensor)."""
     mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
-    lie = sharding.shardings(jax.eval_shape(lambda p: create_state(p, OPTIM, 10), params), mesh)
-    state = jax.jit(lambda p: create_state(p, OPTIM, 10), out_shardings=lie)(params)
-    train_step = make_train_step(SMALL, OPTIM, 10, Objective(), seed=0)
+    optimizer = make_optimizer(OPTIM, 10)
+    lie = sharding.shardings(jax.eval_shape(lambda p: create_state(p, optimizer), params), mesh)
+    state = jax.jit(lambda p: create_state(p, optimizer), out_shardings=lie)(params)
+    train_step = make_train_step(SMALL, optimizer, Objective(), seed=0)
     step = jax.jit(train_step, out_shardings=(lie, None), donate_argnums=0)
     losses = []
     for i in range(STEPS):

@@ -186,3 +186,13 @@ def test_stopwatch_counts_a_wait_that_fails():
         raise KeyError
     clock.now += 1
     assert watch.summary(1, 1)["data_wait_share"] == 0.5
+
+
+def test_names_with_any_characters_cause_no_log_lines(tmp_path, caplog):
+    """tensorboardX logs every name that it has to change, at every step."""
+    caplog.set_level("INFO")
+    writer = MetricWriter(tmp_path)
+    writer.write(1, {"learning_rate/rule:^vision/(a|b)": 1e-5})
+    writer.close()
+    assert not caplog.records
+    assert "learning_rate/rule:^vision/(a|b)" in (tmp_path / "metrics.jsonl").read_text()

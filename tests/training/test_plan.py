@@ -13,7 +13,7 @@ from wallx_jax.models import param_summary
 from wallx_jax.models.config import PRESETS
 from wallx_jax.models.params import abstract_params
 from wallx_jax.training import init, plan, sharding
-from wallx_jax.training.optimizer import check_patterns, is_trainable
+from wallx_jax.training.optimizer import check_patterns, make_optimizer
 from wallx_jax.training.state import create_state
 from wallx_jax.utils import tree
 from wallx_jax.utils.errors import ConfigError
@@ -44,27 +44,27 @@ def test_every_parameter_belongs_to_a_part_and_counts_once():
 @pytest.mark.parametrize("axes", [{}, {"data": 2}, {"fsdp": 2}, {"fsdp": 2, "tensor": 2}])
 @pytest.mark.parametrize("changes", [{}, {"freeze_vlm": True}, {"lora__rank": 2}])
 def test_memory_is_what_a_placed_state_takes(axes, changes):
-    optim, mesh = optim_of(**changes), mesh_of(**axes)
-    model = dataclasses.replace(TINY, lora=optim.lora)
-    memory = plan.memory_of(init.abstract_state(model, optim, 10, mesh), optim, 1)
+    optimizer, mesh = make_optimizer(optim_of(**changes), 10), mesh_of(**axes)
+    model = dataclasses.replace(TINY, lora=optimizer.config.lora)
+    memory = plan.memory_of(init.abstract_state(model, optimizer, mesh), optimizer, 1)
 
     zeros = jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), abstract_params(model))
-    state = create_state(zeros, optim, 10)
+    state = create_state(zeros, optimizer)
     state = jax.device_put(state, sharding.shardings(state, mesh))
 
     def on_first_device(arrays) -> int:
         shards = [shard for array in jax.tree.leaves(arrays) for shard in array.addressable_shards]
         return sum(shard.data.nbytes for shard in shards if shard.device == jax.devices()[0])
 
-    trained = tree.split(state.params, is_trainable(optim))[0]
+    trained = tree.split(state.params, optimizer.is_trainable)[0]
     assert memory == plan.MemoryEstimate(*map(on_first_device, (state.params, trained, state.opt_state)))
-    summed = plan.memory_of(init.abstract_state(model, optim, 10, mesh), optim, 4)
+    summed = plan.memory_of(init.abstract_state(model, optimizer, mesh), optimizer, 4)
     assert summed.gradients == 2 * memory.gradients, "float32 gradients and their float32 sum"
 
 
 def check(**changes):
     optim = optim_of(**changes)
-    check_patterns(optim, abstract_params(dataclasses.replace(TINY, lora=optim.lora)))
+    check_patterns(make_optimizer(optim, 10), abstract_params(dataclasses.replace(TINY, lora=optim.lora)))
 
 
 @pytest.mark.parametrize(
@@ -78,15 +78,15 @@ def check(**changes):
         ),
         (
             {"learning_rates": ("^vision/=1e-5",), "freeze_vlm": True},
-            ["'^vision/' matches frozen parameters alone, such as 'vision/"],
+            ["'^vision/' matches only frozen parameters, such as 'vision/"],
         ),
         (
             {"learning_rates": ("/attn/q/kernel=1e-5",), "lora__rank": 2},
-            ["matches frozen parameters alone, such as 'decoder/layers/attn/q/kernel'"],
+            ["matches only frozen parameters, such as 'decoder/layers/attn/q/kernel'"],
         ),
         (
             {"learning_rates": ("^vision/=1e-5", "^decoder/=1e-5", "merger|decoder/norm=1e-6")},
-            ["'merger|decoder/norm' matches only what ['^decoder/', '^vision/'] took before it"],
+            ["'merger|decoder/norm' matches only parameters that ['^decoder/', '^vision/'] match before it"],
         ),
         (
             {"lora__rank": 2, "lora__targets": ("decoder/layers/attn/", "visoin/blocks")},

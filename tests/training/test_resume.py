@@ -15,12 +15,13 @@ from wallx_jax.checkpoints.checkpointer import restore_params
 from wallx_jax.checkpoints.stream import ModelReader
 from wallx_jax.config import resolve
 from wallx_jax.config.schema import OptimConfig
-from wallx_jax.data.datasets import open_parts
+from wallx_jax.data.datasets import open_datasets
 from wallx_jax.data.fast import FastTokenizer
 from wallx_jax.data.normalize import load_norm_stats, save_norm_stats
 from wallx_jax.models.config import Numerics
 from wallx_jax.models.lora import is_adapter, merge_params
 from wallx_jax.training import init, sharding
+from wallx_jax.training.optimizer import make_optimizer
 from wallx_jax.utils import tree
 from wallx_jax.utils.errors import ConfigError
 
@@ -56,20 +57,21 @@ def fast_dirs(tmp_path_factory):
 
 def save(config):
     """What a run with this configuration saves before its first update, with adapters that do something."""
+    settings = resolve(config)
+    specs = open_datasets(settings)
+    source, processors = init.plan_datasets(specs)
+    setup = wallx_jax.train.plan_run(config, specs, processors, source, sharding.make_mesh(settings.mesh), None)
+    rng = np.random.default_rng(0)
 
-    def loop(state, *arguments):
-        rng = np.random.default_rng(0)
+    def leaf(path, x):
+        return 0.1 * rng.standard_normal(x.shape, np.float32) if path.endswith("/lora_b") else x
 
-        def leaf(path, x):
-            return 0.1 * rng.standard_normal(x.shape, np.float32) if path.endswith("/lora_b") else x
-
-        arguments[9](0, dataclasses.replace(state, params=tree.map_with_path(leaf, state.params)), None)
-        return state
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wallx_jax.train, "compile_steps", lambda *_: None)
-        patch.setattr(wallx_jax.train, "run_loop", loop)
-        return wallx_jax.train.run(config)
+    with wallx_jax.train.run_folder(setup), wallx_jax.train.open_data(setup) as data:
+        state = wallx_jax.train.initial_state(setup, data.batches)
+        state = dataclasses.replace(state, params=tree.map_with_path(leaf, state.params))
+        with wallx_jax.train.open_outputs(setup, 0, data.batches) as outputs:
+            outputs.save(0, state, None)
+    return setup.save_path / "checkpoints" / "0"
 
 
 def resumed(config, **changes):
@@ -83,6 +85,15 @@ def resumed(config, **changes):
             node = node[parent]
         node[last] = value
     wallx_jax.train.run(config, dry_run=True)
+
+
+def test_latest_is_found_in_the_home_directory(model_dir, dataset_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = tiny_run.run_config(model_dir, dataset_dir, "~/run")
+    save(config)
+    config.resume.ckpt = "latest"
+    assert init.resumable(resolve(config)).loop.resume_ckpt == "latest"
+    resumed(config)
 
 
 CONFIGS = {
@@ -261,7 +272,7 @@ def test_settings_that_act_from_here_on_are_told(adapted, caplog):
     assert unused.startswith("pretrained_wallx_path = 'gone' is not used: ")
     config = config.copy_and_resolve_references()
     config.resume.ckpt, config.numerics.remat, config.numerics.masked_dims = str(checkpoint), "none", "held"
-    origin, _ = init.plan_parts(open_parts(resolve(config)))
+    origin, _ = init.plan_datasets(open_datasets(resolve(config)))
     assert (origin.config.numerics.remat, origin.config.numerics.masked_dims) == ("none", "held")
 
 
@@ -320,7 +331,7 @@ def test_the_optimizers_state_fits_other_rates(adapted, name):
 
 
 DECISIONS = {
-    "compared": {"optimizer", "freeze_vlm", "train_action_expert_only", "train_action_heads", "lora"},
+    "compared": {"optimizer", "freeze_vlm", "train_action_heads", "lora"},
     "whether there is one is compared": {"ema_decay"},
     "acts": {
         "learning_rate", "min_lr", "warmup_steps", "action_expert_learning_rate", "weight_decay", "max_grad_norm",
@@ -333,7 +344,13 @@ def test_each_setting_of_the_optimizer_is_decided():
     assert {field.name for field in dataclasses.fields(OptimConfig)} == set().union(*DECISIONS.values())
     numerics = {field.name for field in dataclasses.fields(Numerics)}
     refused = {name.removeprefix("numerics.") for name in REFUSED if name.startswith("numerics.")}
-    assert numerics == refused | {"remat", "masked_dims"}
+    assert numerics == refused | {"remat", "masked_dims", "kernels"}
+
+
+def loaded(origin, settings):
+    """The training state that a new run starts with."""
+    optimizer = make_optimizer(settings.optim, 10)
+    return init.load_state(origin, optimizer, sharding.make_mesh(settings.mesh), settings.loop.seed)
 
 
 ADAPTERS = {
@@ -361,8 +378,8 @@ def test_a_new_run_starts_with_the_policy_of_the_adapters(adapted, tmp_path, nam
     for key, value in ADAPTERS[name].items():
         config.lora[key.removeprefix("lora__")] = value
     settings = resolve(config)
-    origin, _ = init.plan_parts(open_parts(settings))
-    state = init.load_state(origin, settings, 10, sharding.make_mesh(settings.mesh))
+    origin, _ = init.plan_datasets(open_datasets(settings))
+    state = loaded(origin, settings)
     before = ModelReader(checkpoint)
     after = tree.flatten(merge_params(state.params, origin.config.lora))
     base = tree.flatten(restore_params(checkpoint))
@@ -384,8 +401,8 @@ def test_adapters_are_merged_as_precisely_as_the_new_run_keeps_them(model_dir, d
     config.resume.ckpt, config.resume.load_ckpt_only = str(checkpoint), True
     config.lora.rank, config.numerics.param_dtype, config.save_path = 0, "float32", str(tmp_path / "other")
     settings = resolve(config)
-    origin, _ = init.plan_parts(open_parts(settings))
-    params = tree.flatten(init.load_state(origin, settings, 10, sharding.make_mesh(settings.mesh)).params)
+    origin, _ = init.plan_datasets(open_datasets(settings))
+    params = tree.flatten(loaded(origin, settings).params)
     flat = {path: np.asarray(x, np.float32) for path, x in tree.flatten(restore_params(checkpoint)).items()}
     module = "decoder/layers/attn/q"
     wanted = flat[f"{module}/kernel"] + 16 * flat[f"{module}/lora_a"] @ flat[f"{module}/lora_b"]

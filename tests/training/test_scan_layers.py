@@ -15,6 +15,7 @@ from wallx_jax.models.params import init_params
 from wallx_jax.training import sharding
 from wallx_jax.training.init import abstract_state, restack_like
 from wallx_jax.training.loop import put_batch
+from wallx_jax.training.optimizer import make_optimizer
 from wallx_jax.training.state import create_state, with_gradient_buffer
 from wallx_jax.training.step import Objective, compile_train_step, make_train_step
 from wallx_jax.utils import tree
@@ -30,21 +31,22 @@ OPTIONS = {
 
 
 def fresh_state(model, optim):
-    return jax.jit(lambda: create_state(init_params(model, 0), optim, 10))()
+    return jax.jit(lambda: create_state(init_params(model, 0), make_optimizer(optim, 10)))()
 
 
 @functools.cache
 def three_updates(model, optim, scan_layers: bool, keep: bool = False):
     """(losses, stacked state after three updates, compiled step)."""
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    stored = abstract_state(model, optim, 10, mesh)
+    optimizer = make_optimizer(optim, 10)
+    stored = abstract_state(model, optimizer, mesh)
     state = fresh_state(model, optim)
-    state = restack_like(state, abstract_state(model, optim, 10, mesh, scan_layers))
+    state = restack_like(state, abstract_state(model, optimizer, mesh, scan_layers))
     assert scan.is_unrolled(state.params) != scan_layers
     if keep:
-        state = with_gradient_buffer(state, optim)
+        state = with_gradient_buffer(state, optimizer)
     batches = [put_batch(random_batch((4,), seed=i, labels=4), mesh, 1) for i in range(3)]
-    step = compile_train_step(make_train_step(model, optim, 10, Objective(), seed=0), state, batches[0])
+    step = compile_train_step(make_train_step(model, optimizer, Objective(), seed=0), state, batches[0])
     losses = []
     for batch in batches:
         state, metrics = step(state, batch)
@@ -91,7 +93,8 @@ def test_memory_of_gradients_is_passed_on():
 def test_a_state_survives_being_taken_apart_and_stacked():
     optim = dataclasses.replace(OPTIM, freeze_vlm=True, ema_decay=0.9)
     mesh = sharding.make_mesh(MeshConfig(1, 2, 1), jax.devices()[:2])
-    stacked, apart = (abstract_state(MODEL, optim, 10, mesh, scan_layers) for scan_layers in (True, False))
+    optimizer = make_optimizer(optim, 10)
+    stacked, apart = (abstract_state(MODEL, optimizer, mesh, scan_layers) for scan_layers in (True, False))
     state = fresh_state(MODEL, optim)
     there = restack_like(state, apart)
     assert jax.tree.map(lambda x: (x.shape, x.sharding), there) == jax.tree.map(lambda x: (x.shape, x.sharding), apart)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.tiny_step import HORIZON, OPTIM, SMALL, random_batch
+from helpers.tiny_step import HORIZON, OPTIM, SMALL, leaves, random_batch
 
 from wallx_jax.config.schema import MeshConfig
 from wallx_jax.data.batch import Batch, EvalBatch
@@ -14,9 +14,9 @@ from wallx_jax.models.config import PRESETS, LoraConfig
 from wallx_jax.models.params import abstract_params, from_params, init_params
 from wallx_jax.training import sharding
 from wallx_jax.training.loop import Steps, averages, validate
-from wallx_jax.training.optimizer import group_of, make_optimizer, peak_rate, schedule
+from wallx_jax.training.optimizer import make_optimizer
 from wallx_jax.training.state import create_state
-from wallx_jax.training.step import Objective, frame_noise_and_time, make_eval_step, make_train_step
+from wallx_jax.training.step import Objective, frame_noise_and_time, learning_rates, make_eval_step, make_train_step
 from wallx_jax.training.stochastic_rounding import stochastic
 from wallx_jax.utils import tree
 
@@ -29,16 +29,12 @@ def held_out(batch: Batch, first: int = 0) -> EvalBatch:
 
 @pytest.fixture(scope="module")
 def step():
-    return jax.jit(make_train_step(SMALL, OPTIM, 10, Objective(), seed=0))
+    return jax.jit(make_train_step(SMALL, make_optimizer(OPTIM, 10), Objective(), seed=0))
 
 
 @pytest.fixture(scope="module")
 def state():
-    return create_state(init_params(SMALL, 0), OPTIM, 10)
-
-
-def leaves(params):
-    return tree.flatten(jax.device_get(params))
+    return create_state(init_params(SMALL, 0), make_optimizer(OPTIM, 10))
 
 
 @pytest.mark.medium
@@ -49,6 +45,7 @@ def test_a_non_finite_update_is_left_out_and_counted(step, state):
     skipped, bad_metrics = step(after, bad)
     assert bool(metrics["finite"]) and not bool(bad_metrics["finite"])
     assert (int(skipped.step), int(skipped.skipped)) == (2, 1)
+    assert int(skipped.updates) == int(skipped.opt_state[-1].count) == 1, "the schedules' count"
     jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), (skipped.params, skipped.opt_state))
     _, next_metrics = step(skipped, good)
     assert float(next_metrics["learning_rate"]) == pytest.approx(5e-4), "the schedule counts updates, not batches"
@@ -63,15 +60,15 @@ def test_loss_falls_and_noise_follows_seed_and_step(step, state):
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
     again, metrics = step(state, batch)
     assert float(metrics["loss"]) == losses[0]
-    other = jax.jit(make_train_step(SMALL, OPTIM, 10, Objective(), seed=1))(state, batch)[1]
+    other = jax.jit(make_train_step(SMALL, make_optimizer(OPTIM, 10), Objective(), seed=1))(state, batch)[1]
     assert float(other["loss"]) != losses[0]
 
 
 @pytest.mark.medium
 def test_accumulation_weighs_labels_not_micro_batches():
     """Micro-batches with different numbers of labels: the mean is over all labels, as in one batch."""
-    step = jax.jit(make_train_step(SMALL, OPTIM, 10, Objective(use_flow=False), seed=0))
-    state = create_state(init_params(SMALL, 0), OPTIM, 10)
+    step = jax.jit(make_train_step(SMALL, make_optimizer(OPTIM, 10), Objective(use_flow=False), seed=0))
+    state = create_state(init_params(SMALL, 0), make_optimizer(OPTIM, 10))
     whole = random_batch((1, 4), labels=5)
     whole.labels[0, :2, 1:] = -100
     split = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[2:]), whole)
@@ -94,8 +91,8 @@ def fast_batch(action_labels: bool = True) -> Batch:
 def test_action_accuracy_is_that_of_greedy_prediction():
     """Sums and counts: micro-batches and devices change nothing; a batch without action tokens has no accuracy."""
     objective = Objective(use_flow=False, action_ids=(7, 10))
-    step = jax.jit(make_train_step(SMALL, OPTIM, 10, objective, seed=0))
-    state, batch = create_state(init_params(SMALL, 0), OPTIM, 10), fast_batch()
+    step = jax.jit(make_train_step(SMALL, make_optimizer(OPTIM, 10), objective, seed=0))
+    state, batch = create_state(init_params(SMALL, 0), make_optimizer(OPTIM, 10)), fast_batch()
     for _ in range(12):
         state, _ = step(state, batch)
     hits, count = step(state, batch)[1]["action_accuracy"]
@@ -147,7 +144,7 @@ def test_losses_of_each_dataset(step, state):
     """They are the parts of the one loss; a dataset without samples in a batch has none."""
     mixed = Objective(datasets=("a", "b", "c"))
     batch = dataclasses.replace(random_batch((1, 4)), dataset=np.array([[0, 1, 0, 0]], np.int32))
-    mixed_step = jax.jit(make_train_step(SMALL, OPTIM, 10, mixed, seed=0))
+    mixed_step = jax.jit(make_train_step(SMALL, make_optimizer(OPTIM, 10), mixed, seed=0))
     after, metrics = jax.device_get(mixed_step(state, batch))
     plain_after, plain = jax.device_get(step(state, dataclasses.replace(batch, dataset=None)))
     assert metrics["loss"] == pytest.approx(plain["loss"], rel=1e-5)
@@ -221,7 +218,7 @@ def test_validation_is_the_same_in_any_batches_and_on_any_mesh(state, objective)
             batches.append(EvalBatch(rows_of, frame=np.array(rows, np.uint32), counted=counted))
         evaluate = jax.jit(make_eval_step(SMALL, objective, seed=3))
         params = jax.device_put(state.params, sharding.replicated(mesh))
-        return validate(Steps(None, evaluate, 0, objective.datasets), params, batches, mesh, 1.0)
+        return validate(Steps(None, evaluate, mesh, 0, objective.datasets), params, batches, 1.0)
 
     alone = measure(1)
     assert alone["val_loss"] > 0
@@ -254,58 +251,14 @@ def test_validation_is_the_mean_of_what_each_frame_gives_alone(state, fast):
     rows = [held_out(jax.tree.map(lambda x, s=s: x[s : s + 2], frames), s) for s in (0, 2)]
     filled = held_out(jax.tree.map(lambda x: x[[4, 4]], frames), 4)
     rows.append(dataclasses.replace(filled, counted=np.array([True, False])))
-    scalars = validate(Steps(None, evaluate, 0), state.params, rows, mesh, 1.0)
+    scalars = validate(Steps(None, evaluate, mesh, 0), state.params, rows, 1.0)
     assert scalars["val_loss"] == pytest.approx(float(total) / count, rel=1e-5)
-
-
-def test_schedule():
-    rate = schedule(1e-3, OPTIM, 12)
-    assert [float(rate(n)) for n in (0, 1, 2, 7, 12, 50)] == pytest.approx([0, 5e-4, 1e-3, 5.5e-4, 1e-4, 1e-4])
-    expert = schedule(2e-3, OPTIM, 12)
-    assert float(expert(12)) == pytest.approx(2e-4), "another group ends at the same fraction of its own peak"
-
-
-def test_groups():
-    paths = list(tree.flatten(abstract_params(SMALL)))
-    expert = [p for p in paths if p.startswith("decoder/layers/mlp/action/")]
-    heads = [p for p in paths if p.startswith("action/")]
-    assert expert and heads
-
-    def grouped(**changes):
-        config = dataclasses.replace(OPTIM, **changes)
-        return {name: [p for p in paths if group_of(p, config) == name] for name in ("vlm", "action_expert", "frozen")}
-
-    assert grouped()["action_expert"] == expert and not grouped()["frozen"]
-    assert grouped(freeze_vlm=True)["vlm"] == heads
-    assert grouped(freeze_vlm=True, train_action_heads=False)["vlm"] == []
-    assert set(grouped(train_action_expert_only=True)["frozen"]) == set(paths) - set(expert) - set(heads)
-    config = dataclasses.replace(OPTIM, freeze_vlm=True)
-    frozen_state = create_state(init_params(SMALL, 0), config, 10)
-    moments = sum(x.size for x in jax.tree.leaves(frozen_state.opt_state))
-    trained = sum(x.size for p, x in leaves(frozen_state.params).items() if p in expert + heads)
-    assert moments < 2 * trained + 10, "frozen parameters have no optimizer state"
-
-
-@pytest.mark.parametrize("targets", [("decoder/layers/",), ("decoder/layers/attn/", "mlp/vlm")])
-def test_groups_with_adapters(targets):
-    """Trained: adapters, action heads, and an action expert that has no adapters."""
-    config = dataclasses.replace(OPTIM, lora=LoraConfig(rank=2, targets=targets))
-    paths = list(tree.flatten(abstract_params(dataclasses.replace(SMALL, lora=config.lora))))
-    groups = {path: group_of(path, config) for path in paths}
-    for path, group in groups.items():
-        if path.startswith("decoder/layers/mlp/action/"):
-            trained = path.endswith(("lora_a", "lora_b")) or len(targets) == 2
-            assert group == ("action_expert" if trained else "frozen"), path
-        else:
-            assert group == ("vlm" if "lora_" in path or path.startswith("action/") else "frozen"), path
-    only_action = dataclasses.replace(config, freeze_vlm=True)
-    assert {group_of(p, only_action) for p in paths if "mlp/vlm" in p or "attn" in p} == {"frozen"}
 
 
 def test_every_parameter_and_moment_has_a_place_on_the_mesh():
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
     config = dataclasses.replace(PRESETS["wall_oss_3b"], lora=LoraConfig(rank=8, targets=("",)))
-    abstract = jax.eval_shape(lambda p: create_state(p, OPTIM, 10), abstract_params(config))
+    abstract = jax.eval_shape(lambda p: create_state(p, make_optimizer(OPTIM, 10)), abstract_params(config))
     placed = sharding.shardings(abstract, mesh)
     cut = whole = 0
     for leaf, where in zip(jax.tree.leaves(abstract), jax.tree.leaves(placed), strict=True):
@@ -324,15 +277,6 @@ def test_mesh_sizes_must_fit():
     for wrong in (MeshConfig(data=3, fsdp=1, tensor=1), MeshConfig(data=-1, fsdp=3, tensor=1)):
         with pytest.raises(ValueError, match="does not fit 4 devices"):
             sharding.make_mesh(wrong)
-
-
-def test_decay_reaches_every_parameter():
-    """Weight decay 0.1 on norms, biases and embeddings too, as upstream: zero gradients still shrink them."""
-    params = {"decoder": {"norm": {"scale": jnp.ones(3)}}, "embed": {"embedding": jnp.ones((2, 2))}}
-    optimizer = make_optimizer(dataclasses.replace(OPTIM, warmup_steps=0), 10)
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
-    for update in jax.tree.leaves(updates):
-        np.testing.assert_allclose(update, -1e-3 * 0.1, rtol=1e-5)
 
 
 def test_stochastic_rounding_is_right_on_average():
@@ -358,7 +302,8 @@ def test_small_updates_of_bfloat16_are_kept_by_stochastic_rounding(rounding):
     params["action"]["w1"]["kernel"] = jnp.ones_like(params["action"]["w1"]["kernel"])
     batch = random_batch((1, 1))
     batch = dataclasses.replace(batch, action_mask=batch.action_mask * 0)  # no loss, no gradient
-    step, state = jax.jit(make_train_step(model, config, 100, Objective(), seed=0)), create_state(params, config, 100)
+    optimizer = make_optimizer(config, 100)
+    step, state = jax.jit(make_train_step(model, optimizer, Objective(), seed=0)), create_state(params, optimizer)
     for _ in range(40):
         state, _ = step(state, batch)
     mean = float(state.params["action"]["w1"]["kernel"].astype(jnp.float32).mean())
@@ -371,8 +316,10 @@ def test_bfloat16_training_follows_float32():
 
     def losses(param_dtype: str) -> np.ndarray:
         model = SMALL.replace(numerics={"param_dtype": param_dtype})
-        step = jax.jit(make_train_step(model, OPTIM, 30, Objective(), seed=0))
-        state = create_state(jax.tree.map(lambda x, s: x.astype(s.dtype), start, abstract_params(model)), OPTIM, 30)
+        optimizer = make_optimizer(OPTIM, 30)
+        step = jax.jit(make_train_step(model, optimizer, Objective(), seed=0))
+        params = jax.tree.map(lambda x, s: x.astype(s.dtype), start, abstract_params(model))
+        state = create_state(params, optimizer)
         found = []
         for _ in range(30):
             state, metrics = step(state, batch)
@@ -385,10 +332,10 @@ def test_bfloat16_training_follows_float32():
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-def test_optimizers_lower_the_loss_on_any_mesh(optimizer):
-    config = dataclasses.replace(OPTIM, optimizer=optimizer, ema_decay=0.9)
-    step, batch, results = make_train_step(SMALL, config, 30, Objective(), seed=0), random_batch((1, 4)), {}
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_optimizers_lower_the_loss_on_any_mesh(name):
+    optimizer = make_optimizer(dataclasses.replace(OPTIM, optimizer=name, ema_decay=0.9), 30)
+    step, batch, results = make_train_step(SMALL, optimizer, Objective(), seed=0), random_batch((1, 4)), {}
     evaluate = jax.jit(make_eval_step(SMALL, Objective(), seed=3))
 
     def error(params) -> float:
@@ -398,49 +345,40 @@ def test_optimizers_lower_the_loss_on_any_mesh(optimizer):
     for mesh_config in (MeshConfig(1, 1, 1), MeshConfig(1, 2, 2)):
         devices = mesh_config.fsdp * mesh_config.tensor
         mesh = sharding.make_mesh(mesh_config, jax.devices()[:devices])
-        state = create_state(init_params(SMALL, 0), config, 30)
+        state = create_state(init_params(SMALL, 0), optimizer)
         state = jax.device_put(state, sharding.shardings(jax.eval_shape(lambda s=state: s), mesh))
         jitted, losses = jax.jit(step), []
         for _ in range(12):
             state, metrics = jitted(state, batch)
             losses.append(float(metrics["loss"]))
-        results[devices] = (np.array(losses), leaves(state.ema), leaves(state.params), leaves(state.acting))
+        results[devices] = (np.array(losses), leaves(state.ema), leaves(state.params), leaves(state.eval_params))
     np.testing.assert_allclose(results[1][0], results[4][0], rtol=2e-4)
-    losses, average, last, acting = results[1]
+    losses, average, last, inference = results[1]
     before, after, averaged = map(error, (init_params(SMALL, 0), tree.unflatten(last), tree.unflatten(average)))
     assert max(after, averaged) < 0.97 * before
-    np.testing.assert_array_equal(acting["action/w1/kernel"], average["action/w1/kernel"])
+    np.testing.assert_array_equal(inference["action/w1/kernel"], average["action/w1/kernel"])
     assert not np.array_equal(average["action/w1/kernel"], last["action/w1/kernel"])
 
 
-def test_adafactor_keeps_hardly_any_moments():
-    config = dataclasses.replace(OPTIM, optimizer="adafactor")
-    state = jax.eval_shape(lambda p: create_state(p, config, 10), abstract_params(PRESETS["wall_oss_3b"]))
-    moments, params = (sum(x.size for x in jax.tree.leaves(part)) for part in (state.opt_state, state.params))
-    assert moments < 0.01 * params
+def test_the_rate_of_each_group_is_logged():
+    """Those of the window's last update; a group without parameters has none."""
+    rules = (("^vision/", 1e-5), ("^decoder/", 2e-5))
+    config = dataclasses.replace(OPTIM, action_expert_learning_rate=7e-4, learning_rates=rules)
+    optimizer, params = make_optimizer(config, 10), abstract_params(SMALL)
+    window = [
+        {"finite": True, "loss": count, **learning_rates(optimizer, params, np.int32(count))} for count in (0, 1, 2)
+    ]
+    peaks = {"learning_rate": 1e-3, "learning_rate/rule:^vision/": 1e-5, "learning_rate/rule:^decoder/": 2e-5}
+    assert averages(window) == pytest.approx(peaks | {"loss": 1}), "after two updates of warm-up"
+    assert averages(window[:2]) == pytest.approx({name: peak / 2 for name, peak in peaks.items()} | {"loss": 0.5})
 
 
-@pytest.mark.parametrize("peak", [1e-3, 7e-4, 1e-5])
-def test_every_peak_falls_to_the_same_share_of_itself(peak):
-    """min_lr is what is left of learning_rate."""
-    config = dataclasses.replace(OPTIM, learning_rate=1e-3, min_lr=1e-4, warmup_steps=3)
-    rate = schedule(peak, config, 10)
-    np.testing.assert_allclose([rate(3), rate(10)], [peak, 0.1 * peak], rtol=1e-5)
-    assert rate(9) > 0.1 * peak, "the last update's"
-
-
-@pytest.mark.medium
-def test_learning_rates_by_pattern():
-    config = dataclasses.replace(
-        OPTIM, action_expert_learning_rate=7e-4, learning_rates=(("^vision/", 1e-5), ("mlp/action/down", 2e-5))
+def test_a_run_with_one_group_logs_one_rate(state):
+    optimizer = make_optimizer(
+        dataclasses.replace(
+            OPTIM, freeze_vlm=True, train_action_heads=False, action_expert_learning_rate=7e-4, warmup_steps=0
+        ),
+        10,
     )
-    assert peak_rate("vision/blocks/attn/qkv/kernel", config) == 1e-5
-    assert peak_rate("decoder/layers/mlp/action/down/kernel", config) == 2e-5
-    assert peak_rate("decoder/layers/mlp/action/up/kernel", config) == 7e-4
-    assert peak_rate("decoder/norm/scale", config) == 1e-3
-    params = tree.map_with_path(lambda path, x: jnp.ones(x.shape), abstract_params(SMALL))
-    config = dataclasses.replace(config, warmup_steps=0)
-    optimizer = make_optimizer(config, 10)
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
-    for path, update in tree.flatten(updates).items():
-        np.testing.assert_allclose(update, -peak_rate(path, config) * 0.1, rtol=1e-5)
+    rates = learning_rates(optimizer, tree.split(state.params, optimizer.is_trainable)[0], np.int32(0))
+    assert rates == {"learning_rate": pytest.approx(7e-4)}

@@ -16,6 +16,7 @@ from wallx_jax.data.build import blank_sample
 from wallx_jax.inference.policy import ActionNotFiniteError, Policy
 from wallx_jax.inference.vlm import VLM
 from wallx_jax.models.params import init_params
+from wallx_jax.training.optimizer import make_optimizer
 from wallx_jax.training.state import create_state
 from wallx_jax.training.step import Objective, make_eval_step, make_train_step
 from wallx_jax.utils import jax_flags
@@ -33,7 +34,7 @@ HOSTS = {
     "no jit": jax.disable_jit,
 }
 TRACED = ("64 bits", "strict promotion", "no rank promotion", "another generator", "the old threefry")
-OPTIM = OptimConfig(1e-3, 1e-4, 1, None, 0.1, 1.0, False, False, True)
+OPTIM = OptimConfig(learning_rate=1e-3, min_lr=1e-4, warmup_steps=1)
 PICTURE = np.random.default_rng(0).integers(0, 256, (56, 84, 3), np.uint8)
 OBSERVATION = {"images": {"face_view": PICTURE}, "state": np.linspace(-1, 1, 4), "instruction": "open the cabinet"}
 
@@ -94,8 +95,8 @@ def train(layout, config) -> list[np.ndarray]:
     """Parameters in bfloat16 and metrics after an update, and a validation loss."""
     batch = jax.tree.map(lambda x: np.stack([x, x]), blank_sample(layout))
     batch = dataclasses.replace(batch, actions=batch.actions + np.float32(0.5), action_mask=batch.action_mask + 1)
-    state = create_state(init_params(config, 0), OPTIM, 10)
-    step = jax.jit(make_train_step(config, OPTIM, 10, Objective(), seed=0))
+    state = create_state(init_params(config, 0), make_optimizer(OPTIM, 10))
+    step = jax.jit(make_train_step(config, make_optimizer(OPTIM, 10), Objective(), seed=0))
     after, metrics = step(state, jax.tree.map(lambda x: x[None], batch))
     held_out = EvalBatch(batch, frame=np.arange(2, dtype=np.uint32), counted=np.ones(2, bool))
     sums, _ = jax.jit(make_eval_step(config, Objective(), seed=0))(after.params, held_out)

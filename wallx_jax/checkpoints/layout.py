@@ -102,7 +102,7 @@ def find_model(path_or_repo: str | Path, revision: str | None = None) -> tuple[P
 
 def latest_step(save_path: str | Path) -> int | None:
     """Return the newest complete step of a run directory; None if there is none."""
-    return max(complete_steps(Path(save_path) / FOLDER), default=None)
+    return max(complete_steps(Path(save_path).expanduser() / FOLDER), default=None)
 
 
 def complete_steps(folder: Path) -> list[int]:

@@ -13,7 +13,8 @@ import yaml
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from wallx_jax.config.resolve import PER_DATASET, TABLES, default_config, flatten
+from wallx_jax.config.defaults import PER_DATASET, SETTINGS, TABLES, default_config, flatten
+from wallx_jax.config.validate import REFERENCE
 from wallx_jax.utils.errors import ConfigError
 
 flags.disclaim_key_flags()  # so that the launched program's --help lists --config and --workdir
@@ -104,10 +105,10 @@ def parse_config(
 
 def explain(error: Exception, argv: Sequence[str]) -> str:
     """Describe an exception from parsing the command line in one line, with the nearest known key."""
-    known, settings = flatten(default_config()), _settings(argv)
+    settings = _settings(argv)
     for argument, key in settings:
-        if key not in known and _table(key) is None:
-            return f"{argument}: there is no setting {key!r}{_nearest_key(key, list(known))}"
+        if key not in SETTINGS and _table(key) is None:
+            return f"{argument}: there is no setting {key!r}{_nearest_key(key)}"
     if isinstance(error, OSError) and "Failed loading config file" in str(error):
         return f"no such configuration file: {_config_file(argv)}"
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
@@ -121,7 +122,7 @@ def explain(error: Exception, argv: Sequence[str]) -> str:
         return " ".join(lines).removesuffix(".").replace("flag --config.", "--config.")
     unknown = re.search(r'Key "([^"]+)" does not exist', text)
     if unknown:
-        return f"the configuration sets {unknown[1]!r}: there is no such setting{_nearest_key(unknown[1], list(known))}"
+        return f"the configuration sets {unknown[1]!r}: there is no such setting{_nearest_key(unknown[1])}"
     return re.sub(r"^\w+(Error|Exception): ", "", last)
 
 
@@ -187,7 +188,7 @@ def _takes_text(table: str, names: list[str]) -> bool:
     """Return whether an entry is always a string, even if it looks like a number."""
     if table == "datasets":
         *parents, last = names
-        return "camera_views" in parents or (last in PER_DATASET and default_config().get_type(last) is str)
+        return "camera_views" in parents or (last in PER_DATASET and SETTINGS[last].kind is str)
     return bool(names[0]) and table in ("camera_views", "prompt.view_names")
 
 
@@ -240,10 +241,10 @@ class _OneLine(yaml.SafeDumper):
 _OneLine.add_representer(str, _OneLine.represent_str)
 
 
-def _nearest_key(key: str, known: list[str]) -> str:
+def _nearest_key(key: str) -> str:
     """Suggest the nearest key, comparing whole keys, then last components (`remat` suggests `numerics.remat`)."""
-    last = {name.rsplit(".", 1)[-1]: name for name in known}
-    close = difflib.get_close_matches(key, known, 1, 0.5) or [
+    last = {name.rsplit(".", 1)[-1]: name for name in SETTINGS}
+    close = difflib.get_close_matches(key, SETTINGS, 1, 0.5) or [
         last[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(last), 1, 0.5)
     ]
-    return f", did you mean --config.{close[0]}?" if close else "; docs/configuration.md lists them all"
+    return f", did you mean --config.{close[0]}?" if close else REFERENCE

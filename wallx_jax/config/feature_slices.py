@@ -21,19 +21,22 @@ class Slice:
     Attributes:
         feature: name of the feature.
         start: first dim.
-        stop: one past the last dim; None: to the end of the feature.
+        stop: one past the last dim.
     """
 
     feature: str
-    start: int = 0
-    stop: int | None = None
+    start: int
+    stop: int
 
     def __str__(self) -> str:
-        return self.feature if self.stop is None else f"{self.feature}[{self.start}:{self.stop}]"
+        return f"{self.feature}[{self.start}:{self.stop}]"
 
 
-def parse_slice(text: str) -> Slice:
+def parse_slice(text: str) -> tuple[str, int, int | None]:
     """Parse one slice, "action[0:6]" or "action.gripper".
+
+    Returns:
+        Name of the feature, first dim, and one past the last dim or None for all dims to the feature's end.
 
     Raises:
         ValueError: the text has neither form, or the slice is empty.
@@ -42,11 +45,11 @@ def parse_slice(text: str) -> Slice:
     if match is None:
         raise ValueError(f"{text!r} is not FEATURE or FEATURE[START:STOP]")
     if match[2] is None:
-        return Slice(match[1])
+        return match[1], 0, None
     start, stop = int(match[2]), int(match[3])
     if start >= stop:
         raise ValueError(f"{text!r} has no dims: it starts at {start} and stops before {stop}")
-    return Slice(match[1], start, stop)
+    return match[1], start, stop
 
 
 def widths(features: Features) -> dict[str, int]:
@@ -59,33 +62,33 @@ def widths(features: Features) -> dict[str, int]:
     }
 
 
-def bounded(part: Slice, features: Features) -> Slice:
-    """Return the slice with its `stop` filled in.
+def resolve_slice(text: str, features: Features) -> Slice:
+    """Parse one slice and fill in its `stop`.
 
     Raises:
-        ValueError: the dataset has no such 1-D feature, or it has fewer dims.
+        ValueError: as in `parse_slice`; or the dataset has no such 1-D feature, or it has fewer dims.
     """
+    feature, start, stop = parse_slice(text)
     known = widths(features)
-    if part.feature not in known:
-        raise ValueError(f"no feature {part.feature!r} that is a vector")
-    dims = known[part.feature]
-    stop = dims if part.stop is None else part.stop
-    if stop > dims:
-        raise ValueError(f"{part} goes beyond the {dims} dims of {part.feature!r}")
-    return Slice(part.feature, part.start, stop)
+    if feature not in known:
+        raise ValueError(f"no feature {feature!r} that is a vector")
+    dims = known[feature]
+    if stop is not None and stop > dims:
+        raise ValueError(f"{text.strip()} goes beyond the {dims} dims of {feature!r}")
+    return Slice(feature, start, dims if stop is None else stop)
 
 
 def locate(vector: str, features: Features) -> tuple[Slice, ...]:
-    """Parse a vector into its slices, each with its `stop` filled in.
+    """Parse a vector into its slices.
 
     Raises:
-        ValueError: as in `parse_slice` and `bounded`.
+        ValueError: as in `resolve_slice`.
     """
-    return tuple(bounded(parse_slice(text), features) for text in vector.split(","))
+    return tuple(resolve_slice(text, features) for text in vector.split(","))
 
 
 def join(parts: Iterable[Slice], features: Features) -> str:
-    """Concatenate slices, each with its `stop`, into a vector in its shortest form; the inverse of `locate`."""
+    """Concatenate slices into a vector in its shortest form; the inverse of `locate`."""
     joined: list[Slice] = []
     for part in parts:
         if joined and (joined[-1].feature, joined[-1].stop) == (part.feature, part.start):
@@ -99,7 +102,9 @@ def dim_names(vector: str, features: Features) -> list[str]:
     """Return a name per dim: the dataset's if it has one, else its index ("FEATURE[INDEX]" with several slices)."""
     parts = locate(vector, features)
     joined = len(parts) > 1
-    numbers = (f"{part.feature}[{dim}]" if joined else str(dim) for part in parts for dim in range(*_span(part)))
+    numbers = (
+        f"{part.feature}[{dim}]" if joined else str(dim) for part in parts for dim in range(part.start, part.stop)
+    )
     return [number if name is None else name for name, number in zip(own_names(vector, features), numbers, strict=True)]
 
 
@@ -111,17 +116,13 @@ def own_names(vector: str, features: Features) -> list[str | None]:
         if isinstance(names, Mapping):  # {"motors": [names]}, or {name: index}
             lists = [value for value in names.values() if isinstance(value, list)]
             names = lists[0] if lists else list(names)
-        said = isinstance(names, list) and len(names) == count
-        named += [str(names[dim]) if said else None for dim in range(*_span(part))]
+        own = [str(name) for name in names] if isinstance(names, list) and len(names) == count else [None] * count
+        named += own[part.start : part.stop]
     return named
 
 
 def place(vector: str, dim: int, features: Features) -> str:
     """Return where one dim of a vector is in the dataset, as a slice such as "action[5:6]"."""
-    places = [(part.feature, place) for part in locate(vector, features) for place in range(*_span(part))]
+    places = [(part.feature, place) for part in locate(vector, features) for place in range(part.start, part.stop)]
     feature, start = places[dim]
     return f"{feature}[{start}:{start + 1}]"
-
-
-def _span(part: Slice) -> tuple[int, int]:
-    return part.start, part.stop

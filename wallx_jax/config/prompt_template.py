@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from string import Formatter
 
+from wallx_jax.utils.settings import setting
+
 VIEW_NAMES = {
     "face_view": "front view",
     "left_wrist_view": "left wrist view",
@@ -29,28 +31,30 @@ PLACEHOLDERS = {
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """Prompt texts. In those with placeholders, literal braces are written {{ and }}.
+    """Prompt texts. In those with placeholders, each occurs once, and literal braces are written {{ and }}.
 
-    Attributes:
-        system: text of the system turn.
-        view_names: prompt text for each camera view, as a mapping or pairs; added to VIEW_NAMES and stored as sorted
-            pairs.
-        image: text for one camera; {view} is its `view_names` text, {image} its image tokens.
-        action: user turn that asks for robot actions; {images} is the `image` text of all cameras.
-        language: user turn that asks for the next subtask as text.
+    `view_names` may be given as a mapping or as pairs; it is added to VIEW_NAMES and stored as sorted pairs.
 
     Raises:
         ValueError: `template_errors` finds an invalid text.
     """
 
-    system: str = "You are a helpful assistant."
-    view_names: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
-    image: str = " {view}: {image}"
-    action: str = (
-        "Observation:{images}\nInstruction: {instruction}\nPredict the next action in robot action.\n"
-        "Proprioception: {proprioception}\n"
+    system: str = setting("You are a helpful assistant.", "text of the system turn")
+    view_names: Mapping[str, str] | tuple[tuple[str, str], ...] = setting(
+        VIEW_NAMES,
+        "{view: text in the prompt}, added to these; other views use their own name",
+        entry=(lambda words: isinstance(words, str) and words.strip() != "", "the words for this view"),
     )
-    language: str = "Observation:{images}\nInstruction: {instruction}\nPredict the next action in language.\n"
+    image: str = setting(" {view}: {image}", "text per camera: {view} is its view_names text, {image} its image tokens")
+    action: str = setting(
+        "Observation:{images}\nInstruction: {instruction}\nPredict the next action in robot action.\n"
+        "Proprioception: {proprioception}\n",
+        "user turn that asks for robot actions; {images} is the image text of all cameras",
+    )
+    language: str = setting(
+        "Observation:{images}\nInstruction: {instruction}\nPredict the next action in language.\n",
+        "user turn that asks for the next subtask as text",
+    )
 
     def __post_init__(self):
         names = VIEW_NAMES | dict(self.view_names)
@@ -80,7 +84,8 @@ def _problems(text: str, placeholders: tuple[str, ...] | None) -> list[str]:
         return problems
     braces = "write {{ and }} for braces that are text"
     try:
-        found = [_placeholder(*part[1:]) for part in Formatter().parse(text) if part[1] is not None]
+        parts = [(name, spec, conversion) for _, name, spec, conversion in Formatter().parse(text) if name is not None]
+        found = [_placeholder(name, spec or "", conversion) for name, spec, conversion in parts]
     except ValueError as error:
         return [*problems, f"{error}; {braces}"]
     if unknown := [name for name in found if name not in placeholders]:

@@ -17,7 +17,8 @@ def parse_ranges(text: str) -> tuple[tuple[int, int | None], ...]:
     """
     if not isinstance(text, str):
         raise ValueError(f"{text!r} is no text; write e.g. '0:50,60'")
-    ranges = []
+    ranges: list[tuple[int, int | None]] = []
+    stop: int | None
     for entry in text.split(","):
         match = re.fullmatch(r"(\d+)|(\d*):(\d*)", entry.strip())
         if match is None:

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from ml_collections import ConfigDict
 
-from wallx_jax.config.resolve import TABLES, default_config
+from wallx_jax.config.defaults import SETTINGS, default_config
 from wallx_jax.utils.errors import nearest
 from wallx_jax.utils.files import read_text
 
@@ -139,7 +139,7 @@ def _assign(config: ConfigDict, target: str, value: Any) -> str | None:
     *parents, last = target.split(".")
     for parent in parents:
         config = config[parent]
-    kind = dict if target in TABLES else config.get_type(last)
+    kind = SETTINGS[target].kind
     try:
         if kind in (int, float) and isinstance(value, str):
             value = float(value)

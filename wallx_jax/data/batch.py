@@ -71,7 +71,7 @@ def stack_samples(samples: Sequence[Batch]) -> Batch:
 def describe(batch: Batch) -> dict[str, str]:
     """Return the dtype and shape of each field, {"tokens": "int32[8,112]", ...}, for logs and error messages."""
 
-    def text(x):
+    def text(x: np.ndarray) -> str:
         return f"{x.dtype}[{','.join(map(str, x.shape))}]"
 
     return {

@@ -1,25 +1,31 @@
-"""Builds the processor and the training and held-out splits of a checked run configuration."""
+"""Builds processors, splits and streams of samples for the datasets of a checked run configuration."""
 
+import dataclasses
 import logging
 import shlex
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import grain
 import numpy as np
 
 from wallx_jax.config.schema import RunConfig
 from wallx_jax.data import images
 from wallx_jax.data.augment import Augment
-from wallx_jax.data.batch import Batch
+from wallx_jax.data.batch import Batch, EvalBatch
+from wallx_jax.data.datasets import DatasetSpec
 from wallx_jax.data.errors import DatasetError
 from wallx_jax.data.fast import FastTokenizer
 from wallx_jax.data.frame_cache import CachedSource
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.metadata import DatasetInfo
 from wallx_jax.data.normalize import NormStats, load_norm_stats
-from wallx_jax.data.pipeline import split_frames
+from wallx_jax.data.pipeline import eval_batches, mix_datasets, require_frames, split_frames, training_dataset
 from wallx_jax.data.processor import Processor, ProcessorConfig, required_prompt_length
 from wallx_jax.data.prompt import FAST_CLOSING_TOKENS
+from wallx_jax.data.source import FrameSource
 from wallx_jax.data.stats import compute_stats
 from wallx_jax.data.tokenizer import Tokenizer
 from wallx_jax.data.unreadable import SkipUnreadable
@@ -33,28 +39,88 @@ def load_fast_tokenizer(run: RunConfig) -> FastTokenizer | None:
     """Load the FAST tokenizer of a run from a local directory or hub repo id; return None in flow mode."""
     if not run.model.use_fast_tokenizer:
         return None
+    if run.model.action_tokenizer_path is None:
+        raise ValueError("action_tokenizer_path: required by use_fast_tokenizer = True")
     return FastTokenizer.from_dir(hub.resolve(run.model.action_tokenizer_path, kind="model"))
 
 
-Source = LeRobotSource | CachedSource | SkipUnreadable
+@dataclass(frozen=True)
+class DatasetRun(DatasetSpec):
+    """One dataset of a run with its preprocessing and its split.
 
-
-def split_sources(run: RunConfig, source: LeRobotSource, config: ProcessorConfig) -> tuple[Source, Source]:
-    """Split a dataset into training and held-out frames as configured by `run`.
-
-    If a frame cache is configured, it is filled here.
-
-    Returns:
-        (training frames, held-out frames); the second may be empty.
+    Attributes:
+        processor: encodes its frames.
+        train: frames of the training split; never empty.
+        held_out: frames of the validation split; may be empty.
+        number: index of the dataset, stored in each of its samples; None if it is the only one.
     """
-    data, skip = run.data, run.data.unreadable_frames == "skip"
-    frames = split_frames(source.info, data.train_test_split, data.split_mode, data.split_seed)
-    splits: list[Source] = [source.select(chosen) for chosen in frames]
-    if data.frame_cache is not None:
-        cached = CachedSource(source, config, data.frame_cache)
-        cached.fill(skip_unreadable=skip)
-        splits = [cached.select(chosen) for chosen in frames]
-    return tuple(SkipUnreadable(split) if skip else split for split in splits)
+
+    processor: Processor
+    train: FrameSource
+    held_out: FrameSource
+    number: int | None = None
+
+
+def split_datasets(specs: Sequence[DatasetSpec], processors: Sequence[Processor]) -> tuple[DatasetRun, ...]:
+    """Combine each dataset with its processor, and split it into training and held-out frames as configured.
+
+    Raises:
+        ValueError: there are no training frames.
+    """
+    datasets = []
+    for number, (spec, processor) in enumerate(zip(specs, processors, strict=True)):
+        data = spec.settings.data
+        train, held_out = (
+            _select(spec.settings, spec.source, frames)
+            for frames in split_frames(spec.info, data.train_test_split, data.split_mode, data.split_seed)
+        )
+        require_frames(train)
+        index = number if len(specs) > 1 else None
+        datasets.append(DatasetRun(**vars(spec), processor=processor, train=train, held_out=held_out, number=index))
+    return tuple(datasets)
+
+
+def _select(run: RunConfig, source: LeRobotSource | CachedSource, frames: Sequence[int] | np.ndarray) -> FrameSource:
+    selected = source.select(frames)
+    return SkipUnreadable(selected) if run.data.unreadable_frames == "skip" else selected
+
+
+def cache_frames(dataset: DatasetRun) -> DatasetRun:
+    """Fill the dataset's frame cache and return the dataset reading from it; do nothing if none is configured."""
+    data = dataset.settings.data
+    if data.frame_cache is None:
+        return dataset
+    cached = CachedSource(dataset.source, dataset.processor.config, data.frame_cache)
+    cached.fill(skip_unreadable=data.unreadable_frames == "skip")
+    train, held_out = (_select(dataset.settings, cached, split.frames) for split in (dataset.train, dataset.held_out))
+    return dataclasses.replace(dataset, train=train, held_out=held_out)
+
+
+def training_stream(datasets: Sequence[DatasetRun], seed: int) -> grain.MapDataset:
+    """Build the endless stream of training samples of a run, mixed by the datasets' weights."""
+    streams = [
+        training_dataset(dataset.train, dataset.processor, seed, build_augment(dataset.settings), dataset.number)
+        for dataset in datasets
+    ]
+    return mix_datasets(streams, [dataset.weight for dataset in datasets])
+
+
+def validation_batches(
+    datasets: Sequence[DatasetRun], batch_size: int, limit: int, shard_index: int, shard_count: int
+) -> Iterator[EvalBatch]:
+    """Yield the validation batches of a run, dataset by dataset; see `eval_batches`.
+
+    Args:
+        datasets: the datasets.
+        batch_size: samples per batch, over all processes.
+        limit: maximum number of frames of each dataset.
+        shard_index: shard that this process loads of every batch.
+        shard_count: number of shards.
+    """
+    for dataset in datasets:
+        yield from eval_batches(
+            dataset.held_out, dataset.processor, batch_size, limit, shard_index, shard_count, dataset.number
+        )
 
 
 def build_augment(run: RunConfig) -> Augment | None:
@@ -161,7 +227,7 @@ def build_processor(
         except ValueError as error:
             file = info.root / "meta" / "tasks.parquet"
             raise DatasetError(f"{file}: task_index {number}: {error}; repair it and start again") from None
-    longest = max(lengths, key=lengths.get)
+    longest = max(lengths, key=lengths.__getitem__)
     check_horizon(run, lengths[longest])
     config = ProcessorConfig(
         views=views,

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from wallx_jax.data import images
+from wallx_jax.data import chat_template, images
 from wallx_jax.data.tokenizer import Tokenizer, check_unicode
 
 FRAMES_PER_TOKEN = 2  # Qwen2.5-VL's temporal_patch_size
@@ -89,7 +89,7 @@ def encode_chat(
             seconds.append(FRAMES_PER_TOKEN / _fps(part, where))
         else:
             _check_text(part["text"], where)
-    text = _render(tokenizer, messages)
+    text = chat_template.render(_template(tokenizer.config), messages)
     return ChatPrompt(tokenizer.encode(_expand(text, visuals)), tuple(visuals), tuple(seconds))
 
 
@@ -155,21 +155,13 @@ def _check_text(text: Any, where: str) -> None:
         raise ValueError(f"{where} contains control tokens: {', '.join(found)}; remove them from the text")
 
 
-def _render(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> str:
-    """Render the conversation as text, with the tokenizer's own template if that supports images."""
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template  # slow to import
-
-    template = tokenizer.config.get("chat_template") or TEMPLATE
+def _template(config: Mapping[str, Any]) -> str:
+    """Return the tokenizer's own template if that supports images, else TEMPLATE."""
+    template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
-        template = next((entry["template"] for entry in template if entry["name"] == "default"), TEMPLATE)
-    if IMAGE_PAD not in template:
-        template = TEMPLATE
-    try:
-        texts, _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=True)
-    except TemplateError as error:
-        raise ValueError(f"the tokenizer's chat template refuses this conversation: {error}") from None
-    return texts[0]
+        named = {entry["name"]: entry["template"] for entry in template if {"name", "template"} <= set(entry)}
+        template = named.get("default")
+    return template if isinstance(template, str) and IMAGE_PAD in template else TEMPLATE
 
 
 def _expand(text: str, visuals: Sequence[np.ndarray]) -> str:

@@ -1,4 +1,4 @@
-"""Opens the datasets of a run, each with its own cameras, keys and statistics, and unifies their layout.
+"""Opens the datasets of a run, each with its own cameras, keys and statistics, and unifies their sample shapes.
 
 The first dataset is described by the run's top-level settings; the setting `datasets` names the others.
 """
@@ -18,7 +18,7 @@ from wallx_jax.utils.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Part:
+class DatasetSpec:
     """One dataset of a run.
 
     Attributes:
@@ -38,7 +38,7 @@ class Part:
         return self.source.info
 
 
-def open_parts(run: RunConfig, videos: Literal["all", "first", "none"] = "all") -> tuple[Part, ...]:
+def open_datasets(run: RunConfig, videos: Literal["all", "first", "none"] = "all") -> tuple[DatasetSpec, ...]:
     """Open the datasets of a run.
 
     Reads the metadata, checks each dataset against its settings, fetches missing files from the hub, and checks the
@@ -66,7 +66,9 @@ def open_parts(run: RunConfig, videos: Literal["all", "first", "none"] = "all") 
             offers.append(error.offer)
     if errors:
         raise ConfigError(*errors, offer="\n".join(dict.fromkeys(offers)))
-    return tuple(Part(name, weight, settings, _open(settings, info, videos)) for name, weight, settings, info in found)
+    return tuple(
+        DatasetSpec(name, weight, settings, _open(settings, info, videos)) for name, weight, settings, info in found
+    )
 
 
 def _open(settings: RunConfig, info: DatasetInfo, videos: str) -> LeRobotSource:
@@ -77,7 +79,7 @@ def _open(settings: RunConfig, info: DatasetInfo, videos: str) -> LeRobotSource:
     return LeRobotSource(info, data.action_horizon, cameras, data.state_key, data.action_key)
 
 
-def in_one_layout(parts: Sequence[Part], processors: Sequence[Processor]) -> tuple[Processor, ...]:
+def unify_prompt_length(specs: Sequence[DatasetSpec], processors: Sequence[Processor]) -> tuple[Processor, ...]:
     """Return the processors with the longest of their prompt lengths, so that one compiled step serves all datasets.
 
     Raises:
@@ -85,9 +87,9 @@ def in_one_layout(parts: Sequence[Part], processors: Sequence[Processor]) -> tup
     """
     sizes = [processor.config.image_sizes for processor in processors]
     errors = [
-        f"datasets.{part.name}: its pictures come to {_text(size)} (height x width), those of {parts[0].name} to "
-        f"{_text(sizes[0])}; set camera_views and resolution so that both have as many and of the same sizes"
-        for part, size in zip(parts, sizes, strict=True)
+        f"datasets.{spec.name}: its images come to {_text(size)} (height x width), those of {specs[0].name} to "
+        f"{_text(sizes[0])}; set camera_views and resolution so that both have the same number and sizes"
+        for spec, size in zip(specs, sizes, strict=True)
         if size != sizes[0]
     ]
     if errors:

@@ -80,8 +80,8 @@ class FastTokenizer:
             if isinstance(config[key], bool) or not isinstance(config[key], kind):
                 raise ValueError(f"{path / 'processor_config.json'}: {key} is {config[key]!r}; expected a number")
         bpe = read_backend(path / "tokenizer.json")
-        keys = ("scale", "vocab_size", "min_token", "time_horizon", "action_dim")
-        return cls(bpe, **{key: config.get(key) for key in keys})
+        shape = config.get("time_horizon"), config.get("action_dim")
+        return cls(bpe, config["scale"], config["vocab_size"], config["min_token"], *shape)
 
     @classmethod
     def fit(cls, chunks: np.ndarray, vocab_size: int = 2048, scale: float = 10) -> "FastTokenizer":

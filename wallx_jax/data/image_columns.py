@@ -135,10 +135,14 @@ def decode(value: dict | bytes | str | None, root: Path) -> np.ndarray:
         ValueError, OSError: the image is missing, damaged, or not a color image.
     """
     data, path = _bytes_and_path(value)
-    if data is None and path is None:
+    if data is not None:
+        file: io.BytesIO | Path = io.BytesIO(data)
+    elif path is not None:
+        file = root / path
+    else:
         raise ValueError("there is no image in this row")
     try:
-        with Image.open(io.BytesIO(data) if data is not None else root / path) as image:
+        with Image.open(file) as image:
             if image.mode not in COLOR_MODES:
                 raise ValueError(f"an image of mode {image.mode} is a depth map, not a color image")
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))

@@ -13,8 +13,11 @@ from wallx_jax.utils import extras
 from wallx_jax.utils.files import read_json_object
 
 MOST_FPS = 10_000
-FIELDS = {"codebase_version": str, "fps": (int, float), "features": dict, "total_episodes": int, "total_frames": int,
-          "data_path": str}  # fmt: skip
+Kind = type | tuple[type, ...]  # as for isinstance
+FIELDS: dict[str, Kind] = {
+    "codebase_version": str, "fps": (int, float), "features": dict, "total_episodes": int, "total_frames": int,
+    "data_path": str,
+}  # fmt: skip
 
 
 def read_info_json(file: Path, repo_id: str, local: bool) -> dict[str, Any]:
@@ -73,8 +76,8 @@ def _feature_errors(name: str, feature: Any) -> Iterable[str]:
     for key in ("info", "video_info"):
         if not isinstance(feature.get(key), Mapping | None):
             yield f"feature {name!r} has {key} {json.dumps(feature[key])}, expected an object"
-    is_shape = isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape)
-    if not is_shape or (dtype in ("image", "video") and len(shape) not in (2, 3)):
+    sizes = shape if isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape) else None
+    if sizes is None or (dtype in ("image", "video") and len(sizes) not in (2, 3)):
         expected = "[height, width, channels]" if dtype in ("image", "video") else "a list of sizes such as [14]"
         yield f"feature {name!r} has shape {json.dumps(shape)}, expected {expected}"
 
@@ -99,8 +102,9 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _name(kind: type | tuple[type, ...]) -> str:
-    return {str: "a string", dict: "an object", int: "a whole number"}.get(kind, "a number")
+def _name(kind: Kind) -> str:
+    names: dict[Kind, str] = {str: "a string", dict: "an object", int: "a whole number"}
+    return names.get(kind, "a number")
 
 
 def _conversion_command(repo_id: str, root: Path | None) -> str:

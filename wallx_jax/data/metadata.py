@@ -160,7 +160,13 @@ class DatasetInfo:
         return self.data_path.format(chunk_index=chunk, file_index=file)
 
     def video_file(self, camera: str, chunk: int, file: int) -> str:
-        """Return the path of a video file below the dataset's folder."""
+        """Return the path of a video file below the dataset's folder.
+
+        Raises:
+            ValueError: if the dataset has no videos.
+        """
+        if self.video_path is None:
+            raise ValueError(f"{self.repo_id} has no videos: meta/info.json has no video_path")
         return self.video_path.format(video_key=camera, chunk_index=chunk, file_index=file)
 
 

@@ -45,7 +45,7 @@ class Stats:
     min: np.ndarray
     max: np.ndarray
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("q01", "q99", "min", "max", "mean", "std"):
             value = np.asarray(getattr(self, name), np.float64)
             if value.ndim != 1 or value.shape != np.shape(self.q01):

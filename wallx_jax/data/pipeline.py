@@ -7,7 +7,6 @@ the seed, not on the number of workers.
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import grain
 import numpy as np
@@ -22,11 +21,11 @@ from wallx_jax.data.source import FrameSource
 from wallx_jax.data.torch_random import randperm
 from wallx_jax.data.workers import BUFFERED, start_worker, starting
 
-UPSTREAM_SHARES = (0.95, 0.05)
+UPSTREAM_FRACTIONS = (0.95, 0.05)
 
 
 def split_frames(
-    info: DatasetInfo, ratio: float, mode: Literal["episode", "frame"] = "episode", seed: int = 42
+    info: DatasetInfo, ratio: float, mode: str = "episode", seed: int = 42
 ) -> tuple[np.ndarray, np.ndarray]:
     """Split a dataset into training and validation frames.
 
@@ -57,7 +56,7 @@ def split_frames(
         count = int(info.episode_lengths[:train_episodes].sum())
         order = randperm(count, seed)
         # random_split floors both sizes and distributes the remainder one by one, starting with the first.
-        sizes = [int(count * share) for share in UPSTREAM_SHARES]
+        sizes = [int(count * fraction) for fraction in UPSTREAM_FRACTIONS]
         cut = sizes[0] + (count - sum(sizes) + 1) // 2
         return order[:cut], order[cut:]
     raise ValueError(f"split mode is {mode!r}; choose 'episode' or 'frame'")
@@ -71,18 +70,24 @@ class DataLoader(Iterator[Batch]):
     """
 
     def __init__(
-        self, stream: grain.MapDataset, batch_size: int, num_workers: int = 0, share: int = 0, shares: int = 1
+        self,
+        stream: grain.MapDataset,
+        batch_size: int,
+        num_workers: int = 0,
+        shard_index: int = 0,
+        shard_count: int = 1,
     ):
         """Initialize the loader; workers start with the first batch.
 
         Args:
-            stream: a stream from `samples` or `mixed`.
+            stream: endless stream of samples, from `training_dataset` or `mix_datasets`.
             batch_size: samples per batch of this process.
             num_workers: number of worker processes; 0 prefetches in two threads.
-            share: shard index of this process in a multi-host run.
-            shares: number of shards.
+            shard_index: shard that this process loads of every batch.
+            shard_count: number of shards.
         """
-        self._batches = stream[share::shares].batch(batch_size, drop_remainder=True, batch_fn=stack_samples)
+        shard = stream[shard_index::shard_count]
+        self._batches = shard.batch(batch_size, drop_remainder=True, batch_fn=stack_samples)
         self._num_workers = num_workers
         self._drawn = 0
         self._reader: grain.DatasetIterator | None = None
@@ -116,10 +121,10 @@ class DataLoader(Iterator[Batch]):
             self._reader.close()
             self._reader = None
 
-    def _read_from(self, place: int) -> grain.DatasetIterator:
+    def _read_from(self, position: int) -> grain.DatasetIterator:
         # An element here is a batch, so prefetching two is enough. Decoding and resizing release the GIL.
         threads = 1 if self._num_workers else 2
-        dataset = self._batches[place:].to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=2))
+        dataset = self._batches[position:].to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=2))
         if self._num_workers:
             if not flags.FLAGS.is_parsed():  # Grain passes its absl flags to the workers, even without app.run.
                 flags.FLAGS.mark_as_parsed()
@@ -128,12 +133,18 @@ class DataLoader(Iterator[Batch]):
         return iter(dataset)
 
 
+def require_frames(source: FrameSource) -> None:
+    """Raise a ValueError if a training split is empty."""
+    if not len(source):
+        raise ValueError(f"{source.info.repo_id}: the training split has no frames; raise train_test_split")
+
+
 def shuffled(source: FrameSource, seed: int) -> grain.MapDataset:
     """Repeat the frames endlessly in training order, reshuffled for each epoch."""
     return grain.MapDataset.source(source).shuffle(seed=seed).repeat()
 
 
-def samples(
+def training_dataset(
     source: FrameSource,
     processor: Processor,
     seed: int,
@@ -152,13 +163,12 @@ def samples(
     Raises:
         ValueError: if the source is empty.
     """
-    if not len(source):
-        raise ValueError(f"{source.info.repo_id}: the training split has no frames; raise train_test_split")
+    require_frames(source)
     encoded = shuffled(source, seed).map(Encode(processor, dataset))
     return encoded if augment is None else encoded.random_map(augment, seed=seed)
 
 
-def mixed(streams: Sequence[grain.MapDataset], weights: Sequence[float]) -> grain.MapDataset:
+def mix_datasets(streams: Sequence[grain.MapDataset], weights: Sequence[float]) -> grain.MapDataset:
     """Interleave several endless streams in proportion to their weights.
 
     The interleaving is deterministic and as even as the weights allow, so every stretch of the run contains each stream
@@ -172,8 +182,8 @@ def eval_batches(
     processor: Processor,
     batch_size: int,
     limit: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    shard_index: int = 0,
+    shard_count: int = 1,
     dataset: int | None = None,
 ) -> Iterator[EvalBatch]:
     """Yield every frame once, in a fixed order, in batches of constant size so that one compilation serves all.
@@ -186,28 +196,28 @@ def eval_batches(
         processor: encodes each frame.
         batch_size: samples per batch, over all processes.
         limit: maximum number of frames, spread evenly over the source; None for all.
-        process_index: shard index of this process in a multi-host run.
-        process_count: number of shards that each batch is split into.
+        shard_index: shard that this process loads of every batch.
+        shard_count: number of shards.
         dataset: index stored in each sample when training on a mixture.
     """
-    places = np.arange(len(source))
+    positions = np.arange(len(source))
     if limit is not None and limit < len(source):
-        places = np.linspace(0, len(source) - 1, limit).round().astype(int)
+        positions = np.linspace(0, len(source) - 1, limit).round().astype(int)
     encode = Encode(processor, dataset)
 
-    def read(place: int) -> tuple[Batch, bool]:
-        raw, asked = source[place], source.low_dim(place)
+    def read(position: int) -> tuple[Batch, bool]:
+        raw, asked = source[position], source.low_dim(position)
         return encode(raw), (raw.episode, raw.frame) == (asked.episode, asked.frame)
 
-    for start in range(0, len(places), batch_size):
-        chosen = places[start : start + batch_size]
-        filled = np.pad(chosen, (0, batch_size - len(chosen)), constant_values=chosen[0])[process_index::process_count]
+    for start in range(0, len(positions), batch_size):
+        chosen = positions[start : start + batch_size]
+        filled = np.pad(chosen, (0, batch_size - len(chosen)), constant_values=chosen[0])[shard_index::shard_count]
         found = {int(i): read(int(i)) for i in np.unique(filled)}
         samples, itself = zip(*(found[int(i)] for i in filled), strict=True)
         yield EvalBatch(
             stack_samples(samples),
             frame=np.asarray(source.frames)[filled].astype(np.uint32),
-            counted=(np.arange(batch_size) < len(chosen))[process_index::process_count] & np.array(itself),
+            counted=(np.arange(batch_size) < len(chosen))[shard_index::shard_count] & np.array(itself),
         )
 
 

@@ -80,7 +80,7 @@ class ProcessorConfig:
     state_names: tuple[str, ...] = ()
     action_names: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         lengths = {name: len(getattr(self, name)) for name in ("views", "camera_keys", "resolutions", "image_sizes")}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"one entry per camera expected in each, got {lengths}")
@@ -91,6 +91,35 @@ class ProcessorConfig:
     def image_tokens(self) -> tuple[int, ...]:
         """Prompt tokens per image."""
         return tuple(image_ops.image_token_count(*size) for size in self.image_sizes)
+
+
+class _Prompts:
+    """Prompts without an answer, of which the latest few thousand are kept; another process gets none of them.
+
+    A dataset repeats a few instructions, and tokenising dominates the cost of encoding.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self.count = functools.lru_cache(maxsize=4096)(functools.partial(_count_tokens, tokenizer))
+        self.fit = functools.lru_cache(maxsize=4096)(functools.partial(_fit_unanswered, tokenizer))
+
+    def __reduce__(self) -> tuple[type, tuple[Tokenizer]]:
+        return _Prompts, (self._tokenizer,)
+
+
+def _count_tokens(tokenizer: Tokenizer, instruction: str, config: ProcessorConfig, task: prompt.Task) -> int:
+    return len(_encode(tokenizer, instruction, config, task).ids)
+
+
+def _fit_unanswered(
+    tokenizer: Tokenizer, instruction: str, config: ProcessorConfig, task: prompt.Task
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    encoded = _encode(tokenizer, instruction, config, task)
+    arrays = prompt.fit(encoded, config.prompt_length, config.label_window)
+    for array in arrays:
+        array.flags.writeable = False  # shared by all samples with this instruction
+    return arrays
 
 
 class Processor:
@@ -137,6 +166,7 @@ class Processor:
                     "<|action_token_i|>; add them first"
                 )
         self.config, self.tokenizer, self.stats, self.fast = config, tokenizer, stats, fast
+        self._prompts = _Prompts(tokenizer)
         self.state = Normalizer(stats.state, config.state_dim)
         self.action = Normalizer(stats.action, config.action_dim)
         self.observed = _flags("observed", config.observed, self.state.dims)
@@ -241,7 +271,7 @@ class Processor:
         )
         trained = config.prompt_length - config.label_window
         layout = dataclasses.replace(config, image_sizes=sizes, label_window=0)
-        needed = _prompt_tokens(self.tokenizer, instruction, layout, task)
+        needed = self._prompts.count(instruction, layout, task)
         length = trained if needed <= trained else -(-needed // PROMPT_STEP) * PROMPT_STEP
         other = copy.copy(self)
         other.config = dataclasses.replace(layout, prompt_length=length)
@@ -268,7 +298,7 @@ class Processor:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return tokens [T], mask [T] and labels [W]; `actions` is normalised [A, C], or None at inference."""
         if self.config.objective == "flow" or actions is None:
-            return _unanswered(self.tokenizer, instruction, self.config, task)
+            return self._prompts.fit(instruction, self.config, task)
         config = self.config
         # Without padding and masked dims, whose zeros would change the tokens.
         answer = self.fast.encode(actions[:, : self.action.dims][:, self.predicted])
@@ -322,7 +352,7 @@ class Processor:
             ValueError: for an id that is not an action token, or as `decode_actions`.
             FastDecodeError: if the tokens do not form a chunk.
         """
-        if self.fast is None:
+        if self.fast is None or self.tokenizer.fast_start is None:
             raise ValueError("this checkpoint has no action tokenizer; it was trained with objective 'flow'")
         start, size = self.tokenizer.fast_start, self.fast.vocab_size
         tokens = [int(i) - start for i in ids]
@@ -381,7 +411,8 @@ def read_config(directory: str | Path) -> ProcessorConfig:
     if "prompt" in fields:
         _check_fields(file, fields["prompt"], PromptTemplate, "prompt: ")
         fields["prompt"] = PromptTemplate(**fields["prompt"])
-    return ProcessorConfig(**{k: tuple(map(_tuples, v)) if isinstance(v, list) else v for k, v in fields.items()})
+    values: dict[str, Any] = {k: tuple(map(_tuples, v)) if isinstance(v, list) else v for k, v in fields.items()}
+    return ProcessorConfig(**values)
 
 
 def _check_fields(file: Path, given: dict[str, Any], kind: type, prefix: str = "") -> None:
@@ -406,22 +437,6 @@ def acts_relatively(directory: str | Path) -> bool:
 def robots(directory: str | Path) -> list[str]:
     """Return the names of the robots in a processor directory; empty for a single, unnamed robot."""
     return sorted(file.parent.name for file in Path(directory).glob(f"{ROBOTS}/*/{FILE_NAME}"))
-
-
-@functools.lru_cache(maxsize=4096)
-def _prompt_tokens(tokenizer: Tokenizer, instruction: str, config: ProcessorConfig, task: prompt.Task) -> int:
-    return len(_encode(tokenizer, instruction, config, task).ids)
-
-
-@functools.lru_cache(maxsize=4096)  # a dataset repeats a few instructions; tokenising dominates the cost of encoding
-def _unanswered(
-    tokenizer: Tokenizer, instruction: str, config: ProcessorConfig, task: prompt.Task
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    encoded = _encode(tokenizer, instruction, config, task)
-    arrays = prompt.fit(encoded, config.prompt_length, config.label_window)
-    for array in arrays:
-        array.flags.writeable = False  # shared by all samples with this instruction
-    return arrays
 
 
 def _encode(
@@ -458,7 +473,7 @@ def _check_instruction(instruction: Any) -> None:
         raise ValueError(f"instruction is {instruction!r}; it must be a sentence")
 
 
-def _image(view: str, image: Any, resolution: int, size: tuple[int, int]) -> np.ndarray:
+def _image(view: str, image: Any, resolution: int | None, size: tuple[int, int]) -> np.ndarray:
     """Check an image and resize it to uint8 [*size, 3]; `resolution` None means that it is resized already."""
     resized = image if resolution is None else image_ops.resize(image, resolution, view)
     if resized.shape != (*size, 3):

@@ -90,12 +90,12 @@ def build_prefix(
     elif answer is not None and not all(0 <= index < tokenizer.fast_size for index in answer):
         raise ValueError(
             f"FAST tokens {min(answer)}..{max(answer)} asked for, but the tokenizer has {tokenizer.fast_size} of them; "
-            f"add them with Tokenizer.add_wallx_tokens"
+            f"add them with Tokenizer.with_wallx_tokens"
         )
     known = tokenizer.token_ids()
     needed = ["pad", "eos", "vision_start", "image"] + ["propri"] * (task == "action")
     if missing := [name for name in needed if getattr(known, name) < 0]:
-        raise ValueError(f"the tokenizer has no token for {', '.join(missing)}; call Tokenizer.add_wallx_tokens first")
+        raise ValueError(f"the tokenizer has no token for {', '.join(missing)}; call Tokenizer.with_wallx_tokens first")
     context = tokenizer.encode(_context(instruction, views, image_tokens, task, template))
     # The context ends in a newline and no answer begins with whitespace. Qwen's pre-tokenizer always splits there, so
     # encoding the two separately gives the ids of the whole.

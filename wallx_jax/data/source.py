@@ -19,9 +19,14 @@ class FrameSource(Protocol):
         table: tables of the whole dataset.
     """
 
-    info: DatasetInfo
-    frames: Sequence[int] | np.ndarray
-    table: FrameTable
+    @property
+    def info(self) -> DatasetInfo: ...
+
+    @property
+    def frames(self) -> Sequence[int] | np.ndarray: ...
+
+    @property
+    def table(self) -> FrameTable: ...
 
     def __len__(self) -> int: ...
 

@@ -126,7 +126,7 @@ def _stats(what: str, columns: Iterable[np.ndarray], bar: tqdm) -> Stats:
 
     NaN marks a missing value and is ignored; a dim without any other value gets zeros.
     """
-    rows = []
+    rows: list[list[float]] = []
     for column in columns:
         x = column[~np.isnan(column)].astype(np.float64, copy=False)
         del column  # the differences of a dim are large: keep at most two such arrays at a time

@@ -285,22 +285,21 @@ class FrameTable:
             "done": (len(self.files), 1, np.dtype(np.uint8)),
         }
 
-    def _prepare(self) -> None:
-        """Create the folder with empty arrays; they are sparse files, which take no space until written to."""
+    def _prepare(self) -> Path:
+        """Return the folder with the arrays; they begin as sparse files, which take no space until written to."""
         with self._lock:
-            if self._folder is not None:
-                return
-            self._scratch = ScratchFolder()
-            for name, (rows, width, dtype) in self._shapes().items():
-                with (self._scratch.path / name).open("wb") as file:
-                    file.truncate(rows * width * dtype.itemsize)
-            self._folder = self._scratch.path
+            if self._folder is None:
+                self._scratch = ScratchFolder()
+                for name, (rows, width, dtype) in self._shapes().items():
+                    with (self._scratch.path / name).open("wb") as file:
+                        file.truncate(rows * width * dtype.itemsize)
+                self._folder = self._scratch.path
+            return self._folder
 
     def _map(self, name: str) -> np.ndarray:
         if name not in self._arrays:
-            self._prepare()
             rows, width, dtype = self._shapes()[name]
-            mapped = np.memmap(self._folder / name, dtype, "r", shape=(rows, width))
+            mapped = np.memmap(self._prepare() / name, dtype, "r", shape=(rows, width))
             self._arrays[name] = np.asarray(mapped)  # so that slices are ordinary arrays
         return self._arrays[name]
 
@@ -312,19 +311,20 @@ class FrameTable:
         _, width, dtype = self._shapes()[name]
         values = np.ascontiguousarray(values, dtype)
         starts = np.r_[0, np.flatnonzero(np.diff(rows) != 1) + 1, len(rows)]
-        with self._room(), (self._folder / name).open("r+b") as file:
+        folder = self._prepare()
+        with self._room(folder), (folder / name).open("r+b") as file:
             for start, stop in zip(starts[:-1], starts[1:], strict=True):
                 file.seek(int(rows[start]) * width * dtype.itemsize)
-                file.write(values[start:stop])
+                file.write(values[start:stop].data)
 
     @contextlib.contextmanager
-    def _room(self) -> Iterator[None]:
+    def _room(self, folder: Path) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             size = sum(rows * width * dtype.itemsize for rows, width, dtype in self._shapes().values())
             raise OSError(
-                f"{self.info.repo_id}: no room for {size / 2**30:.2f} GiB of tables in {self._folder.parent}: "
+                f"{self.info.repo_id}: no room for {size / 2**30:.2f} GiB of tables in {folder.parent}: "
                 f"{error.strerror}; set TMPDIR to a folder on a larger disk"
             ) from error
 

@@ -3,6 +3,7 @@
 This is a thin wrapper around the `tokenizers` library, which `transformers` itself delegates to.
 """
 
+import copy
 import json
 import operator
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ _TOKENS = {
     "propri": "<|propri|>",
     "action": "<|action|>",
 }
+_FAST_RANGE = ("action_token_start_index", "action_token_vocab_size")  # in tokenizer_config.json
 _ADDED_FIELDS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 
 
@@ -51,7 +53,7 @@ def check_unicode(name: str, text: str) -> None:
 
 
 class Tokenizer:
-    """Converts between text and token ids. Picklable, so it can be passed to data workers.
+    """Converts between text and token ids. Immutable; picklable, so it can be passed to data workers.
 
     Attributes:
         config: contents of tokenizer_config.json; `save` keeps unknown entries.
@@ -74,7 +76,7 @@ class Tokenizer:
         self._backend = backend
         self.config = dict(config or {})
         self._read_vocabulary()
-        for key, found in (("action_token_start_index", self.fast_start), ("action_token_vocab_size", self.fast_size)):
+        for key, found in zip(_FAST_RANGE, (self.fast_start, self.fast_size), strict=True):
             if key in self.config and self.config[key] != found:
                 raise ValueError(
                     f"tokenizer_config.json says {key} = {self.config[key]} but the vocabulary says {found}; "
@@ -120,7 +122,7 @@ class Tokenizer:
             for index, token in sorted(self._backend.get_added_tokens_decoder().items())
         }
         if self.fast_start is not None:  # upstream reads FAST ids from these two
-            config |= {"action_token_start_index": self.fast_start, "action_token_vocab_size": self.fast_size}
+            config |= zip(_FAST_RANGE, (self.fast_start, self.fast_size), strict=True)
         text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
         write_text(path / "tokenizer_config.json", text + "\n")
 
@@ -148,23 +150,25 @@ class Tokenizer:
         ids = {name: self.token_id(token) for name, token in _TOKENS.items()}
         return TokenIds(**{name: -1 if index is None else index for name, index in ids.items()})
 
-    def add_wallx_tokens(self, fast_vocab_size: int | None = None) -> None:
-        """Add `<|propri|>`, `<|action|>` and, if a size is given, that many FAST tokens; existing tokens are kept.
+    def with_wallx_tokens(self, fast_vocab_size: int | None = None) -> "Tokenizer":
+        """Return a tokenizer with `<|propri|>`, `<|action|>` and, if a size is given, that many FAST tokens.
 
-        They are added as upstream does: as plain, not special, tokens, in this order, with the next free ids.
+        Existing tokens are kept. The others are added as upstream does: as plain, not special, tokens, in this order,
+        with the next free ids.
 
         Raises:
             ValueError: if the FAST tokens would not get consecutive ids.
         """
         names = [_TOKENS["propri"], _TOKENS["action"], *map(fast_token, range(fast_vocab_size or 0))]
-        missing = [AddedToken(name, special=False) for name in names if self.token_id(name) is None]
-        self._backend.add_tokens(missing)
-        self._read_vocabulary()
-        if self.fast_size < (fast_vocab_size or 0):
+        backend = copy.deepcopy(self._backend)
+        backend.add_tokens([AddedToken(name, special=False) for name in names if self.token_id(name) is None])
+        extended = Tokenizer(backend, {key: self.config[key] for key in self.config if key not in _FAST_RANGE})
+        if extended.fast_size < (fast_vocab_size or 0):
             raise ValueError(
                 f"the vocabulary already has {self.fast_size} FAST tokens followed by other tokens, so "
                 f"{fast_vocab_size} cannot get consecutive ids; start from a tokenizer with none or all of them"
             )
+        return extended
 
     def _read_vocabulary(self) -> None:
         """Cache the added tokens and the range of FAST tokens, counted while their ids are consecutive."""

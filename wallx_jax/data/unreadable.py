@@ -63,7 +63,7 @@ class SkippedFrames:
     """
 
     def __init__(self, sources: Sequence[LeRobotSource]):
-        self._known = [(source, set()) for source in sources]
+        self._known: list[tuple[LeRobotSource, set[int]]] = [(source, set()) for source in sources]
 
     @property
     def count(self) -> int:

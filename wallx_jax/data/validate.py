@@ -10,7 +10,9 @@ from wallx_jax.data.prompt import FAST_CLOSING_TOKENS
 from wallx_jax.utils.errors import ConfigError, nearest
 
 IMAGE_PREFIX = "observation.images."
+Table = tuple[tuple[str, int | str], ...]  # (name, number of dims) of each group, or (name, feature slice) of each
 Groups = tuple[tuple[str, int], ...]
+Slices = tuple[tuple[str, str], ...]
 
 
 def check_dataset(run: RunConfig, info: DatasetInfo) -> RunConfig:
@@ -37,7 +39,7 @@ def check_dataset(run: RunConfig, info: DatasetInfo) -> RunConfig:
     robot, data = run.robot, run.data
     dof, action_key = _vector("dof_config", robot.dof, "action_key", data.action_key, info, errors)
     agent_pos, state_key = _vector("agent_pos_config", robot.agent_pos, "state_key", data.state_key, info, errors)
-    if not robot.agent_pos and not _says_places(robot.dof) and _total(agent_pos) in (0, _total(robot.dof)):
+    if not robot.agent_pos and not _slices(robot.dof) and _total(agent_pos) in (0, _total(sizes(robot.dof))):
         agent_pos = agent_pos if _total(agent_pos) and naming.misplaced(dof, state_key, info) else dof
     actions, states = dict(dof), dict(agent_pos)
     for setting, keys, table, groups in (
@@ -115,48 +117,46 @@ def _camera(camera: Camera, info: DatasetInfo, errors: list[str]) -> Camera:
 
 
 def _vector(
-    setting: str, table: tuple[tuple[str, int | str], ...], key_setting: str, key: str, info: DatasetInfo,
-    errors: list[str],
-) -> tuple[Groups, str]:  # fmt: skip
+    setting: str, table: Table, key_setting: str, key: str, info: DatasetInfo, errors: list[str]
+) -> tuple[Groups, str]:
     """Resolve the groups and the vector of a state or action; an empty table becomes a single group.
 
     Problems are appended to `errors`; groups whose slices are invalid then have 0 dims.
     """
-    if _says_places(table):
-        return _placed(setting, table, info, errors)
+    if slices := _slices(table):
+        return _placed(setting, slices, info, errors)
+    given = sizes(table)
     try:
         dims = info.dims(key)
     except ValueError:
         hint = nearest(key, list(feature_slices.widths(info.features)))
         errors.append(f"{key_setting} = {key!r}: no such vector{hint}")
-        return table, key
-    groups = table or ((key_setting.removesuffix("_key"), dims),)
+        return given, key
+    groups = given or ((key_setting.removesuffix("_key"), dims),)
     if _total(groups) != dims:
         errors.append(
             f"{setting} sums to {_total(groups)} dims {dict(groups)}, but {key!r} of {info.repo_id} has {dims}; "
             f"correct {setting}, or leave it empty to use all {dims}"
         )
-    elif table and (wrong := naming.misplaced(table, key, info)):
+    elif given and (wrong := naming.misplaced(given, key, info)):
         errors.append(f"{setting}: {wrong}")
     return groups, key
 
 
-def _placed(
-    setting: str, table: tuple[tuple[str, str], ...], info: DatasetInfo, errors: list[str]
-) -> tuple[Groups, str]:
+def _placed(setting: str, slices: Slices, info: DatasetInfo, errors: list[str]) -> tuple[Groups, str]:
     """Resolve a table of feature slices, as `_vector`.
 
     A dim may belong to only one name, since actions of two names could contradict each other.
     """
     groups, parts = [], []
     owners: dict[tuple[str, int], str] = {}
-    for name, text in table:
-        part = feature_slices.parse_slice(text)
+    for name, text in slices:
         try:
-            part = feature_slices.bounded(part, info.features)
+            part = feature_slices.resolve_slice(text, info.features)
         except ValueError as error:
+            feature, *_ = feature_slices.parse_slice(text)
             known = list(feature_slices.widths(info.features))
-            hint = "" if part.feature in known else nearest(part.feature, known)
+            hint = "" if feature in known else nearest(feature, known)
             errors.append(f"{setting}.{name} = {text!r}: {error}{hint}")
             groups.append((name, 0))
             continue
@@ -172,8 +172,13 @@ def _placed(
     return tuple(groups), feature_slices.join(parts, info.features)
 
 
-def _says_places(table: tuple[tuple[str, int | str], ...]) -> bool:
-    return any(isinstance(value, str) for _, value in table)
+def sizes(table: Table) -> Groups:
+    """Return the groups of a table whose entries are numbers of dims, as all are after `check_dataset`."""
+    return tuple((name, value) for name, value in table if isinstance(value, int))
+
+
+def _slices(table: Table) -> Slices:
+    return tuple((name, value) for name, value in table if isinstance(value, str))
 
 
 def _total(groups: Groups) -> int:

@@ -5,6 +5,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -39,6 +40,7 @@ class VideoFile:
         self.path, self._half_frame, self._fps = path, 0.5 / fps, fps
         self._container = open_video(path)
         self._stream = self._container.streams.video[0]
+        self._tick = tick(self._stream)
         context = self._stream.codec_context
         # A frame within a quarter of the video's own frame interval is the target: no other frame can be nearer.
         rates = (self._stream.average_rate, self._stream.base_rate, fps)
@@ -72,7 +74,7 @@ class VideoFile:
         return to_rgb(frame, self._reformatter)
 
     def _time(self, frame: av.VideoFrame) -> float:
-        return float(frame.pts * self._stream.time_base)
+        return float(frame.pts * self._tick)
 
     def _near(self, seconds: float) -> av.VideoFrame | None:
         """Return the frame if it is the last decoded one or follows soon after it, else None."""
@@ -87,7 +89,7 @@ class VideoFile:
         """Seek to the last key frame that is not later than this time."""
         # A key frame less than half of the video's own frame interval later is still the target.
         margin = 0.5 / max(self._fps, float(self._stream.average_rate or self._fps))
-        ticks = int((seconds + margin) / self._stream.time_base) - 1 if seconds > 0 else 0
+        ticks = int((seconds + margin) / self._tick) - 1 if seconds > 0 else 0
         self._container.seek(ticks, stream=self._stream, backward=True)
         self._frames = (frame for frame in self._container.decode(self._stream) if frame.pts is not None)
         self._last = None
@@ -180,10 +182,24 @@ class VideoReader:
 
 
 def place_in_video(info: DatasetInfo, camera: str, spans: VideoSpans, frame: int) -> tuple[Path, float]:
-    """Return the video file that contains a frame, and the frame's time in it in seconds."""
+    """Return the video file that contains a frame, and the frame's time in it in seconds.
+
+    Raises:
+        ValueError: if the dataset has no such frame.
+    """
+    _check_frame(info, frame)
     episode, place = info.locate(frame)
     file = info.root / info.video_file(camera, spans.chunk[episode], spans.file[episode])
     return file, float(spans.start[episode] + place / info.fps)
+
+
+def _check_frame(info: DatasetInfo, frame: int) -> None:
+    """Refuse a frame that does not exist: its time would be that of a frame of another episode in the same file."""
+    if not 0 <= frame < info.num_frames:
+        raise ValueError(
+            f"{info.root}: frame {frame} is asked for, but the {info.num_episodes} episodes in use have "
+            f"{info.num_frames} frames, 0 to {info.num_frames - 1}"
+        )
 
 
 def video_runs(info: DatasetInfo, spans: VideoSpans) -> Iterator[np.ndarray]:
@@ -209,6 +225,7 @@ def decode_in_order(
         The frame number and its image, uint8 RGB [H, W, 3].
 
     Raises:
+        ValueError: if the dataset has no such frame.
         FrameError: naming dataset, episode, frame and file.
     """
     spans = read_spans(info, camera) if spans is None else spans
@@ -229,10 +246,11 @@ def read_frame(info: DatasetInfo, camera: str, frame: int) -> np.ndarray:
     """Read the image of one frame, uint8 RGB [H, W, 3], even if other parts of the dataset are damaged.
 
     Raises:
-        ValueError: if the dataset has no such camera.
+        ValueError: if the dataset has no such camera or frame.
         FrameError: naming dataset, episode, frame and file.
     """
     info.check_camera(camera)
+    _check_frame(info, frame)
     if info.is_video(camera):
         return next(decode_in_order(info, camera, [frame]))[1]
     episode, place = info.locate(frame)
@@ -273,6 +291,11 @@ def open_video(path: Path) -> av.container.InputContainer:
         container.close()
         raise ValueError(f"{path} holds depth maps ({pixels}); choose a color camera")
     return container
+
+
+def tick(stream: av.VideoStream) -> Fraction:
+    """Return the unit of a stream's time stamps in seconds; FFmpeg's own for a stream that does not name one."""
+    return stream.time_base or Fraction(1, av.time_base)
 
 
 def _is_cut_off(path: Path) -> bool:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
@@ -113,7 +114,8 @@ class VideoWriter:
         path, (height, width) = self.path(self.number), self.size
         path.parent.mkdir(parents=True, exist_ok=True)
         self._container = av.open(str(path), "w", options={"movflags": "faststart"})
-        self._stream = self._container.add_stream(self.encoder, rate=self.rate, options=dict(self.options))
+        stream = self._container.add_stream(self.encoder, rate=self.rate, options=dict(self.options))
+        self._stream = cast(av.VideoStream, stream)  # all of ENCODERS are for video
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, PIX_FMT
         self._stream.time_base = self._time_base
         try:
@@ -129,7 +131,7 @@ class VideoWriter:
         """Encode a frame, or flush with None, and write the packets that come out."""
         for packet in self._stream.encode(frame):
             packet.duration = 1  # in units of 1 / rate; otherwise the last frame would have no duration
-            if self.encoder == "libx265" and self._frames <= 2:
+            if self.encoder == "libx265" and self._frames <= 2 and packet.pts is not None:
                 # x265 leaves dts uninitialized in a stream this short; 2 is its delay in longer ones.
                 packet.dts = packet.pts - 2
             self._packets += 1

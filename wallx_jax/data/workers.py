@@ -79,5 +79,6 @@ def check_shared_memory(workers: int, batch_bytes: int, folder: Path = SHARED_ME
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)

@@ -98,8 +98,8 @@ class DatasetWriter:
                 raise ValueError(f"{key} is {width} pixels wide, too narrow for hevc; use another codec")
         self.tasks: dict[str, int] = {}  # instruction -> task_index
         self.num_episodes = self.num_frames = 0
-        self._limits = limits
-        self._encoder = {"codec": codec, "crf": crf, "gop": gop, "preset": preset}
+        self._limits, self._chunks_size = limits, chunks_size
+        self._encoder = codec, crf, gop, preset
         self._stats: Stats | None = None
         self._rows: list[dict[str, Any]] = []  # pending rows of meta/episodes
         self._adding = False  # remains set if add_episode raises while writing
@@ -118,7 +118,7 @@ class DatasetWriter:
                 path = partial(self._path, VIDEO_PATH.replace("{video_key}", key))
                 height, width, _ = self.features[key]["shape"]
                 video_bytes = self._limits["video_files_size_in_mb"] * MB
-                self._videos[key] = VideoWriter(path, (height, width), self.rate, video_bytes, **self._encoder)
+                self._videos[key] = VideoWriter(path, (height, width), self.rate, video_bytes, *self._encoder)
             self._stack = stack.pop_all()
         return self
 
@@ -187,7 +187,9 @@ class DatasetWriter:
         Returns:
             Columns of embedded images, fields of meta/episodes that locate the videos, and each camera's statistics.
         """
-        images, spans, pixel_stats = {}, {}, []
+        images: dict[str, pa.Array] = {}
+        spans: dict[str, Any] = {}
+        pixel_stats: list[PixelStats] = []
         for key in self._keys(*CAMERA):
             shape = self.features[key]["shape"]
             pixels = PixelStats(length, *shape[:2])
@@ -229,11 +231,11 @@ class DatasetWriter:
         if kind is not None:
             return
         self._check_complete()
-        if not self.num_episodes:
+        if self._stats is None:
             raise ValueError(f"{self.root} would have no episodes; add at least one")
         if self._rows:
             self._write_rows()
-        for writer in (*self._videos.values(), self._data, self._episodes):
+        for writer in self._writers():
             writer.close()
         pq.write_table(_task_table(self.tasks), self._folder / "meta" / "tasks.parquet")
         self._write_json("stats.json", self._by_feature(self._stats))
@@ -241,8 +243,11 @@ class DatasetWriter:
 
     def _abort(self) -> None:
         """Close the files that are still open."""
-        for writer in (*self._videos.values(), self._data, self._episodes):
+        for writer in self._writers():
             writer.abort()
+
+    def _writers(self) -> "list[VideoWriter | _TableWriter]":
+        return [*self._videos.values(), self._data, self._episodes]
 
     def _check_complete(self) -> None:
         if self._adding:
@@ -282,7 +287,8 @@ class DatasetWriter:
 
     def _by_feature(self, stats: Stats) -> dict[str, dict[str, list]]:
         """Split statistics by feature: {key: {name: list}}, with shape [D] for vectors and [3, 1, 1] for cameras."""
-        split, start = {}, 0
+        split: dict[str, dict[str, list]] = {}
+        start = 0
         for key in (*self._keys(*NUMERIC), *self._keys(*CAMERA)):
             shape = self.features[key]["shape"]
             shape = (3, 1, 1) if len(shape) == 3 else shape
@@ -297,11 +303,11 @@ class DatasetWriter:
         return [key for key, feature in self.features.items() if feature["dtype"] in dtypes]
 
     def _location(self, prefix: str, number: int) -> dict[str, int]:
-        chunk, file = divmod(number, self._limits["chunks_size"])
+        chunk, file = divmod(number, self._chunks_size)
         return {f"{prefix}/chunk_index": chunk, f"{prefix}/file_index": file}
 
     def _path(self, template: str, number: int) -> Path:
-        chunk, file = divmod(number, self._limits["chunks_size"])
+        chunk, file = divmod(number, self._chunks_size)
         return self._folder / template.format(chunk_index=chunk, file_index=file)
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
@@ -313,7 +319,9 @@ class _TableWriter:
 
     def __init__(self, path: Callable[[int], Path], max_bytes: float):
         self.path, self.max_bytes = path, max_bytes
-        self.number, self._file, self._parquet = -1, None, None
+        self.number = -1
+        self._file: pa.OSFile | None = None
+        self._parquet: pq.ParquetWriter | None = None
 
     def reserve(self, size: int) -> int:
         """Return the index of the file for a table of at most `size` bytes, and start that file if it is a new one."""

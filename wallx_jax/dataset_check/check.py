@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from wallx_jax.data.build import load_stats
-from wallx_jax.data.datasets import Part
+from wallx_jax.data.datasets import DatasetSpec
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.metadata import DatasetInfo
 from wallx_jax.data.normalize import Stats
+from wallx_jax.data.validate import sizes
 from wallx_jax.dataset_check import findings, frames, signals
 from wallx_jax.dataset_check.findings import Finding, Vector
 from wallx_jax.dataset_check.frames import FrameScan
@@ -74,7 +75,7 @@ class Report:
         return self.info.tasks[int(self.source.table.task[self.info.start_of(episode)])]
 
 
-def check(part: Part, decode: int | None) -> Report:
+def check(part: DatasetSpec, decode: int | None) -> Report:
     """Check the tables, video headers and frames of a dataset.
 
     Args:
@@ -92,7 +93,7 @@ def check(part: Part, decode: int | None) -> Report:
     return Report(part.source, part.settings.data.action_horizon, tables, look, found)
 
 
-def check_tables(part: Part) -> Tables:
+def check_tables(part: DatasetSpec) -> Tables:
     """Check the tables only, without decoding any frame; raises as `check`."""
     source, info, run, data = part.source, part.info, part.settings, part.settings.data
     source.table.load()
@@ -102,8 +103,8 @@ def check_tables(part: Part) -> Tables:
     stats = load_stats(run, source) if data.norm_stats_path else None
     robot, vectors = run.robot, []
     for what, key, groups, used, values in (
-        ("state", data.state_key, robot.agent_pos, robot.observed(), states),
-        ("action", data.action_key, robot.dof, robot.predicted(), actions),
+        ("state", data.state_key, sizes(robot.agent_pos), robot.observed(), states),
+        ("action", data.action_key, sizes(robot.dof), robot.predicted(), actions),
     ):
         relative_to = robot.relative_to() if what == "action" else ()
         bounds = None if stats is None else _bounds(getattr(stats, what), relative_to)

@@ -140,7 +140,7 @@ def of_vector(vector: Vector, info: DatasetInfo) -> Iterator[Finding]:
 
 
 def _jump_text(vector: Vector) -> str:
-    largest = {}
+    largest: dict[int, Jump] = {}
     for jump in vector.jumps:  # the largest jump of a dim comes first
         largest.setdefault(jump.dim, jump)
     shown = [
@@ -229,8 +229,8 @@ def of_videos(source: LeRobotSource, only_present: bool = False) -> Iterator[Fin
 def of_frames(info: DatasetInfo, look: FrameScan) -> Iterator[Finding]:
     """Judge the decoded frames: unreadable, black or frozen."""
     by_camera: dict[str, list[Undecodable]] = {}
-    for lost in look.undecodable:
-        by_camera.setdefault(lost.camera, []).append(lost)
+    for image in look.undecodable:
+        by_camera.setdefault(image.camera, []).append(image)
     for camera, lost in by_camera.items():
         first = f"the first is episode {lost[0].episode}, frame {lost[0].frame}: {lost[0].reason}"
         text = f"{len(lost)} of {look.frames} frames cannot be read, {first}"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from wallx_jax.config.schema import RunConfig
-from wallx_jax.data.datasets import Part
+from wallx_jax.data.datasets import DatasetSpec
 from wallx_jax.data.errors import DatasetError, FrameError
 from wallx_jax.dataset_check import findings
 from wallx_jax.dataset_check.check import check_tables
@@ -50,7 +50,7 @@ def check_length(run: RunConfig, frames: int, global_batch: int, total_steps: in
     return [("settings", finding) for finding in found]
 
 
-def check(parts: Sequence[Part]) -> list[tuple[str, Finding]]:
+def check(parts: Sequence[DatasetSpec]) -> list[tuple[str, Finding]]:
     """Check the tables of a run's datasets, the headers of their videos, and the first frame of each camera.
 
     Videos that are not fetched yet are skipped. With unreadable_frames="skip", problems of videos and frames do not
@@ -75,7 +75,7 @@ def check(parts: Sequence[Part]) -> list[tuple[str, Finding]]:
     return noted
 
 
-def _first_frames(part: Part) -> list[Finding]:
+def _first_frames(part: DatasetSpec) -> list[Finding]:
     """Decode the first frame of each camera; return a finding for each that cannot be read."""
     images, unreadable = part.source.images, []
     for camera in part.source.cameras:

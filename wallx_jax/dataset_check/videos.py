@@ -11,7 +11,7 @@ import numpy as np
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.metadata import DatasetInfo
 from wallx_jax.data.spans import read_spans
-from wallx_jax.data.video import open_video, place_in_video, video_runs
+from wallx_jax.data.video import open_video, place_in_video, tick, video_runs
 
 OPENED = 16  # number of headers read concurrently
 
@@ -59,7 +59,7 @@ def _problem(info: DatasetInfo, camera: str, file: Path, seconds: float, frames:
         return Problem(camera, str(error))
     with container:
         stream = container.streams.video[0]
-        start = float((stream.start_time or 0) * stream.time_base)
+        start = float((stream.start_time or 0) * tick(stream))
         length, rate = _seconds(container, stream, info.fps), float(stream.average_rate or info.fps)
         size, counted = (stream.height, stream.width), stream.frames
     half_frame, promised = 0.5 / info.fps, info.frame_size(camera)
@@ -98,7 +98,7 @@ def _problem(info: DatasetInfo, camera: str, file: Path, seconds: float, frames:
 def _seconds(container: av.container.InputContainer, stream: av.VideoStream, fps: float) -> float | None:
     """Return the duration of a video in seconds, if its header contains it."""
     if stream.duration is not None:
-        return float(stream.duration * stream.time_base)
+        return float(stream.duration * tick(stream))
     if container.duration is not None:
         return container.duration / av.time_base
     return stream.frames / fps if stream.frames else None

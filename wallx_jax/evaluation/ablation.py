@@ -30,22 +30,22 @@ def changes(recorded: Recorded, processor: Processor, tasks: Sequence[str], seed
     """
     rng = np.random.default_rng(seed)
 
-    def noise(observations):
+    def noise(observations: Sequence[Observation]) -> list[Observation]:
         return [
-            o | {"images": {key: rng.integers(0, 256, image.shape, np.uint8) for key, image in o["images"].items()}}
+            {**o, "images": {key: rng.integers(0, 256, image.shape, np.uint8) for key, image in o["images"].items()}}
             for o in observations
         ]
 
-    def other_images(observations):
-        return [o | {"images": observations[_elsewhere(recorded, i)]["images"]} for i, o in enumerate(observations)]
+    def other_images(observations: Sequence[Observation]) -> list[Observation]:
+        return [{**o, "images": observations[_elsewhere(recorded, i)]["images"]} for i, o in enumerate(observations)]
 
-    def swapped(observations):
-        return [o | {"instruction": other_task(o["instruction"], tasks, rng)} for o in observations]
+    def swapped(observations: Sequence[Observation]) -> list[Observation]:
+        return [{**o, "instruction": other_task(o["instruction"], tasks, rng)} for o in observations]
 
     middle = processor.state.unnormalize(np.zeros(processor.state.width))
 
-    def zeroed(observations):
-        return [o | {"state": middle} for o in observations]
+    def zeroed(observations: Sequence[Observation]) -> list[Observation]:
+        return [{**o, "state": middle} for o in observations]
 
     found: dict[str, Change] = {"nothing": list, "images noise": noise}
     if len(set(recorded.episodes.tolist())) > 1:

@@ -39,7 +39,7 @@ def episode(
     figure, axes = plt.subplots(rows, COLUMNS, figsize=(4 * COLUMNS, 2.2 * rows), squeeze=False, layout="constrained")
     for axis in axes.flat[len(dims) :]:
         axis.set_visible(False)
-    for axis, dim in zip(axes.flat, dims, strict=False):
+    for axis, dim in zip(axes.flat, dims.tolist(), strict=False):
         for row, start in enumerate(recorded.frames):
             steps = start + np.flatnonzero(recorded.valid[row])
             done, said = (x[row, : len(steps), dim] for x in (recorded.actions, chunks))
@@ -77,7 +77,7 @@ def ablation(file: Path, found: dict[str, Effect], names: Sequence[str], shown: 
     ratios = np.array([effect.errors.per_dim[dims] / base for name, effect in found.items() if name != "nothing"])
     image = right.imshow(ratios, aspect="auto", vmin=1, vmax=max(2.0, float(ratios.max())), cmap="viridis")
     right.set_yticks(range(len(ratios)), [name for name in found if name != "nothing"], fontsize=8)
-    right.set_xticks(range(len(dims)), [names[dim] for dim in dims], rotation=90, fontsize=7)
+    right.set_xticks(range(len(dims)), [names[dim] for dim in dims.tolist()], rotation=90, fontsize=7)
     right.set_title("error by dim, as a multiple of intact")
     figure.colorbar(image, ax=right)
     _save(figure, file)
@@ -137,9 +137,9 @@ def trace(
         frames: indices of the frames in the dataset.
         title: title of the figure.
     """
-    lone = [(dim, None) for dim in range(len(state.names)) if dim not in [s for s, _ in pairs]]
-    lone += [(None, dim) for dim in range(len(action.names)) if dim not in [a for _, a in pairs]]
-    panels = [*pairs, *lone]
+    panels: list[tuple[int | None, int | None]] = [*pairs]
+    panels += [(dim, None) for dim in range(len(state.names)) if dim not in [s for s, _ in pairs]]
+    panels += [(None, dim) for dim in range(len(action.names)) if dim not in [a for _, a in pairs]]
     rows = -(-len(panels) // COLUMNS)
     figure, axes = plt.subplots(rows, COLUMNS, figsize=(4 * COLUMNS, 2.2 * rows), squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:

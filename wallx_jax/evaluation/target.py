@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from wallx_jax.checkpoints.layout import CheckpointError, assets_dir, find_model, read_metadata
 from wallx_jax.config import default_config, recorded, resolve
 from wallx_jax.data import processor as processors
-from wallx_jax.data.datasets import Part
+from wallx_jax.data.datasets import DatasetSpec
 from wallx_jax.data.fetch import fetch
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.metadata import DatasetInfo, read_info
@@ -128,7 +128,7 @@ def _open_model_directory(
     cameras = [camera.key for camera in data.cameras]
     fetch(info, cameras)
     source = LeRobotSource(info, data.action_horizon, cameras, data.state_key, data.action_key)
-    origin, (processor,) = init.plan_parts([Part("", 1.0, settings, source)])
+    origin, (processor,) = init.plan_datasets([DatasetSpec("", 1.0, settings, source)])
     policy = Policy(origin.config, init.load_origin(origin, settings.loop.seed), processor)
     held_out = _held_out(source, data.train_test_split, data.split_mode, data.split_seed)
     return EvalTarget(policy, info, held_out, folder)

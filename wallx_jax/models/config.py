@@ -8,9 +8,10 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from wallx_jax.utils.json_fields import field_errors, mismatch, section
+from wallx_jax.utils.settings import Choice, setting
 
 IGNORE = -100  # label of a position without a target, as in PyTorch's cross-entropy
 
@@ -126,58 +127,125 @@ class TokenIds:
     action: int = 151666
 
 
+class ActionAttention(Choice):
+    """Attention among the action tokens, see `Numerics`."""
+
+    BIDIRECTIONAL = "bidirectional"
+    CAUSAL = "causal"
+
+
+class MropeLayout(Choice):
+    """Assignment of rotary channels to time, height and width, see `Numerics`."""
+
+    QWEN = "qwen"
+    UPSTREAM_CUDA = "upstream_cuda"
+
+
+class FlowLoss(Choice):
+    """Channels that the flow loss averages over, see `Numerics`."""
+
+    ALL = "all"
+    VALID = "valid"
+
+
+class MaskedDims(Choice):
+    """Sampling of the action channels that the robot lacks, see `Numerics`."""
+
+    DRIFT = "drift"
+    HELD = "held"
+
+
+class Dtype(Choice):
+    """Floating-point types of parameters and activations."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Remat(Choice):
+    """Activations saved for the backward pass, see `Numerics`."""
+
+    FULL = "full"
+    DOTS = "dots"
+    NONE = "none"
+
+
+class Kernels(Choice):
+    """Implementation of linear layers, norms and attention, see `Numerics`."""
+
+    AUTO = "auto"
+    XLA = "xla"
+    CUDNN = "cudnn"
+    CPU = "cpu"
+
+
 @dataclass(frozen=True)
 class Numerics:
-    """Numerical choices on which the reference implementations differ, dtypes, and rematerialisation.
+    """Numerical choices on which the reference implementations differ, dtypes, rematerialisation, and kernels.
 
-    Saved in checkpoints and exported configs.
-
-    Attributes:
-        action_attention: attention among the action tokens: "bidirectional" as in lerobot's port, or "causal" as in
-            upstream with flash_attention_2, its shipped default.
-        mrope_layout: "qwen" as in transformers and lerobot, or "upstream_cuda" as in upstream's rotary kernel.
-        flow_loss: mean over "all" channels, masked ones counted as zero (upstream, lerobot), or over the "valid" ones.
-        masked_dims: during sampling, channels that the robot lacks "drift" (upstream, lerobot) or are "held" on the
-            straight line to the normalised zero (upstream since 2026).
-        param_dtype: dtype of the parameters.
-        compute_dtype: dtype of the activations.
-        float32_islands: keep and compute decoder norms and action heads in float32 (lerobot, later upstream).
-        remat: activations of each layer that are saved for the backward pass: "full" saves none and recomputes all,
-            "dots" saves matmul outputs, "none" saves all.
+    Saved in checkpoints and exported configs. Strings are accepted for the enumerations.
     """
 
-    action_attention: Literal["bidirectional", "causal"] = "bidirectional"
-    mrope_layout: Literal["qwen", "upstream_cuda"] = "qwen"
-    flow_loss: Literal["all", "valid"] = "all"
-    masked_dims: Literal["drift", "held"] = "drift"
-    param_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    float32_islands: bool = True
-    remat: Literal["full", "dots", "none"] = "full"
+    action_attention: ActionAttention = setting(
+        ActionAttention.BIDIRECTIONAL,
+        'attention among the action tokens: "bidirectional" as in lerobot\'s port, or "causal" as in upstream with '
+        "flash_attention_2, its shipped default",
+    )
+    mrope_layout: MropeLayout = setting(
+        MropeLayout.QWEN,
+        'M-RoPE: "qwen" as in transformers and lerobot, or "upstream_cuda" as in upstream\'s rotary kernel',
+    )
+    flow_loss: FlowLoss = setting(
+        FlowLoss.ALL,
+        'mean over "all" channels, masked ones counted as zero (upstream, lerobot), or over the "valid" ones',
+    )
+    masked_dims: MaskedDims = setting(
+        MaskedDims.DRIFT,
+        'during sampling, channels that the robot lacks "drift" (upstream, lerobot) or are "held" on the straight line '
+        "to the normalised zero (upstream since 2026)",
+    )
+    param_dtype: Dtype = setting(Dtype.BFLOAT16, "dtype of the parameters and the optimizer's moments")
+    compute_dtype: Dtype = setting(Dtype.BFLOAT16, "dtype of the activations")
+    float32_islands: bool = setting(
+        True, "keep and compute decoder norms and action heads in float32 (lerobot, later upstream)"
+    )
+    remat: Remat = setting(
+        Remat.FULL,
+        'activations of each layer that are saved for the backward pass: "full" saves none and recomputes all, "dots" '
+        'saves matmul outputs, "none" saves all',
+    )
+    # "auto" is decided when a program is traced and saved as "auto": a checkpoint is not tied to a kind of device.
+    kernels: Kernels = setting(
+        Kernels.AUTO,
+        'implementation of linear layers, norms and attention: "xla" (plain jax.numpy), "cpu" (custom gradients and '
+        'attention tuned for CPUs), "cudnn" (cuDNN flash attention, NVIDIA GPUs), "auto": cpu on CPU devices, xla '
+        "elsewhere",
+    )
 
     def __post_init__(self):
         for option in dataclasses.fields(self):
-            allowed = getattr(option.type, "__args__", (True, False))
             value = getattr(self, option.name)
+            allowed = (True, False) if option.type is bool else tuple(option.type)
             if value not in allowed or (option.type is bool and not isinstance(value, bool)):
                 raise ValueError(f"numerics.{option.name} is {value!r}; choose one of {list(allowed)}")
+            object.__setattr__(self, option.name, option.type(value))
 
 
 @dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters, see models.lora.
 
-    Attributes:
-        rank: rank of the adapters; 0: no adapters.
-        alpha: the adapter's output is scaled by alpha / rank.
-        targets: regular expressions; a linear layer of the decoder, vision tower or language model head is adapted if
-            any of them is found in its path ("decoder/layers/attn/q"). The action heads never are: they are small and
-            trained in full.
+    A linear layer of the decoder, vision tower or language model head is adapted if any of `targets` is found in its
+    path ("decoder/layers/attn/q"). The action heads never are: they are small and trained in full.
     """
 
-    rank: int = 0
-    alpha: float = 32.0
-    targets: tuple[str, ...] = ("decoder/layers/",)
+    rank: int = setting(
+        0, "rank of the low-rank adapters, trained instead of the layers they adapt; 0: none", minimum=0
+    )
+    alpha: float = setting(32.0, "the adapters' output is scaled by alpha / rank", above=0)
+    targets: tuple[str, ...] = setting(
+        ("decoder/layers/",), "regular expressions for the paths of the linear layers to adapt"
+    )
 
     @property
     def scale(self) -> float:
@@ -291,12 +359,12 @@ class WallXConfig:
             "sliding_window": 32768,
             "use_sliding_window": False,
             "use_cache": True,
-            "torch_dtype": self.numerics.param_dtype,
+            "torch_dtype": self.numerics.param_dtype.value,
             "eos_token_id": self.tokens.eos,
             "vision_start_token_id": self.tokens.vision_start,
             "image_token_id": self.tokens.image,
             "video_token_id": self.tokens.video,
-            "wallx_jax": dataclasses.asdict(self.numerics),
+            "wallx_jax": _plain(self.numerics),
             "vision_config": {
                 **_plain(v),
                 "in_chans": v.in_channels,
@@ -407,8 +475,12 @@ def _section(kind: type, values: Mapping[str, Any]) -> Any:
 
 
 def _plain(section: Any) -> dict[str, Any]:
-    """Convert a dataclass to a dict for JSON: tuples become lists."""
-    return {k: list(x) if isinstance(x, tuple) else x for k, x in dataclasses.asdict(section).items()}
+    """Convert a dataclass to a dict for JSON: tuples become lists, enumerations strings."""
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value.value if isinstance(value, Choice) else value
+
+    return {name: plain(value) for name, value in dataclasses.asdict(section).items()}
 
 
 TINY = WallXConfig(
@@ -418,7 +490,7 @@ TINY = WallXConfig(
                     num_key_value_heads=2, mrope_section=(2, 3, 3)),
     action=ActionConfig(intermediate_size=32),
     tokens=TokenIds(image=655, video=656, vision_start=652, pad=643, eos=645, propri=665, action=666),
-    numerics=Numerics(param_dtype="float32", compute_dtype="float32"),
+    numerics=Numerics(param_dtype=Dtype.FLOAT32, compute_dtype=Dtype.FLOAT32),
 )  # fmt: skip
 
 MID = WallXConfig(
@@ -428,7 +500,7 @@ MID = WallXConfig(
                     num_attention_heads=12, num_key_value_heads=2, mrope_section=(8, 12, 12)),
     action=ActionConfig(intermediate_size=768),
     tokens=TokenIds(image=4055, video=4056, vision_start=4052, pad=4043, eos=4045, propri=4065, action=4066),
-    numerics=Numerics(param_dtype="float32", compute_dtype="float32"),
+    numerics=Numerics(param_dtype=Dtype.FLOAT32, compute_dtype=Dtype.FLOAT32),
 )  # fmt: skip
 
 PRESETS = {"tiny": TINY, "mid": MID, "wall_oss_3b": WallXConfig()}

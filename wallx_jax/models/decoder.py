@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from wallx_jax.models import scan
+from wallx_jax.models import cpu_ops, scan
 from wallx_jax.models.attention import dot_product_attention
-from wallx_jax.models.config import WallXConfig
+from wallx_jax.models.config import Kernels, WallXConfig
 from wallx_jax.models.layers import Linear, RMSNorm, SwiGLU
 from wallx_jax.models.rope import apply_rope, mrope_angles
 
@@ -26,33 +26,68 @@ class KV(NamedTuple):
     values: jax.Array
 
 
-Cache = KV | list[KV]  # all layers: stacked, or a list with one entry per layer
+AllKV = KV | list[KV]  # all layers: stacked, or a list with one entry per layer
 
 
-def pad_cache(cache: Cache, places: int) -> Cache:
-    """Extend the S axis of the cache by `places` zeros, to be written later."""
-    return jax.tree.map(lambda x: jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, places), (0, 0)]), cache)
+class KVCache(NamedTuple):
+    """Keys and values of the tokens before those of a call.
+
+    Attributes:
+        kv: of length S, of which the call writes its own T from `start` on. None: the cache is empty, and S = T.
+        start: index in the cache of the first token of the call.
+    """
+
+    kv: AllKV | None = None
+    start: int | jax.Array = 0
+
+
+def pad_cache(kv: AllKV, length: int) -> AllKV:
+    """Extend the S axis of keys and values with zeros, to be written later, to `length`."""
+    return jax.tree.map(lambda x: jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, length - x.shape[-2]), (0, 0)]), kv)
 
 
 class DecoderOutput(NamedTuple):
     """Output of the decoder.
 
     Attributes:
-        hidden: [B, T, D] after the final norm; only the `last` tokens if that was given.
-        kv: with `keep_kv`, keys and values of this call's tokens, or the whole cache including them; else None.
-        layers: with `keep_layers`, output of each layer before the final norm, [L, B, T, D]; else None.
+        hidden: [B, T, D] after the final norm; only the `tokens_to_keep` last tokens if that was given.
+        kv: keys and values of the cache, including this call's tokens; None without a cache.
+        hidden_states: [L, B, T, D], output of each layer before the final norm; None unless asked for.
     """
 
     hidden: jax.Array
-    kv: Cache | None
-    layers: jax.Array | None
+    kv: AllKV | None
+    hidden_states: jax.Array | None
+
+
+class LayerInputs(NamedTuple):
+    """Inputs of a layer besides x and its own keys and values.
+
+    Attributes:
+        cos: float32 [B, T, H], rotary table of x.
+        sin: float32 [B, T, H].
+        mask: bool [B, T, S], True where a token may attend.
+        num_actions: number of action tokens, at the end of x.
+        start: index in the cache of the first token of x.
+        tokens_to_keep: number of tokens at the end of x to compute; keys and values cover all of x.
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+    mask: jax.Array
+    num_actions: int
+    start: int | jax.Array
+    tokens_to_keep: int
 
 
 class Attention(nnx.Module):
     """Grouped-query self-attention with M-RoPE and an optional KV cache, [B, T, D] -> [B, T, D].
 
     The projections are q [D, N*H], k and v [D, K*H], all with biases, and o [N*H, D] without.
+    `models.cpu_ops.use_kernels` sets `kernels`.
     """
+
+    kernels = Kernels.XLA
 
     def __init__(self, config: WallXConfig, *, rngs: nnx.Rngs):
         text = config.text
@@ -62,29 +97,28 @@ class Attention(nnx.Module):
         self.v = Linear(text.hidden_size, self.kv_heads * self.head_dim, bias=True, rngs=rngs)
         self.o = Linear(self.heads * self.head_dim, text.hidden_size, bias=False, rngs=rngs)
 
-    def __call__(self, x, cos, sin, mask, cache: KV | None, start, last: int) -> tuple[jax.Array, KV]:
-        """Compute the attention output of the last `last` tokens of x; keys and values cover all of x.
+    def __call__(self, x: jax.Array, inputs: LayerInputs, cache: KV | None) -> tuple[jax.Array, KV]:
+        """Compute the attention output of the tokens to keep.
 
         Args:
             x: [B, T, D].
-            cos: float32 [B, T, H].
-            sin: float32 [B, T, H].
-            mask: bool [B, T, S], True where a token may attend.
-            cache: keys and values [B, K, S, H], written from `start` on; None: S = T.
-            start: index in the cache of the first token of x.
-            last: number of tokens at the end of x to compute.
+            inputs: rotary tables, mask and place in the cache of x.
+            cache: this layer's keys and values [B, K, S, H]; None: S = T.
 
         Returns:
-            Output [B, last, D], and the keys and values attended to, [B, K, S, H].
+            Output [B, tokens_to_keep, D], and the keys and values attended to, [B, K, S, H].
         """
-        q = self.q(x[:, -last:]).reshape(len(x), last, self.heads, self.head_dim)
-        q = apply_rope(q, cos[:, -last:], sin[:, -last:])
-        k = apply_rope(self.k(x).reshape(*x.shape[:2], self.kv_heads, self.head_dim), cos, sin)
+        cos, sin, keep = inputs.cos, inputs.sin, inputs.tokens_to_keep
+        q = self.q(x[:, -keep:]).reshape(len(x), keep, self.heads, self.head_dim)
+        k = self.k(x).reshape(*x.shape[:2], self.kv_heads, self.head_dim)
         v = self.v(x).reshape(*x.shape[:2], self.kv_heads, self.head_dim)
+        q, k = apply_rope(q, cos[:, -keep:], sin[:, -keep:]), apply_rope(k, cos, sin)
         kv = KV(k.swapaxes(1, 2), v.swapaxes(1, 2))
         if cache is not None:
-            kv = jax.tree.map(lambda x, own: jax.lax.dynamic_update_slice_in_dim(x, own, start, axis=2), cache, kv)
-        return self.o(dot_product_attention(q, *kv, mask[:, -last:])), kv
+            kv = jax.tree.map(
+                lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, inputs.start, axis=2), cache, kv
+            )
+        return self.o(dot_product_attention(q, *kv, inputs.mask[:, -keep:], self.kernels)), kv
 
 
 class Experts(nnx.Module):
@@ -118,21 +152,21 @@ class DecoderLayer(nnx.Module):
         self.post_norm = RMSNorm(config.text.hidden_size, config.text.rms_norm_eps)
         self.mlp = Experts(config, rngs=rngs)
 
-    def __call__(self, x, cos, sin, mask, num_actions: int, cache: KV | None, start, last: int) -> tuple[jax.Array, KV]:
-        """Return the layer's output [B, last, D] for the last `last` tokens of x, and the keys and values of all.
-
-        Arguments as in `Attention` and `Experts`.
-        """
-        attended, kv = self.attn(self.input_norm(x), cos, sin, mask, cache, start, last)
-        x = x[:, -last:] + attended
-        return x + self.mlp(self.post_norm(x), num_actions), kv
+    def __call__(self, x: jax.Array, inputs: LayerInputs, cache: KV | None) -> tuple[jax.Array, KV]:
+        """Return the layer's output [B, tokens_to_keep, D], and its keys and values; arguments as in `Attention`."""
+        attended, kv = self.attn(self.input_norm(x), inputs, cache)
+        x = x[:, -inputs.tokens_to_keep :] + attended
+        return x + self.mlp(self.post_norm(x), inputs.num_actions), kv
 
 
 class Decoder(nnx.Module):
     """All decoder layers and the final norm, [B, T, D] -> [B, T, D].
 
-    The layers are stacked and scanned if `stacked`, else unrolled; see models.scan.
+    The layers are stacked and scanned if `stacked`, else unrolled; see models.scan. `models.cpu_ops.use_kernels` sets
+    `kernels`.
     """
+
+    kernels = Kernels.XLA
 
     def __init__(self, config: WallXConfig, stacked: bool = True, *, rngs: nnx.Rngs):
         self.config = config
@@ -147,45 +181,43 @@ class Decoder(nnx.Module):
         mask: jax.Array,
         *,
         num_actions: int = 0,
-        cache: Cache | None = None,
-        start: int | jax.Array = 0,
-        keep_kv: bool = False,
-        keep_layers: bool = False,
-        last: int | None = None,
+        cache: KVCache | None = None,
+        tokens_to_keep: int | None = None,
+        output_hidden_states: bool = False,
     ) -> DecoderOutput:
         """Run the embeddings x through all layers.
 
         Args:
             x: [B, T, D].
             positions: int [3, B, T].
-            mask: bool [B, T, S], True where a token may attend.
+            mask: bool [B, T, S], True where a token may attend; S = T without a cache, or with an empty one.
             num_actions: number of action tokens, at the end of x.
-            cache: keys and values of length S, of which this call writes T from `start` on. None: tokens attend only
-                to each other, and S = T.
-            start: index in the cache of the first token of x.
-            keep_kv: return keys and values.
-            keep_layers: return the output of each layer.
-            last: number of tokens at the end of x to return; None: all. If layers are unrolled, the last layer computes
-                only keys and values for the other tokens.
+            cache: keys and values of earlier tokens, to be returned with those of x; None: there are no earlier
+                tokens, and keys and values are not returned.
+            tokens_to_keep: number of tokens at the end of x to return; None: all. If layers are unrolled, the last
+                layer computes only keys and values for the other tokens.
+            output_hidden_states: return the output of each layer.
         """
         angles = mrope_angles(positions, self.config.text, self.config.numerics.mrope_layout)
-        # The barrier keeps XLA from recomputing both for every head of every layer.
-        cos, sin = jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        if self.kernels == Kernels.CPU:
+            cos, sin = cpu_ops.materialize((cos, sin))
 
-        length, remat = x.shape[1], self.config.numerics.remat
-        last = last or length
+        length, remat, count = x.shape[1], self.config.numerics.remat, self.config.text.num_hidden_layers
+        keep = tokens_to_keep or length
+        past = cache or KVCache()
+        inputs = LayerInputs(cos, sin, mask, num_actions, past.start, length)
 
-        def body(x, layer_and_rest):
-            layer, (kv, last) = layer_and_rest
-            x, kv = layer(x, cos, sin, mask, num_actions, kv, start, last or length)
-            return x, (kv if keep_kv else None, x if keep_layers else None)
+        def body(x, layer_and_extra):
+            layer, (kv, layer_keep) = layer_and_extra
+            x, kv = layer(x, inputs._replace(tokens_to_keep=layer_keep or length), kv)
+            return x, (None if cache is None else kv, x if output_hidden_states else None)
 
         if scan.is_stacked(self.layers):
-            x, outputs = scan.run(body, x, self.layers, remat, (cache, None))
-            return DecoderOutput(self.norm(x[:, -last:]), *outputs)
-        count = len(self.layers)
-        rest = zip(cache or [None] * count, [length] * (count - 1) + [last], strict=True)
-        x, outputs = scan.run(body, x, self.layers, remat, list(rest))
-        kv = [kv for kv, _ in outputs] if keep_kv else None
-        layers = jnp.stack([x for _, x in outputs]) if keep_layers else None
-        return DecoderOutput(self.norm(x), kv, layers)
+            x, outputs = scan.run(body, x, self.layers, remat, (past.kv, None))
+            return DecoderOutput(self.norm(x[:, -keep:]), *outputs)
+        extra = zip(past.kv or [None] * count, [length] * (count - 1) + [keep], strict=True)
+        x, outputs = scan.run(body, x, self.layers, remat, list(extra))
+        kv = None if cache is None else [kv for kv, _ in outputs]
+        hidden_states = jnp.stack([x for _, x in outputs]) if output_hidden_states else None
+        return DecoderOutput(self.norm(x), kv, hidden_states)

@@ -31,6 +31,11 @@ def interpolate(actions: jax.Array, noise: jax.Array, time: jax.Array) -> jax.Ar
     return (1 - t) * noise + t * actions
 
 
+def target_velocity(actions: jax.Array, noise: jax.Array) -> jax.Array:
+    """Return the velocity dx_t/dt between noise and actions, [B, A, C]; the same at all times."""
+    return actions - noise
+
+
 def euler_times(steps: int) -> jax.Array:
     """Return the float32 times linspace(0, 1, steps + 1) of an Euler integration with `steps` steps."""
     return jnp.linspace(0, 1, steps + 1, dtype=jnp.float32)

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wallx_jax.models.decoder import Cache
+from wallx_jax.models.decoder import AllKV, KVCache
+from wallx_jax.models.positions import continue_positions
 from wallx_jax.models.wallx import Prefix, WallX
 
 NOT_FINITE = -1
@@ -31,7 +32,7 @@ class _State(NamedTuple):
 
     step: jax.Array
     tokens: jax.Array
-    kv: Cache
+    kv: AllKV
     logits: jax.Array
     done: jax.Array
     keys: jax.Array | None
@@ -62,39 +63,37 @@ def generate(
         int32 [B, N]; NOT_FINITE where the logits are not finite, which also ends the row.
     """
     batch, length = prefix.mask.shape
-    cache, hidden = net.encode_prefix(prefix, room=max_new_tokens)
-    seen = jnp.pad(prefix.mask, ((0, 0), (0, max_new_tokens)))
-    places = jnp.arange(length + max_new_tokens)
+    cache_length = length + max_new_tokens
+    cache, hidden = net.encode_prefix(prefix, cache_length)
+    prefix_mask = jnp.pad(prefix.mask, ((0, 0), (0, max_new_tokens)))
+    indices = jnp.arange(cache_length)
 
-    def pick(logits: jax.Array, draws: jax.Array | None) -> jax.Array:
+    def next_token(logits: jax.Array, sample_keys: jax.Array | None) -> jax.Array:
         logits = logits.astype(jnp.float32)
         if temperature is None:
             token = jnp.argmax(logits, axis=-1)
         else:  # subtract the maximum, so that no temperature makes the logits infinite
-            likely = (logits - logits.max(axis=-1, keepdims=True)) / temperature
-            token = jax.vmap(jax.random.categorical)(draws, likely)
+            scaled = (logits - logits.max(axis=-1, keepdims=True)) / temperature
+            token = jax.vmap(jax.random.categorical)(sample_keys, scaled)
         return jnp.where(jnp.isfinite(logits).all(axis=-1), token, NOT_FINITE).astype(jnp.int32)
 
     def unfinished(state: _State) -> jax.Array:
         return (state.step < max_new_tokens) & ~jnp.all(state.done)
 
     def one_token(state: _State) -> _State:
-        keys = draws = None
+        keys = sample_keys = None
         if temperature is not None:
-            keys, draws = jnp.moveaxis(jax.vmap(jax.random.split)(state.keys), 1, 0)
-        token = jnp.where(state.done, fill_token, pick(state.logits, draws))
+            keys, sample_keys = jnp.moveaxis(jax.vmap(jax.random.split)(state.keys), 1, 0)
+        token = jnp.where(state.done, fill_token, next_token(state.logits, sample_keys))
         tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1)
         done = state.done | jnp.isin(token, jnp.array([*end_tokens, NOT_FINITE], jnp.int32))
 
-        place = length + state.step
-        ids = (cache.next_position + state.step)[None, :, None]
+        index = length + state.step
         out = net.decoder(
             net.embed_tokens(token[:, None]),
-            jnp.broadcast_to(ids, (3, batch, 1)),
-            (seen | ((places >= length) & (places <= place)))[:, None],
-            cache=state.kv,
-            start=place,
-            keep_kv=True,
+            continue_positions(index, 1, cache.rope_delta),
+            (prefix_mask | ((indices >= length) & (indices <= index)))[:, None],
+            cache=KVCache(state.kv, index),
         )
         return _State(state.step + 1, tokens, out.kv, net.logits(out.hidden[:, 0]), done, keys)
 

@@ -2,7 +2,7 @@
 
 RMSNorm computes in float32 and casts its output back.
 
-Legend: D input width, O output width, F MLP width, R rows.
+Legend: D input width, O output width, F MLP width.
 """
 
 import jax
@@ -10,81 +10,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 INIT = nnx.initializers.normal(0.02)  # Qwen2.5-VL's initializer_range
-
-
-def _rows(x: jax.Array) -> jax.Array:
-    """Flatten the leading axes: [..., D] -> [R, D]."""
-    return x.reshape(-1, x.shape[-1])
-
-
-def _weighted_sum(weights: jax.Array, x: jax.Array) -> jax.Array:
-    """Return the sum over r of weights[r] * x[r]: [R], [R, D] -> [D].
-
-    On a CPU this is a matrix product, since XLA's sum over rows takes four times as long; elsewhere it is a sum, which
-    fuses with the producer of `x`.
-    """
-    return jax.lax.platform_dependent(
-        weights, x, cpu=lambda w, x: w @ x, default=lambda w, x: jnp.sum(w[:, None] * x, axis=0)
-    )
-
-
-@jax.custom_vjp
-def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Return x [..., D] @ kernel [D, O] -> [..., O].
-
-    The gradients are two plain matrix products. JAX's own rule computes the kernel's gradient transposed and then
-    transposes it back, for which XLA on a CPU copies `dy`: a tenth of the time of a training step.
-    """
-    return x @ kernel
-
-
-def _product_forward(x, kernel):
-    return x @ kernel, (x, kernel)
-
-
-def _product_backward(saved, dy):
-    x, kernel = saved
-    return dy @ kernel.T, _rows(x).T @ _rows(dy)
-
-
-_product.defvjp(_product_forward, _product_backward)
-
-
-@jax.custom_vjp
-def _shifted(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """Return x [..., O] + bias [O]."""
-    return x + bias
-
-
-def _shifted_backward(_, dy):
-    dy_rows = _rows(dy)
-    return dy, _weighted_sum(jnp.ones(len(dy_rows), dy.dtype), dy_rows)
-
-
-_shifted.defvjp(lambda x, bias: (x + bias, None), _shifted_backward)
-
-
-@jax.custom_vjp
-def _normed(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Return x / sqrt(mean(x^2) + eps) * scale; x [..., D] and scale [D], float32."""
-    return _normed_forward(x, scale, eps)[0]
-
-
-def _normed_forward(x, scale, eps):
-    inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    return x * inverse * scale, (x, scale, inverse)
-
-
-def _normed_backward(saved, dy):
-    # d inverse / dx = -inverse^3 x / D. Both sums, over rows and within each row, share the array dy * x.
-    x, scale, inverse = saved
-    product = _rows(dy * x)
-    along = _weighted_sum(scale, product.T).reshape(inverse.shape)
-    dx = inverse * (dy * scale) - x * (inverse**3 * along / x.shape[-1])
-    return dx, _weighted_sum(inverse.reshape(-1), product), None
-
-
-_normed.defvjp(_normed_forward, _normed_backward)
 
 
 class Linear(nnx.Module):
@@ -100,11 +25,14 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(d_out)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = _product(x, self.kernel[...].astype(x.dtype))
+        y = x @ self.kernel[...].astype(x.dtype)
         if self.lora_a is not None:
-            low = x @ self.lora_a[...].astype(x.dtype)
-            y = y + (low @ self.lora_b[...].astype(x.dtype)) * self.lora_scale
-        return y if self.bias is None else _shifted(y, self.bias[...].astype(x.dtype))
+            y = y + self.adapter(x)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+    def adapter(self, x: jax.Array) -> jax.Array:
+        """Return the output of the adapter, [..., D] -> [..., O]."""
+        return (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype) * self.lora_scale
 
 
 class RMSNorm(nnx.Module):
@@ -119,7 +47,9 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return _normed(x.astype(jnp.float32), self.scale[...].astype(jnp.float32), self.eps).astype(x.dtype)
+        x32 = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (x32 * inverse * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class SwiGLU(nnx.Module):

@@ -3,7 +3,7 @@
 The caller divides sums by counts, so that accumulation over micro-batches is exact. With `per_sample` the functions
 reduce to [B] instead of a scalar.
 
-Legend: B batch, W labels, V vocabulary, A horizon, C channels.
+Legend: B batch, W labels, V vocabulary.
 """
 
 import jax
@@ -24,20 +24,20 @@ def label_count(labels: jax.Array, per_sample: bool = False) -> jax.Array:
     return reduce_sum(labels != IGNORE, per_sample).astype(jnp.float32)
 
 
-def in_token_range(labels: jax.Array, ids: tuple[int, int]) -> jax.Array:
+def token_range_mask(labels: jax.Array, ids: tuple[int, int]) -> jax.Array:
     """Return bool [B, W], True where a label is a token id in the range ids[0] .. ids[1] - 1."""
     return (labels >= ids[0]) & (labels < ids[1])
 
 
 def token_range_count(labels: jax.Array, ids: tuple[int, int], per_sample: bool = False) -> jax.Array:
     """Count the labels [B, W] in the token id range ids[0] .. ids[1] - 1; float32."""
-    return reduce_sum(in_token_range(labels, ids), per_sample).astype(jnp.float32)
+    return reduce_sum(token_range_mask(labels, ids), per_sample).astype(jnp.float32)
 
 
 def correct_count(logits: jax.Array, labels: jax.Array, ids: tuple[int, int], per_sample: bool = False) -> jax.Array:
     """Count the labels [B, W] in the token id range that equal the argmax of the logits [B, W, V]; float32."""
-    hits = in_token_range(labels, ids) & (jnp.argmax(logits, axis=-1) == labels)
-    return reduce_sum(hits, per_sample).astype(jnp.float32)
+    correct = token_range_mask(labels, ids) & (jnp.argmax(logits, axis=-1) == labels)
+    return reduce_sum(correct, per_sample).astype(jnp.float32)
 
 
 def reduce_sum(x: jax.Array, per_sample: bool) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Parameter shapes, dtypes and initialisation, and construction of a model from its parameters.
+"""Define parameter shapes, dtypes and initialisation, and build a model from its parameters.
 
 Parameters are kept outside the modules, as nested dicts; `from_params` builds a module from them.
 """
@@ -11,6 +11,7 @@ from flax import nnx
 
 from wallx_jax.models import scan
 from wallx_jax.models.config import Numerics, WallXConfig
+from wallx_jax.models.cpu_ops import resolve_kernels, use_kernels
 from wallx_jax.models.lora import is_adapter
 from wallx_jax.models.wallx import WallX
 from wallx_jax.utils import jax_flags, tree
@@ -38,12 +39,20 @@ def _abstract(config: WallXConfig, stacked: bool = True) -> tuple[nnx.GraphDef, 
 
 
 def from_params(config: WallXConfig, params: tree.Tree) -> WallX:
-    """Build the model from parameters (concrete or traced), with layers stacked or unrolled as in `params`."""
-    apart = scan.is_unrolled(params)
-    graphdef, state = _abstract(config, not apart)
+    """Build the model from parameters (concrete or traced), with layers stacked or unrolled as in `params`.
+
+    Kernels "auto" are those for JAX's default backend. A program that is compiled for other devices must name them.
+
+    Raises:
+        ValueError: `config.numerics.kernels` cannot run here.
+    """
+    unrolled = scan.is_unrolled(params)
+    graphdef, state = _abstract(config, not unrolled)
     state = jax.tree.map(lambda x: x, state)  # copy, so that the cached state stays abstract
-    nnx.replace_by_pure_dict(state, nnx.restore_int_paths(params) if apart else params)
-    return nnx.merge(graphdef, state)
+    nnx.replace_by_pure_dict(state, nnx.restore_int_paths(params) if unrolled else params)
+    net = nnx.merge(graphdef, state)
+    use_kernels(net, resolve_kernels(config.numerics, jax.default_backend()))
+    return net
 
 
 def abstract_params(config: WallXConfig) -> tree.Tree:

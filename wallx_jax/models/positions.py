@@ -82,27 +82,36 @@ def position_ids(
     starts = np.zeros(len(offsets), int)  # 1 at the first token of each image or video, which takes its whole advance
     starts[np.cumsum([0, *(g[0] * g[1] * g[2] // config.spatial_merge_size**2 for g in grids)])[:-1]] = 1
 
-    visual, rank = visual_token_index(tokens, ids)
-    rank = jnp.minimum(rank, len(offsets) - 1)
-    block_advance = jnp.asarray(advances)[rank]
-    advance = jnp.where(visual, block_advance * jnp.asarray(starts)[rank], 1) * token_mask
+    visual, index = visual_token_index(tokens, ids)
+    index = jnp.minimum(index, len(offsets) - 1)
+    block_advance = jnp.asarray(advances)[index]
+    advance = jnp.where(visual, block_advance * jnp.asarray(starts)[index], 1) * token_mask
     end = jnp.cumsum(advance, axis=1)  # position after this token, or after its whole image or video
     start = jnp.where(visual, end - block_advance, end - 1)
-    position = start + jnp.where(visual, jnp.moveaxis(jnp.asarray(offsets)[rank], -1, 0), 0)
+    position = start + jnp.where(visual, jnp.moveaxis(jnp.asarray(offsets)[index], -1, 0), 0)
     return jnp.where(token_mask, position, 1).astype(jnp.int32)
 
 
-def next_position(positions: jax.Array, token_mask: jax.Array) -> jax.Array:
-    """Return the position, int32 [B], at which text or actions continue: one after the largest id of each sample.
+def rope_delta(positions: jax.Array, token_mask: jax.Array) -> jax.Array:
+    """Return transformers' `rope_deltas`, int32 [B]: position minus index of the tokens that follow the prefix.
+
+    Text and actions continue one after the largest position of each sample.
 
     Args:
         positions: int [3, B, T].
         token_mask: bool [B, T], False at padding.
     """
-    return jnp.max(jnp.where(token_mask, positions, -1), axis=(0, 2)) + 1
+    largest = jnp.max(jnp.where(token_mask, positions, -1), axis=(0, 2))
+    return largest + 1 - token_mask.shape[1]
 
 
-def continue_positions(start: jax.Array, length: int) -> jax.Array:
-    """Return `length` consecutive text positions, int32 [3, B, length], beginning at start int [B]."""
-    row = start[:, None] + jnp.arange(length, dtype=jnp.int32)
+def continue_positions(start: int | jax.Array, length: int, delta: jax.Array) -> jax.Array:
+    """Return the positions, int32 [3, B, length], of `length` tokens that follow a prefix.
+
+    Args:
+        start: index of the first of them in the sequence.
+        length: number of tokens.
+        delta: int32 [B], from `rope_delta`.
+    """
+    row = delta[:, None] + start + jnp.arange(length, dtype=jnp.int32)
     return jnp.broadcast_to(row, (3, *row.shape))

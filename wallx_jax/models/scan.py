@@ -30,6 +30,7 @@ def build(make: Callable[[nnx.Rngs], nnx.Module], count: int, stacked: bool, rng
 
 
 def is_stacked(layers: nnx.Module) -> bool:
+    """Return whether `layers`, from `build`, have stacked parameters."""
     return not isinstance(layers, nnx.List)
 
 
@@ -67,19 +68,19 @@ def unstack_layers(params: tree.Tree, free: bool = False) -> tree.Tree:
         params: nested dict of parameters.
         free: delete each device array as soon as it is split; `params` cannot be used afterwards.
     """
-    apart = {}
+    unrolled = {}
     for path, leaf in tree.flatten(params).items():
         stack = next((name for name in STACKS if path.startswith(f"{name}/")), None)
         inside = path.removeprefix(f"{stack}/")
         if stack is None or inside.split("/")[0].isdigit():
-            apart[path] = jax.device_put(leaf)
+            unrolled[path] = jax.device_put(leaf)
             continue
         for layer in range(len(leaf)):
-            apart[f"{stack}/{layer}/{inside}"] = jax.device_put(leaf[layer])
+            unrolled[f"{stack}/{layer}/{inside}"] = jax.device_put(leaf[layer])
         if free and isinstance(leaf, jax.Array):
-            jax.block_until_ready(apart[f"{stack}/{len(leaf) - 1}/{inside}"])
+            jax.block_until_ready(unrolled[f"{stack}/{len(leaf) - 1}/{inside}"])
             leaf.delete()
-    return tree.unflatten(apart)
+    return tree.unflatten(unrolled)
 
 
 def is_unrolled(params: tree.Tree) -> bool:

@@ -13,7 +13,7 @@ from flax import nnx
 
 from wallx_jax.models import scan
 from wallx_jax.models.attention import dot_product_attention
-from wallx_jax.models.config import VisionConfig
+from wallx_jax.models.config import Kernels, VisionConfig
 from wallx_jax.models.layers import Linear, RMSNorm, SwiGLU
 from wallx_jax.models.rope import apply_rope
 from wallx_jax.models.vision_plan import FrameRun, Grid, frame_runs, plan_frame
@@ -21,6 +21,8 @@ from wallx_jax.models.vision_plan import FrameRun, Grid, frame_runs, plan_frame
 # CLIP's channel statistics, which Qwen2-VL's image processor uses.
 IMAGE_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 IMAGE_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+_Groups = Sequence[tuple[int, int]]  # (count, size) of the groups of consecutive patches in a frame that attend
 
 
 def visual_grid(pixels: jax.Array, config: VisionConfig) -> Grid:
@@ -66,8 +68,10 @@ def patchify(pixels: jax.Array, config: VisionConfig) -> jax.Array:
 class VisionAttention(nnx.Module):
     """Self-attention within frames or windows, with 2-D RoPE; [B, P, D] -> [B, P, D].
 
-    The projections are qkv [D, 3 D] and proj [D, D], both with biases.
+    The projections are qkv [D, 3 D] and proj [D, D], both with biases. `models.cpu_ops.use_kernels` sets `kernels`.
     """
+
+    kernels = Kernels.XLA
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -91,39 +95,39 @@ class VisionAttention(nnx.Module):
         frames = [((1, run.patches),) for run in runs]
         windows = [plan.windows for plan in plans]
         if isinstance(full, bool):
-            return self.proj(_attend_frames(q, k, v, runs, frames if full else windows))
-        branches = (functools.partial(_attend_frames, runs=runs, groups=groups) for groups in (frames, windows))
+            return self.proj(self._attend_frames(q, k, v, runs, frames if full else windows))
+        branches = (functools.partial(self._attend_frames, runs=runs, groups=groups) for groups in (frames, windows))
         return self.proj(jax.lax.cond(full, *branches, q, k, v))
 
+    def _attend_frames(
+        self, q, k, v, runs: Sequence[FrameRun], groups: Sequence[Sequence[tuple[int, int]]]
+    ) -> jax.Array:
+        """Attend within groups of consecutive patches of each frame: q, k, v [B, P, N, H] -> [B, P, D].
 
-def _attend_frames(q, k, v, runs: Sequence[FrameRun], groups: Sequence[Sequence[tuple[int, int]]]) -> jax.Array:
-    """Attend within groups of consecutive patches of each frame: q, k, v [B, P, N, H] -> [B, P, D].
+        `groups` has an entry for each run.
+        """
+        out, start = [], 0
+        for run, own in zip(runs, groups, strict=True):
+            part = slice(start, start + run.count * run.patches)
+            out.append(self._attend_groups(q[:, part], k[:, part], v[:, part], run, own))
+            start = part.stop
+        return jnp.concatenate(out, axis=1)
 
-    `groups` has, for each run, the (count, size) of the groups in one of its frames.
-    """
-    out, start = [], 0
-    for run, own in zip(runs, groups, strict=True):
-        part = slice(start, start + run.count * run.patches)
-        out.append(_attend_groups(q[:, part], k[:, part], v[:, part], run, own))
-        start = part.stop
-    return jnp.concatenate(out, axis=1)
+    def _attend_groups(self, q, k, v, run: FrameRun, groups: _Groups) -> jax.Array:
+        """Attend within groups of patches, in all frames of one run: q, k, v [B, R*P, N, H] -> [B, R*P, D].
 
-
-def _attend_groups(q, k, v, run: FrameRun, groups: Sequence[tuple[int, int]]) -> jax.Array:
-    """Attend within groups of patches, in all frames of one run: q, k, v [B, R*P, N, H] -> [B, R*P, D].
-
-    P is the number of patches of one frame here.
-    """
-    batch, _, heads, head_dim = q.shape
-    q, k, v = (y.reshape(batch * run.count, run.patches, heads, head_dim) for y in (q, k, v))
-    out, start = [], 0
-    for count, size in groups:
-        part = slice(start, start + count * size)
-        queries, keys, values = (y[:, part].reshape(-1, size, heads, head_dim) for y in (q, k, v))
-        attended = dot_product_attention(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2))
-        out.append(attended.reshape(batch * run.count, count * size, -1))
-        start += count * size
-    return jnp.concatenate(out, axis=1).reshape(batch, run.count * run.patches, -1)
+        P is the number of patches of one frame here.
+        """
+        batch, _, heads, head_dim = q.shape
+        q, k, v = (y.reshape(batch * run.count, run.patches, heads, head_dim) for y in (q, k, v))
+        out, start = [], 0
+        for count, size in groups:
+            part = slice(start, start + count * size)
+            queries, keys, values = (y[:, part].reshape(-1, size, heads, head_dim) for y in (q, k, v))
+            attended = dot_product_attention(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), kernels=self.kernels)
+            out.append(attended.reshape(batch * run.count, count * size, -1))
+            start += count * size
+        return jnp.concatenate(out, axis=1).reshape(batch, run.count * run.patches, -1)
 
 
 class VisionBlock(nnx.Module):
@@ -163,7 +167,7 @@ class Merger(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """Patch embedding, transformer blocks and merger.
+    """Patch embedding, transformer blocks and merger: [B, P, patch_dim] -> [B, P / 4, out_hidden_size].
 
     The blocks are stacked and scanned if `stacked`, else unrolled; see models.scan.
     """

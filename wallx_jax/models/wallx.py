@@ -18,9 +18,9 @@ from wallx_jax.models import flow, lora, losses
 from wallx_jax.models.action import ActionHeads
 from wallx_jax.models.attention import prefix_mask, sequence_mask, suffix_mask
 from wallx_jax.models.config import WallXConfig
-from wallx_jax.models.decoder import Cache, Decoder, DecoderOutput, pad_cache
+from wallx_jax.models.decoder import AllKV, Decoder, DecoderOutput, KVCache, pad_cache
 from wallx_jax.models.layers import INIT, Linear
-from wallx_jax.models.positions import continue_positions, next_position, position_ids, visual_token_index
+from wallx_jax.models.positions import continue_positions, position_ids, rope_delta, visual_token_index
 from wallx_jax.models.vision import VisionTower, patchify, visual_grid
 from wallx_jax.models.vision_plan import Grid
 
@@ -52,12 +52,12 @@ class PrefixCache(NamedTuple):
     Attributes:
         kv: keys and values of the prefix, padded for the suffix.
         mask: bool [B, T], token mask of the prefix.
-        next_position: int32 [B], position id of the first token of the suffix.
+        rope_delta: int32 [B], position minus index of the tokens of the suffix.
     """
 
-    kv: Cache
+    kv: AllKV
     mask: jax.Array
-    next_position: jax.Array
+    rope_delta: jax.Array
 
 
 class FlowTarget(NamedTuple):
@@ -162,8 +162,8 @@ class WallX(nnx.Module):
         """
         x = self.embed_tokens(tokens)
         if features is not None:
-            visual, rank = visual_token_index(tokens, self.config.tokens)
-            placed = jnp.take_along_axis(features, jnp.minimum(rank, features.shape[1] - 1)[..., None], axis=1)
+            visual, index = visual_token_index(tokens, self.config.tokens)
+            placed = jnp.take_along_axis(features, jnp.minimum(index, features.shape[1] - 1)[..., None], axis=1)
             x = jnp.where(visual[..., None], placed.astype(x.dtype), x)
         if state is not None:
             embedded = self.action.embed_state(state, state_mask).astype(x.dtype)
@@ -184,53 +184,59 @@ class WallX(nnx.Module):
         self,
         prefix: Prefix,
         actions: tuple[jax.Array, jax.Array, jax.Array] | None = None,
-        keep_layers: bool = False,
-        last: int | None = None,
+        tokens_to_keep: int | None = None,
+        output_hidden_states: bool = False,
     ) -> DecoderOutput:
         """Run prefix and suffix through the decoder in one pass.
 
         Args:
             prefix: embedded prompt.
             actions: (noisy actions [B, A, C], channel mask [B, A, C], flow time [B]); None for no suffix.
-            keep_layers: return the output of each layer.
-            last: number of tokens at the end of the sequence to return; None: all.
+            tokens_to_keep: number of tokens at the end of the sequence to return; None: all.
+            output_hidden_states: return the output of each layer.
 
         Returns:
-            Decoder output with hidden [B, T + A, D], or [B, last, D]; the last A tokens are the action tokens.
+            Decoder output with hidden [B, T + A, D], or [B, tokens_to_keep, D]; the last A tokens are the action
+            tokens.
         """
         if actions is None:
-            mask = prefix_mask(prefix.mask)
-            return self.decoder(prefix.embeddings, prefix.positions, mask, keep_layers=keep_layers, last=last)
+            return self.decoder(
+                prefix.embeddings,
+                prefix.positions,
+                prefix_mask(prefix.mask),
+                tokens_to_keep=tokens_to_keep,
+                output_hidden_states=output_hidden_states,
+            )
         noisy, mask, time = actions
         suffix = self.action.embed_actions(noisy, mask, self.action.embed_time(time)).astype(self.dtype)
-        horizon = suffix.shape[1]
-        suffix_ids = continue_positions(next_position(prefix.positions, prefix.mask), horizon)
+        length, horizon = prefix.mask.shape[1], suffix.shape[1]
+        suffix_positions = continue_positions(length, horizon, rope_delta(prefix.positions, prefix.mask))
         return self.decoder(
             jnp.concatenate([prefix.embeddings, suffix], axis=1),
-            jnp.concatenate([prefix.positions, suffix_ids], axis=-1),
+            jnp.concatenate([prefix.positions, suffix_positions], axis=-1),
             sequence_mask(prefix.mask, horizon, self.config.numerics.action_attention),
             num_actions=horizon,
-            keep_layers=keep_layers,
-            last=last,
+            tokens_to_keep=tokens_to_keep,
+            output_hidden_states=output_hidden_states,
         )
 
-    def encode_prefix(self, prefix: Prefix, room: int) -> tuple[PrefixCache, jax.Array]:
+    def encode_prefix(self, prefix: Prefix, cache_length: int) -> tuple[PrefixCache, jax.Array]:
         """Run only the prefix through the decoder.
 
         Args:
             prefix: embedded prompt.
-            room: number of tokens by which to pad the cache, for the suffix.
+            cache_length: number of tokens, at least T, to pad the cache to; the rest is for the suffix.
 
         Returns:
             The cache, and the hidden states [B, T, D].
         """
-        out = self.decoder(prefix.embeddings, prefix.positions, prefix_mask(prefix.mask), keep_kv=True)
-        kv = pad_cache(out.kv, room)
-        return PrefixCache(kv, prefix.mask, next_position(prefix.positions, prefix.mask)), out.hidden
+        out = self.decoder(prefix.embeddings, prefix.positions, prefix_mask(prefix.mask), cache=KVCache())
+        delta = rope_delta(prefix.positions, prefix.mask)
+        return PrefixCache(pad_cache(out.kv, cache_length), prefix.mask, delta), out.hidden
 
     def suffix_velocity(
         self, cache: PrefixCache, noisy: jax.Array, mask: jax.Array, time_emb: jax.Array
-    ) -> tuple[jax.Array, Cache]:
+    ) -> tuple[jax.Array, AllKV]:
         """Predict the velocity of noisy actions, given an encoded prefix.
 
         Args:
@@ -244,15 +250,13 @@ class WallX(nnx.Module):
             overwrites.
         """
         x = self.action.embed_actions(noisy, mask, time_emb).astype(self.dtype)
-        horizon = x.shape[1]
+        start, horizon = cache.mask.shape[1], x.shape[1]
         out = self.decoder(
             x,
-            continue_positions(cache.next_position, horizon),
+            continue_positions(start, horizon, cache.rope_delta),
             suffix_mask(cache.mask, horizon, self.config.numerics.action_attention),
             num_actions=horizon,
-            cache=cache.kv,
-            start=cache.mask.shape[1],
-            keep_kv=True,
+            cache=KVCache(cache.kv, start),
         )
         return self.action.velocity(out.hidden), out.kv
 
@@ -287,19 +291,20 @@ class WallX(nnx.Module):
             suffix = (flow.interpolate(actions, noise, time), mask, time)
         window, horizon = labels.shape[1], 0 if suffix is None else actions.shape[1]
         predicting = window + 1 if window else 0  # the position before a label predicts it
-        hidden = self.forward(prefix, suffix, last=predicting + horizon).hidden
+        hidden = self.forward(prefix, suffix, tokens_to_keep=predicting + horizon).hidden
 
         cross_entropy = flow_error = jnp.zeros(len(labels) if per_sample else (), jnp.float32)
-        hits = None if action_ids is None else cross_entropy
+        correct = None if action_ids is None else cross_entropy
         if window:
             logits = self.logits(hidden[:, :window])
             cross_entropy = losses.cross_entropy_sum(logits, labels, per_sample)
             if action_ids is not None:
-                hits = losses.correct_count(logits, labels, action_ids, per_sample)
+                correct = losses.correct_count(logits, labels, action_ids, per_sample)
         if flow_target is not None:
             velocity = self.action.velocity(hidden[:, predicting:])
-            flow_error = flow.flow_error_sum(velocity, actions - noise, mask, is_pad, per_sample)
-        return LossTotals(cross_entropy, flow_error, hits)
+            target = flow.target_velocity(actions, noise)
+            flow_error = flow.flow_error_sum(velocity, target, mask, is_pad, per_sample)
+        return LossTotals(cross_entropy, flow_error, correct)
 
     def sample_actions(self, prefix: Prefix, noise: jax.Array, action_mask: jax.Array, steps: int = 10) -> jax.Array:
         """Sample a normalised action chunk, encoding the prefix once.
@@ -313,7 +318,7 @@ class WallX(nnx.Module):
         Returns:
             float32 [B, A, C].
         """
-        cache, _ = self.encode_prefix(prefix, room=noise.shape[1])
+        cache, _ = self.encode_prefix(prefix, cache_length=prefix.mask.shape[1] + noise.shape[1])
         times = flow.euler_times(steps)
 
         def velocity(x, time_emb, kv):

@@ -26,10 +26,10 @@ from wallx_jax.checkpoints.layout import (
     read_model_config,
 )
 from wallx_jax.checkpoints.stream import ModelReader, ParamsReader
-from wallx_jax.config.schema import OptimConfig, RunConfig
+from wallx_jax.config.schema import RunConfig
 from wallx_jax.data import processor as processors
-from wallx_jax.data.build import build_processor, load_fast_tokenizer, load_stats
-from wallx_jax.data.datasets import Part, in_one_layout
+from wallx_jax.data.build import DatasetRun, build_processor, load_fast_tokenizer, load_stats
+from wallx_jax.data.datasets import DatasetSpec, unify_prompt_length
 from wallx_jax.data.fast import FastTokenizer
 from wallx_jax.data.processor import Processor
 from wallx_jax.data.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ from wallx_jax.models import lora, scan
 from wallx_jax.models.config import ActionConfig, LoraConfig, WallXConfig
 from wallx_jax.models.params import abstract_params
 from wallx_jax.training import resume
-from wallx_jax.training.optimizer import ACTION_EXPERT
+from wallx_jax.training.optimizer import ACTION_EXPERT, Optimizer
 from wallx_jax.training.sharding import param_spec, shardings
 from wallx_jax.training.state import TrainState, create_state
 from wallx_jax.utils import tree
@@ -99,8 +99,9 @@ def find(run: RunConfig, robot_state_dim: int, robot_action_dim: int, fast: Fast
     if run.loop.resume_ckpt is None:
         folder, is_pytorch = find_model(run.model.path, run.model.revision)
         if is_pytorch:
-            config, tokenizer = read_config(folder, dict(run.model.numerics)), Tokenizer.from_dir(folder)
-            config = _final_config(run, config, tokenizer, robot_state_dim, robot_action_dim, fast)
+            config = read_config(folder, dict(run.model.numerics))
+            tokenizer = _with_tokens(Tokenizer.from_dir(folder), fast)
+            config = _final_config(run, config, tokenizer, robot_state_dim, robot_action_dim)
             return ModelSource(config, tokenizer, folder)
         checkpoint = folder
     else:
@@ -110,8 +111,8 @@ def find(run: RunConfig, robot_state_dim: int, robot_action_dim: int, fast: Fast
     assets = assets_dir(checkpoint)
     if run.loop.resume_ckpt is None or run.loop.load_ckpt_only:
         config = dataclasses.replace(config, numerics=run.model.apply_numerics(config.numerics))
-        tokenizer = Tokenizer.from_dir(assets)
-        config = _final_config(run, config, tokenizer, robot_state_dim, robot_action_dim, fast)
+        tokenizer = _with_tokens(Tokenizer.from_dir(assets), fast)
+        config = _final_config(run, config, tokenizer, robot_state_dim, robot_action_dim)
         return ModelSource(config, tokenizer, assets, checkpoint)
     if not (assets / processors.FILE_NAME).is_file():
         raise CheckpointError(
@@ -134,21 +135,23 @@ def _with_small_files(checkpoint: Path) -> Path:
     return checkpoint
 
 
+def _with_tokens(tokenizer: Tokenizer, fast: FastTokenizer | None) -> Tokenizer:
+    return tokenizer.with_wallx_tokens(fast.vocab_size if fast is not None else None)
+
+
 def _final_config(
     run: RunConfig,
     config: WallXConfig,
     tokenizer: Tokenizer,
     state_dim: int,
     action_dim: int,
-    fast: FastTokenizer | None,
 ) -> WallXConfig:
-    """Add Wall-X's tokens to the tokenizer, and return the config updated for the tokenizer, the robot and adapters.
+    """Return the config updated for the tokenizer, the robot and adapters.
 
     As upstream does, a Qwen2.5-VL vocabulary is truncated or extended to the tokenizer's length, while a Wall-X model
     keeps rows beyond it.
     """
     rows = config.text.vocab_size
-    tokenizer.add_wallx_tokens(fast.vocab_size if fast is not None else None)
     fresh = config.action.intermediate_size is None
     rows = len(tokenizer) if fresh else max(rows, len(tokenizer))
     config = dataclasses.replace(config, lora=run.optim.lora)
@@ -184,13 +187,13 @@ def _check_adapters(config: WallXConfig, fresh: bool) -> None:
         )
 
 
-def plan_parts(parts: Sequence[Part]) -> tuple[ModelSource, tuple[Processor, ...]]:
+def plan_datasets(specs: Sequence[DatasetSpec]) -> tuple[ModelSource, tuple[Processor, ...]]:
     """Determine the model's final shapes and each dataset's preprocessing.
 
     A resumed run takes both from its checkpoint.
 
     Args:
-        parts: the datasets of the run.
+        specs: the datasets of the run.
 
     Returns:
         The model source, and one processor per dataset.
@@ -199,27 +202,27 @@ def plan_parts(parts: Sequence[Part]) -> tuple[ModelSource, tuple[Processor, ...
         ConfigError: the configuration does not match the checkpoint that is resumed.
         FileNotFoundError, WeightsError, CheckpointError: see `find`.
     """
-    settings = parts[0].settings
+    settings = specs[0].settings
     fast = load_fast_tokenizer(settings)
-    state_dim = max(part.info.dims(part.settings.data.state_key) for part in parts)
-    action_dim = max(part.info.dims(part.settings.data.action_key) for part in parts)
+    state_dim = max(spec.info.dims(spec.settings.data.state_key) for spec in specs)
+    action_dim = max(spec.info.dims(spec.settings.data.action_key) for spec in specs)
     origin = find(settings, state_dim, action_dim, fast)
     if origin.resumes:
-        names, stored = [part.name for part in parts], processors.robots(origin.files)
-        if sorted(names if len(parts) > 1 else []) != stored:
+        names, stored = [spec.name for spec in specs], processors.robots(origin.files)
+        if sorted(names if len(specs) > 1 else []) != stored:
             raise ConfigError(
                 f"the datasets are {names}, but the run of resume.ckpt has {stored or 'a single one'}: use those, or "
                 "start anew from its weights with resume.load_ckpt_only=True"
             )
         kept = tuple(Processor.from_dir(origin.files, name if stored else None) for name in names)
-        resume.check(parts, kept, origin.config, origin.checkpoint, fast)
+        resume.check(specs, kept, origin.config, origin.checkpoint, fast)
         return origin, kept
-    action, fresh = origin.config.action, []
-    for part in parts:
-        stats = load_stats(part.settings, part.source)
+    action, built = origin.config.action, []
+    for spec in specs:
+        stats = load_stats(spec.settings, spec.source)
         channels = (action.state_dim, action.action_dim)
-        fresh.append(build_processor(part.settings, part.source, origin.tokenizer, fast, stats, *channels))
-    return origin, in_one_layout(parts, fresh)
+        built.append(build_processor(spec.settings, spec.source, origin.tokenizer, fast, stats, *channels))
+    return origin, unify_prompt_length(specs, built)
 
 
 def check_weights(origin: ModelSource, state: TrainState) -> None:
@@ -240,21 +243,20 @@ def check_weights(origin: ModelSource, state: TrainState) -> None:
         compare_params(origin.checkpoint, abstract_params(read_model_config(origin.checkpoint)))
 
 
-def data_order(parts: Sequence[Part], frames: Sequence[int], global_batch: int, seed: int) -> dict[str, Any]:
+def data_order(datasets: Sequence[DatasetRun], global_batch: int, seed: int) -> dict[str, Any]:
     """Return the settings that determine the order of samples, as recorded in checkpoints.
 
     Args:
-        parts: the datasets of the run.
-        frames: number of training frames of each dataset.
+        datasets: the datasets of the run.
         global_batch: samples per update.
         seed: seed of the data order.
     """
     return {
         "global_batch": global_batch,
         "seed": seed,
-        "frames": list(frames),
-        "episodes": [part.settings.data.episodes for part in parts],
-        "weights": [part.weight for part in parts],
+        "frames": [len(dataset.train) for dataset in datasets],
+        "episodes": [dataset.settings.data.episodes for dataset in datasets],
+        "weights": [dataset.weight for dataset in datasets],
     }
 
 
@@ -286,26 +288,30 @@ def check_same_order(origin: ModelSource, order: Mapping[str, Any]) -> None:
         )
 
 
-def load_state(origin: ModelSource, run: RunConfig, decay_steps: int, mesh: Mesh) -> TrainState:
+def load_state(origin: ModelSource, optimizer: Optimizer, mesh: Mesh, seed: int) -> TrainState:
     """Create a new training state from the source's weights, placing each parameter on the mesh as it is read.
 
     The model computes the same function as the source: stored adapters are rescaled to keep their output or, if this
     run has different ones or none, merged into the layers that they adapt.
+
+    Args:
+        origin: model source.
+        optimizer: the run's optimizer.
+        mesh: mesh of the run.
+        seed: seed for newly initialized parameters.
     """
-    wanted = abstract_state(origin.config, run.optim, decay_steps, mesh).params
+    wanted = abstract_state(origin.config, optimizer, mesh).params
     before = origin.config.lora  # config of the loaded adapters
     if origin.checkpoint is not None and _same_shapes(ParamsReader(origin.checkpoint).specs, tree.flatten(wanted)):
         params = restore_params(origin.checkpoint, wanted)
         before = read_model_config(origin.checkpoint).lora
     else:
         params = load_origin(
-            origin,
-            run.loop.seed,
-            put=lambda path, x: _put(x, NamedSharding(mesh, param_spec(path, x.shape, mesh))),
+            origin, seed, put=lambda path, x: _put(x, NamedSharding(mesh, param_spec(path, x.shape, mesh)))
         )
 
     def create(params: tree.Tree) -> TrainState:
-        return create_state(lora.rescale(params, before, origin.config.lora), run.optim, decay_steps)
+        return create_state(lora.rescale(params, before, origin.config.lora), optimizer)
 
     out = shardings(jax.eval_shape(create, params), mesh)
     return jax.jit(create, out_shardings=out, donate_argnums=0)(params)
@@ -357,15 +363,12 @@ def restack_like(state: TrainState, like: TrainState) -> TrainState:
     return jax.jit(lambda state: scan.restack_like(state, like), out_shardings=out)(state)
 
 
-def abstract_state(
-    config: WallXConfig, optim: OptimConfig, decay_steps: int, mesh: Mesh, scan_layers: bool = True
-) -> TrainState:
+def abstract_state(config: WallXConfig, optimizer: Optimizer, mesh: Mesh, scan_layers: bool = True) -> TrainState:
     """Return the shapes, dtypes and shardings of the training state, with stacked layers (as stored) or unrolled ones.
 
     Args:
         config: model config.
-        optim: optimizer config.
-        decay_steps: updates until the learning rate has decayed.
+        optimizer: the run's optimizer.
         mesh: mesh of the run.
         scan_layers: stacked layers if True, unrolled layers if False.
 
@@ -375,7 +378,7 @@ def abstract_state(
     params = abstract_params(config)
     if not scan_layers:
         params = jax.eval_shape(scan.unstack_layers, params)
-    abstract = jax.eval_shape(lambda p: create_state(p, optim, decay_steps), params)
+    abstract = jax.eval_shape(lambda p: create_state(p, optimizer), params)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings(abstract, mesh)
     )

@@ -1,10 +1,9 @@
 """Run the training loop: draw batches, run the compiled step, log, validate and save."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -12,6 +11,7 @@ from jax.sharding import Mesh
 
 from wallx_jax.config.schema import LoopConfig
 from wallx_jax.data.batch import Batch, EvalBatch, describe
+from wallx_jax.data.pipeline import DataLoader
 from wallx_jax.data.unreadable import SkippedFrames
 from wallx_jax.models.wallx import LossTotals
 from wallx_jax.training import flops
@@ -20,6 +20,7 @@ from wallx_jax.training.profile import ProfileWindow
 from wallx_jax.training.progress import Progress
 from wallx_jax.training.sharding import batch_sharding
 from wallx_jax.training.state import TrainState
+from wallx_jax.utils import tree
 from wallx_jax.utils.files import atomic_file
 
 T = TypeVar("T", Batch, EvalBatch)
@@ -34,6 +35,23 @@ class NonFiniteError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class StepCounts:
+    """Length of a run.
+
+    Attributes:
+        global_batch: samples per update, over all devices and micro-batches.
+        epoch: samples per epoch.
+        total_steps: updates of the run.
+        decay_steps: updates until the learning rate has decayed.
+    """
+
+    global_batch: int
+    epoch: int
+    total_steps: int
+    decay_steps: int
+
+
+@dataclass(frozen=True)
 class Steps:
     """The compiled train and eval steps.
 
@@ -42,14 +60,48 @@ class Steps:
     Attributes:
         train: (state, batch [N, B]) -> (state, metrics), see `step.make_train_step`.
         evaluate: (params, batch [B]) -> (sums, counts), see `step.make_eval_step`; None for no validation.
+        mesh: devices that they are compiled for.
         flops_per_sample: model FLOPs of an update per sample, see `training.flops`.
         datasets: names of the datasets whose losses are also reported individually; empty in a run with only one.
     """
 
     train: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     evaluate: Callable[[Any, EvalBatch], tuple[LossTotals, LossTotals]] | None
+    mesh: Mesh
     flops_per_sample: int
     datasets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run reads.
+
+    Attributes:
+        batches: training batches [N * B, ...] on the host; their position corresponds to the state after the last one.
+        held_out: returns a new iterable over the validation batches.
+        skipped_frames: frames that the data workers could not decode and skipped.
+    """
+
+    batches: DataLoader
+    held_out: Callable[[], Iterable[EvalBatch]]
+    skipped_frames: SkippedFrames
+
+
+@dataclass(frozen=True)
+class RunOutputs:
+    """Where a run's results go.
+
+    Attributes:
+        progress: progress display.
+        writer: receives the metrics.
+        save: save(step, state, last logged loss) starts writing a checkpoint.
+        wait: waits until all checkpoints are complete.
+    """
+
+    progress: Progress
+    writer: MetricWriter
+    save: Callable[[int, TrainState, float | None], None]
+    wait: Callable[[], None]
 
 
 def abstract_batch(sample: T, size: int, mesh: Mesh, micro_batches: int | None = None) -> T:
@@ -79,35 +131,23 @@ def put_batch(batch: T, mesh: Mesh, micro_batches: int | None = None) -> T:
 
 def run_loop(
     state: TrainState,
-    batches: Iterator[Batch],
     steps: Steps,
-    total_steps: int,
-    samples_per_step: int,
-    loop: LoopConfig,
-    mesh: Mesh,
-    held_out: Callable[[], Iterable[EvalBatch]],
-    writer: MetricWriter,
-    progress: Progress,
-    save: Callable[[int, TrainState, float | None], None],
-    stop: Callable[[], bool] = lambda: False,
-    skipped_frames: SkippedFrames | None = None,
+    data: RunData,
+    outputs: RunOutputs,
+    config: LoopConfig,
+    length: StepCounts,
+    stop: Callable[[], bool],
 ) -> TrainState:
-    """Train from state.step to `total_steps`, or until `stop` returns True; the last step is always saved.
+    """Train from state.step to the end of the run, or until `stop` returns True; the last step is always saved.
 
     Args:
         state: initial training state; donated to the first update.
-        batches: iterator over host batches [N * B, ...]; its position corresponds to the state after the last batch.
         steps: compiled train and eval steps.
-        total_steps: number of updates at the end of the run.
-        samples_per_step: samples per update over all processes.
-        loop: loop config.
-        mesh: device mesh.
-        held_out: returns a new iterable over the validation batches.
-        writer: receives the metrics.
-        progress: progress display.
-        save: writes a checkpoint of (step, state, last logged loss).
+        data: batches for training and validation.
+        outputs: receives metrics and checkpoints.
+        config: intervals of logging, validation and saving.
+        length: length of the run.
         stop: called after each update; returns whether it was the last one.
-        skipped_frames: frames that the data workers could not decode and skipped.
 
     Returns:
         The final state.
@@ -117,114 +157,138 @@ def run_loop(
         UnreadableData: the next batch or a validation batch cannot be read. The updates before it have been saved,
             except in a multi-process run, where all processes would have to save together.
     """
-    watch, window = Stopwatch(), []
-    pending: deque[tuple[int, Batch, Mapping[str, jax.Array]]] = deque()
-    skipped, loss, logged = int(state.skipped), None, int(state.step)
+    progress, total_steps, first = outputs.progress, length.total_steps, int(state.step)
+    skipped = SkippedUpdates(int(state.skipped), config, progress)
+    watch, window, loss, logged = Stopwatch(), [], None, first
 
-    def check(step: int, batch: Batch, metrics: Mapping[str, jax.Array]) -> None:
-        nonlocal skipped
-        if bool(metrics["finite"]):
-            return
-        skipped += 1
-        progress.note(f"step {step}: loss or gradients are not finite; update skipped ({skipped} so far)")
-        if skipped >= loop.max_nonfinite_steps:
-            try:
-                kept = f"the last batch is in {save_bad_batch(batch, Path(loop.save_path), step)}"
-            except OSError as error:
-                kept = f"the last batch could not be kept ({error})"
-            raise NonFiniteError(
-                f"stopped at step {step}: {skipped} updates had a loss or gradients that are not finite "
-                f"(max_nonfinite_steps = {loop.max_nonfinite_steps}); {kept}. "
-                f"Lower learning_rate, or look at the data with numpy.load"
-            )
-
-    first = int(state.step)
-
-    def give_up(step: int, where: str, error: Exception) -> NoReturn:
+    def unreadable(step: int, where: str, error: Exception) -> UnreadableData:
+        """Save the state after `step`, if possible, and return the exception to raise."""
         saved = "nothing was trained"
         if step > first and jax.process_count() == 1:
-            while pending:
-                check(*pending.popleft())
-            save(step, state, loss)
+            skipped.check_last()
+            outputs.save(step, state, loss)
             saved = f"the {step - first} updates before it are saved as step {step}"
         elif step > first:
-            saved = "the run goes on from its last checkpoint"
-        raise UnreadableData(
-            f"{where}: {error}; {saved}. Mend the data, or leave out what is wrong (settings `episodes`, "
-            "`unreadable_frames`), and go on with resume.ckpt=latest"
-        ) from error
+            saved = "the run can be resumed from its last checkpoint"
+        return UnreadableData(
+            f"{where}: {error}; {saved}. Repair the data, or leave out what is wrong (settings `episodes`, "
+            "`unreadable_frames`), and continue with resume.ckpt=latest"
+        )
 
-    with ProfileWindow(loop, int(state.step), total_steps) as profiler:
-        for step in range(int(state.step) + 1, total_steps + 1):
+    with ProfileWindow(config, first, total_steps) as profiler:
+        for step in range(first + 1, total_steps + 1):
             profiler.before(step)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 with watch("data_wait"):
                     try:
-                        batch = next(batches)
+                        batch = next(data.batches)
                     except Exception as error:
-                        give_up(step - 1, f"update {step}", error)
-                state, metrics = steps.train(state, put_batch(batch, mesh, loop.gradient_accumulation_steps))
+                        raise unreadable(step - 1, f"update {step}", error) from error
+                state, metrics = steps.train(state, put_batch(batch, steps.mesh, config.gradient_accumulation_steps))
             window.append(metrics)
             progress.advance()
-            # The check lags one step behind, so that fetching its result does not stall the device.
-            pending.append((step, batch, metrics))
-            while len(pending) > 1:
-                check(*pending.popleft())
+            skipped.add(step, batch, metrics)
 
             stopping = stop()
-            if step % loop.log_interval == 0 or step == total_steps or stopping:
+            if step % config.log_interval == 0 or step == total_steps or stopping:
                 scalars = averages(jax.device_get(window))
                 scalars["skipped"] = float(state.skipped)
-                scalars |= watch.summary(step - logged, samples_per_step * (step - logged))
-                scalars |= flops.rates(steps.flops_per_sample * scalars["samples_per_s"], mesh)
-                for message in skipped_frames.new() if skipped_frames else ():
+                scalars |= watch.summary(step - logged, length.global_batch * (step - logged))
+                scalars |= flops.rates(steps.flops_per_sample * scalars["samples_per_s"], steps.mesh)
+                for message in data.skipped_frames.new():
                     progress.note(message)
-                if skipped_frames and skipped_frames.count:
-                    scalars["skipped_frames"] = float(skipped_frames.count)
+                if data.skipped_frames.count:
+                    scalars["skipped_frames"] = float(data.skipped_frames.count)
                 loss, window, logged = scalars["loss"], [], step
-                writer.write(step, scalars)
+                outputs.writer.write(step, scalars)
                 eta_s = watch.eta_s(total_steps - step)
                 progress.report(step, loss, scalars["samples_per_s"], eta_s, scalars.get("mfu"))
-            if steps.evaluate and loop.eval_interval and (step % loop.eval_interval == 0 or step == total_steps):
+            if steps.evaluate and config.eval_interval and (step % config.eval_interval == 0 or step == total_steps):
                 with watch.paused():
                     try:
-                        scalars = validate(steps, state.acting, held_out(), mesh, loop.flow_loss_weight)
+                        scalars = validate(steps, state.eval_params, data.held_out(), config.flow_loss_weight)
                     except (ValueError, OSError) as error:
-                        give_up(step, f"validation after update {step}", error)
-                    writer.write(step, scalars)
+                        raise unreadable(step, f"validation after update {step}", error) from error
+                    outputs.writer.write(step, scalars)
                     progress.note(f"step {step}/{total_steps} | validation loss {scalars['val_loss']:.4g}")
-            if step % loop.save_interval == 0 or step == total_steps or stopping:
-                while pending:
-                    check(*pending.popleft())
+            if step % config.save_interval == 0 or step == total_steps or stopping:
+                skipped.check_last()
                 with watch.paused():
-                    save(step, state, loss)
+                    outputs.save(step, state, loss)
             profiler.after(step, state.step)
             if stopping:
                 break
+    outputs.wait()
     return state
+
+
+class SkippedUpdates:
+    """Counts the updates that were skipped because of non-finite values, and ends a run that has too many.
+
+    Args:
+        count: updates skipped before this run was resumed.
+        config: max_nonfinite_steps, and save_path, where the last batch is kept.
+        progress: reports each of them.
+    """
+
+    def __init__(self, count: int, config: LoopConfig, progress: Progress):
+        self._count, self._config, self._progress = count, config, progress
+        self._last: tuple[int, Batch, Mapping[str, jax.Array]] | None = None
+
+    def add(self, step: int, batch: Batch, metrics: Mapping[str, jax.Array]) -> None:
+        """Add an update and check the one before it, because fetching the result of this one would stall the device.
+
+        Raises:
+            NonFiniteError: see `run_loop`.
+        """
+        self.check_last()
+        self._last = (step, batch, metrics)
+
+    def check_last(self) -> None:
+        """Check the last update added, too. Raises as `add` does."""
+        if self._last is None:
+            return
+        (step, batch, metrics), self._last = self._last, None
+        if bool(metrics["finite"]):
+            return
+        self._count += 1
+        self._progress.note(f"step {step}: loss or gradients are not finite; update skipped ({self._count} so far)")
+        if self._count < self._config.max_nonfinite_steps:
+            return
+        try:
+            kept = f"the last batch is in {save_bad_batch(batch, Path(self._config.save_path).expanduser(), step)}"
+        except OSError as error:
+            kept = f"the last batch could not be kept ({error})"
+        raise NonFiniteError(
+            f"stopped at step {step}: {self._count} updates had a loss or gradients that are not finite "
+            f"(max_nonfinite_steps = {self._config.max_nonfinite_steps}); {kept}. "
+            f"Lower learning_rate, or look at the data with numpy.load"
+        )
 
 
 def averages(window: list[Mapping[str, np.ndarray]]) -> dict[str, float]:
     """Average the metrics over the updates of a log window that were not skipped.
 
-    The learning rate is that of the last update. A metric given as a pair (sum, count) becomes total sum / total count,
-    and is omitted if the count is 0.
+    The learning rates are those of the last update. A metric given as a pair (sum, count) becomes total sum / total
+    count, and is omitted if the count is 0.
     """
     good = [metrics for metrics in window if metrics["finite"]]
     means = {}
-    for key, value in window[0].items():
-        if key in ("finite", "learning_rate"):
+    for key, value in window[-1].items():
+        if key == "finite":
             continue
-        if isinstance(value, tuple):
+        if key.startswith("learning_rate"):
+            means[key] = float(value)
+        elif isinstance(value, tuple):
             total, count = np.sum([metrics[key] for metrics in good], axis=0) if good else (0, 0)
             means |= {key: float(total / count)} if count else {}
         else:
             means[key] = float(np.mean([metrics[key] for metrics in good])) if good else float("nan")
-    return means | {"learning_rate": float(window[-1]["learning_rate"])}
+    return means
 
 
 def validate(
-    steps: Steps, params, batches: Iterable[EvalBatch], mesh: Mesh, flow_loss_weight: float
+    steps: Steps, params: tree.Tree, batches: Iterable[EvalBatch], flow_loss_weight: float
 ) -> dict[str, float]:
     """Compute the validation losses, each the mean over all its labels or channels in all frames.
 
@@ -235,28 +299,25 @@ def validate(
         steps: compiled steps.
         params: parameters for inference.
         batches: validation batches on the host.
-        mesh: device mesh.
         flow_loss_weight: weight of the flow loss in "val_loss".
 
     Returns:
         {metric name: value}.
     """
-    sums = counts = LossTotals(0.0, 0.0, 0.0)
-    for batch in batches:
-        part = jax.device_get(steps.evaluate(params, put_batch(batch, mesh)))
-        sums, counts = (
-            LossTotals(*(a + (0.0 if b is None else np.asarray(b, np.float64)) for a, b in zip(*pair, strict=True)))
-            for pair in zip((sums, counts), part, strict=True)
-        )
-    totals = zip(*(map(np.sum, x) for x in (sums, counts)), strict=True)
-    cross_entropy, flow, accuracy = (float(total / count) if count else None for total, count in totals)
-    scalars = {"val_loss": (cross_entropy or 0.0) + flow_loss_weight * (flow or 0.0)}
-    measured = {"cross_entropy_loss": cross_entropy, "flow_loss": flow, "action_accuracy": accuracy}
-    scalars |= {f"val_{name}": value for name, value in measured.items() if value is not None}
-    for i, name in enumerate(steps.datasets):
-        for key in ("cross_entropy", "flow"):
-            if np.ndim(counts_of := getattr(counts, key)) and counts_of[i]:
-                scalars[f"val_{key}_loss/{name}"] = float(getattr(sums, key)[i] / counts_of[i])
+    totals = [jax.device_get(steps.evaluate(params, put_batch(batch, steps.mesh))) for batch in batches]
+    sums, counts = jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *totals)
+    scalars = {"val_loss": 0.0}
+    for loss, weight in (("cross_entropy", 1.0), ("flow", flow_loss_weight)):
+        total, count = getattr(sums, loss), getattr(counts, loss)
+        if not count.any():
+            continue
+        mean = float(total.sum() / count.sum())
+        scalars |= {"val_loss": scalars["val_loss"] + weight * mean, f"val_{loss}_loss": mean}
+        for i, name in enumerate(steps.datasets):
+            if count[i]:
+                scalars[f"val_{loss}_loss/{name}"] = float(total[i] / count[i])
+    if counts.action_hits is not None and counts.action_hits.any():
+        scalars["val_action_accuracy"] = float(sums.action_hits.sum() / counts.action_hits.sum())
     return scalars
 
 

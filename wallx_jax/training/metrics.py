@@ -4,6 +4,7 @@ import importlib
 import json
 import logging
 import math
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,8 @@ from wallx_jax.utils import extras
 from wallx_jax.utils.files import atomic_file, write_text
 
 logger = logging.getLogger(__name__)
+
+_NOT_IN_TAGS = re.compile(r"[^-/\w.]")  # tensorboardX would replace and log these at every step
 
 
 class MetricWriter:
@@ -130,7 +133,7 @@ class _EventFile:
         from tensorboardX.summary import scalar
 
         for key, value in values.items():
-            self._write(step=step, summary=scalar(key, value))
+            self._write(step=step, summary=scalar(_NOT_IN_TAGS.sub("_", key), value))
         self._records.flush()
 
     def close(self) -> None:

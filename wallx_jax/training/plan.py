@@ -9,10 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from wallx_jax.config.schema import OptimConfig
-from wallx_jax.data.build import blank_sample
-from wallx_jax.data.datasets import Part
-from wallx_jax.data.processor import ProcessorConfig
+from wallx_jax.data.build import DatasetRun, blank_sample
 from wallx_jax.data.prompt import FAST_CLOSING_TOKENS
 from wallx_jax.models import param_summary
 from wallx_jax.models.param_summary import gib
@@ -20,26 +17,11 @@ from wallx_jax.models.vision import visual_grid
 from wallx_jax.models.vision_plan import token_count
 from wallx_jax.training import flops
 from wallx_jax.training.init import ModelSource
-from wallx_jax.training.optimizer import group_of, is_trainable, peak_rate, schedule
+from wallx_jax.training.loop import StepCounts
+from wallx_jax.training.optimizer import FROZEN, VLM, Optimizer
+from wallx_jax.training.sharding import batch_copies
 from wallx_jax.training.state import TrainState
 from wallx_jax.utils import tree
-
-
-@dataclass(frozen=True)
-class StepCounts:
-    """Length of a run.
-
-    Attributes:
-        global_batch: samples per update, over all devices and micro-batches.
-        epoch: samples per epoch.
-        total_steps: updates of the run.
-        decay_steps: updates until the learning rate has decayed.
-    """
-
-    global_batch: int
-    epoch: int
-    total_steps: int
-    decay_steps: int
 
 
 @dataclass(frozen=True)
@@ -138,57 +120,56 @@ class Plan:
 
 
 def make_plan(
-    datasets: Sequence[Part],
-    origin: ModelSource,
-    layout: ProcessorConfig,
+    datasets: Sequence[DatasetRun],
+    source: ModelSource,
+    optimizer: Optimizer,
     state: TrainState,
     mesh: Mesh,
-    frames: Sequence[tuple[int, int]],
     length: StepCounts,
 ) -> Plan:
     """Create the summary of a run.
 
     Args:
         datasets: the datasets of the run.
-        origin: model source.
-        layout: processor config of the first dataset.
+        source: model source.
+        optimizer: the run's optimizer.
         state: shapes, dtypes and shardings of the training state (see `training.init.abstract_state`).
         mesh: device mesh.
-        frames: (training frames, held-out frames) of each dataset.
         length: length of the run.
     """
-    settings, info = datasets[0].settings, datasets[0].info
-    model, optim, data = origin.config, settings.optim, settings.data
+    settings, info, layout = datasets[0].settings, datasets[0].info, datasets[0].processor.config
+    model, optim, data = source.config, optimizer.config, settings.data
     sample, use_flow = blank_sample(layout), layout.objective == "flow"
     specs = tree.flatten(state.params)
 
     def label(path: str) -> str:
-        group = group_of(path, optim)
-        return group if group == "frozen" else f"{group}, peak {peak_rate(path, optim):g}"
+        group = optimizer.group_of(path)
+        return group if group == FROZEN else f"{group}, peak {optimizer.peaks[group]:g}"
 
     rows = tuple(param_summary.rows(specs, label))
     points = {0, optim.warmup_steps, *(length.total_steps * quarter // 4 for quarter in range(1, 5))}
-    curve = schedule(optim.learning_rate, optim, length.decay_steps)
+    curve = optimizer.schedules[VLM]
     device = mesh.local_devices[0]  # devices of other processes report no memory stats
     peak = flops.peak_tflops(device.device_kind)
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    copies, micro_batches = mesh.shape["data"] * mesh.shape["fsdp"], settings.loop.gradient_accumulation_steps
+    copies, micro_batches = batch_copies(mesh), settings.loop.gradient_accumulation_steps
     cameras = ", ".join(
         f"{view} = {key} {'x'.join(map(str, info.frame_size(key)))} read at {'x'.join(map(str, size))}"
         for view, key, size in zip(layout.views, layout.camera_keys, layout.image_sizes, strict=True)
     )
 
-    def share(part: Part) -> str:
-        total = sum(each.weight for each in datasets)
-        return f", {part.weight / total:.0%} of the samples" if len(datasets) > 1 else ""
+    def description(dataset: DatasetRun) -> str:
+        info, total = dataset.info, sum(each.weight for each in datasets)
+        proportion = f", {dataset.weight / total:.0%} of the samples" if len(datasets) > 1 else ""
+        return (
+            f"{dataset.settings.data.location}: {info.num_episodes:,} episodes, {info.num_frames:,} frames at "
+            f"{info.fps:g} fps ({len(dataset.train):,} train, {len(dataset.held_out):,} held out){proportion}"
+        )
 
+    resumed = ", resumed with its optimizer and data order" if source.resumes else ""
     return Plan(
-        source=f"{origin.checkpoint or origin.files}{', resumed with its optimizer and data order' * origin.resumes}",
-        dataset="\n             ".join(
-            f"{part.settings.data.location}: {part.info.num_episodes:,} episodes, {part.info.num_frames:,} frames at "
-            f"{part.info.fps:g} fps ({train:,} train, {held:,} held out){share(part)}"
-            for part, (train, held) in zip(datasets, frames, strict=True)
-        ),
+        source=f"{source.checkpoint or source.files}{resumed}",
+        dataset="\n             ".join(map(description, datasets)),
         cameras=cameras,
         sample={
             "prompt": layout.prompt_length,
@@ -200,19 +181,19 @@ def make_plan(
             "actions": layout.horizon if use_flow else 0,
         },
         rows=rows,
-        memory=memory_of(state, optim, micro_batches),
+        memory=memory_of(state, optimizer, micro_batches),
         device_limit=(device.memory_stats() or {}).get("bytes_limit"),
         curve=tuple((update, float(curve(update))) for update in sorted(points) if update <= length.total_steps),
-        peaks=tuple(dict.fromkeys(row.label for row in rows if row.label != "frozen")),
+        peaks=tuple(dict.fromkeys(row.label for row in rows if row.label != FROZEN)),
         batch=f"{length.global_batch} = {data.batch_size} samples x {copies} copies x {micro_batches} micro-batches; "
         f"{mesh.size} x {device.device_kind}, mesh {axes}",
         length=length,
-        flops=flops.update_flops(model, sample, is_trainable(optim), use_flow),
+        flops=flops.update_flops(model, sample, optimizer.is_trainable, use_flow),
         peak_flops=None if peak is None else 1e12 * peak * mesh.size,
     )
 
 
-def memory_of(state: TrainState, optim: OptimConfig, micro_batches: int) -> MemoryEstimate:
+def memory_of(state: TrainState, optimizer: Optimizer, micro_batches: int) -> MemoryEstimate:
     """Return the memory per device of a state with shardings.
 
     With micro-batches, the gradients include their float32 sum.
@@ -222,7 +203,7 @@ def memory_of(state: TrainState, optim: OptimConfig, micro_batches: int) -> Memo
         return math.prod(leaf.sharding.shard_shape(leaf.shape)) * (itemsize or leaf.dtype.itemsize)
 
     parameters = tree.flatten(state.params)
-    trained = [leaf for path, leaf in parameters.items() if is_trainable(optim)(path)]
+    trained = [leaf for path, leaf in parameters.items() if optimizer.is_trainable(path)]
     return MemoryEstimate(
         parameters=sum(map(local, parameters.values())),
         gradients=sum(local(leaf) + (local(leaf, 4) if micro_batches > 1 else 0) for leaf in trained),

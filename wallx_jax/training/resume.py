@@ -18,7 +18,7 @@ from wallx_jax.config import flatten, recorded
 from wallx_jax.config.schema import RunConfig
 from wallx_jax.data import processor as processors
 from wallx_jax.data.build import dataset_stats, load_stats
-from wallx_jax.data.datasets import Part
+from wallx_jax.data.datasets import DatasetSpec
 from wallx_jax.data.fast import FastTokenizer
 from wallx_jax.data.normalize import FILE_NAME as NORM_STATS
 from wallx_jax.data.processor import Processor
@@ -29,7 +29,7 @@ from wallx_jax.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-FREE_NUMERICS = ("remat", "masked_dims")  # no effect on updates: a memory/time trade-off, and sampling
+FREE_NUMERICS = ("remat", "masked_dims", "kernels")  # updates differ by rounding at most: memory, sampling, speed
 ANEW = "or start anew from its weights with resume.load_ckpt_only=True"
 UNTOLD = ("resume.", "distributed.", "pretrained_")  # changes that are expected, or reported separately
 
@@ -37,7 +37,7 @@ Pairs = dict[str, tuple[Any, Any]]  # {setting: (configured value, value in the 
 
 
 def check(
-    parts: Sequence[Part],
+    parts: Sequence[DatasetSpec],
     stored: Sequence[Processor],
     model: WallXConfig,
     checkpoint: Path,
@@ -75,7 +75,7 @@ def check(
     check_horizon(settings, layout.prompt_length - layout.label_window)
 
 
-def tell_changes(config: ConfigDict, checkpoint: Path) -> None:
+def log_changes(config: ConfigDict, checkpoint: Path) -> None:
     """Warn about all settings that differ from those the checkpoint was trained with.
 
     Numerics that are no longer set do not count as changes: the checkpoint's values stay in effect.
@@ -125,7 +125,7 @@ def _of_training(settings: RunConfig, before: Mapping[str, Any]) -> Pairs:
     pairs = {
         "optimizer": (optim.optimizer, before["optimizer"]),
         "freeze_vlm (train_action_expert_only)": (
-            optim.freeze_vlm or optim.train_action_expert_only,
+            optim.freeze_vlm,
             before["freeze_vlm"] or before["train_action_expert_only"],
         ),
         "train_action_heads": (optim.train_action_heads, before["train_action_heads"]),
@@ -202,7 +202,7 @@ def _names(table: Sequence[tuple[str, int]], flags: Sequence[bool]) -> tuple[str
     return tuple(names)
 
 
-def _other_stats(part: Part, stored: Processor, checkpoint: Path, before: Mapping[str, Any]) -> list[str]:
+def _other_stats(part: DatasetSpec, stored: Processor, checkpoint: Path, before: Mapping[str, Any]) -> list[str]:
     """Return an error message if norm_stats_path gives statistics that differ from the checkpoint's.
 
     If neither run sets norm_stats_path, the statistics computed at the start of the original run stay in use, even if

@@ -84,6 +84,11 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ("data", "fsdp")))
 
 
+def batch_copies(mesh: Mesh) -> int:
+    """Return the number of pieces that a batch is sharded into, each processed by its own copy of the model."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def data_shard(mesh: Mesh) -> tuple[int, int]:
     """Return the shard of every batch that this process loads.
 
@@ -100,14 +105,14 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
     for row, devices in enumerate(rows):
         for device in devices:
             held[device.process_index].add(row)
-    shares = sorted({tuple(sorted(rows)) for rows in held.values()})
-    if sum(map(len, shares)) != len(rows) or len(set(map(len, shares))) > 1:
+    shards = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(map(len, shards)) != len(rows) or len(set(map(len, shards))) > 1:
         named = ", ".join(f"mesh.{axis}={size}" for axis, size in mesh.shape.items())
         raise ValueError(
             f"{named} cuts a batch within and across processes of {jax.local_device_count()} devices each: let "
             "mesh.tensor divide that number, or be a multiple of it"
         )
-    return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
+    return shards.index(tuple(sorted(held[jax.process_index()]))), len(shards)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -12,14 +12,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from wallx_jax.config.schema import OptimConfig
 from wallx_jax.data.batch import Batch, EvalBatch
 from wallx_jax.models import flow, losses
 from wallx_jax.models.config import WallXConfig
 from wallx_jax.models.params import from_params
 from wallx_jax.models.wallx import FlowTarget, LossTotals
-from wallx_jax.training.optimizer import clip, global_norm, is_trainable, make_optimizer, schedule
-from wallx_jax.training.state import TrainState
+from wallx_jax.training.optimizer import Optimizer, clip
+from wallx_jax.training.state import TrainState, update_if
 from wallx_jax.training.stochastic_rounding import cast_like, to_float32
 from wallx_jax.utils import jax_flags, tree
 
@@ -122,7 +121,7 @@ def batch_sums(
 
 
 def make_train_step(
-    model: WallXConfig, optim: OptimConfig, decay_steps: int, objective: Objective, seed: int
+    model: WallXConfig, optimizer: Optimizer, objective: Objective, seed: int
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Create the train step.
 
@@ -133,8 +132,7 @@ def make_train_step(
 
     Args:
         model: model config.
-        optim: optimizer config.
-        decay_steps: updates until the learning rate has decayed.
+        optimizer: the run's optimizer.
         objective: losses and metrics to compute.
         seed: seed of noise, time and rounding.
 
@@ -142,72 +140,63 @@ def make_train_step(
         train_step(state, batch) -> (state, metrics), for batches with leading axes [N, B]. Metrics given as (sum,
         count) are averaged by the caller; count may be zero.
     """
-    optimizer = make_optimizer(optim, decay_steps)
-    trainable = is_trainable(optim)
-    rate = schedule(optim.learning_rate, optim, decay_steps)
+    optim = optimizer.config
 
     def rounding_key(step: jax.Array) -> jax.Array | None:
         return jax.random.fold_in(jax.random.key(seed + 1), step) if optim.stochastic_rounding else None
 
     @jax_flags.ours()
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        params, frozen = tree.split(state.params, trainable)
-        counts_apart = counts_by_dataset(batch, model, objective)
-        counts = overall(counts_apart)
+        params, frozen = tree.split(state.params, optimizer.is_trainable)
+        dataset_counts = counts_by_dataset(batch, model, objective)
+        counts = overall(dataset_counts)
         noise, time = _noise_and_time(jax.random.fold_in(jax.random.key(seed), state.step), batch, model)
 
         def micro_loss(params, micro: Batch, noise, time) -> tuple[jax.Array, tuple[LossTotals, LossTotals]]:
             several = bool(objective.datasets)
-            apart = batch_sums(tree.merge(params, frozen), micro, noise, time, model, objective, per_sample=several)
+            dataset_sums = batch_sums(tree.merge(params, frozen), micro, noise, time, model, objective, several)
             if several:
-                apart = by_dataset(apart, micro, objective)
-            sums = jax.tree.map(jnp.sum, apart)
-            parts = LossTotals(sums.cross_entropy / counts.cross_entropy, sums.flow / counts.flow, sums.action_hits)
-            return parts.cross_entropy + objective.flow_loss_weight * parts.flow, (parts, apart)
+                dataset_sums = by_dataset(dataset_sums, micro, objective)
+            sums = jax.tree.map(jnp.sum, dataset_sums)
+            means = LossTotals(sums.cross_entropy / counts.cross_entropy, sums.flow / counts.flow, sums.action_hits)
+            return means.cross_entropy + objective.flow_loss_weight * means.flow, (means, dataset_sums)
 
         loss_and_grads = jax.value_and_grad(micro_loss, has_aux=True)
         micro_batches = (batch, noise, time)
         if noise.shape[0] == 1:
-            (loss, (parts, apart)), grads = loss_and_grads(params, *jax.tree.map(lambda x: x[0], micro_batches))
+            (loss, aux), grads = loss_and_grads(params, *jax.tree.map(lambda x: x[0], micro_batches))
         else:
-            (loss, (parts, apart)), grads = _accumulate(loss_and_grads, params, micro_batches)
+            (loss, aux), grads = _accumulate(loss_and_grads, params, micro_batches)
+        means, dataset_sums = aux
 
-        norm = global_norm(grads)
+        norm = optax.tree.norm(to_float32(grads))
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         def update(before):
             wide, moments, ema = to_float32(before)
-            updates, moments = optimizer.update(clip(to_float32(grads), norm, optim.max_grad_norm), moments, wide)
+            updates, moments = optimizer.tx.update(clip(to_float32(grads), norm, optim.max_grad_norm), moments, wide)
             wide = optax.apply_updates(wide, updates)
             if optim.ema_decay is not None:
                 ema = optax.incremental_update(wide, ema, 1 - optim.ema_decay)
             return cast_like((wide, moments, ema), before, rounding_key(state.step))
 
-        # XLA updates the state in place with a cond on CPU and with a where on GPU; each takes twice the memory on the
-        # other.
-        params, opt_state, ema = jax.lax.platform_dependent(
-            (params, state.opt_state, state.ema),
-            cpu=lambda before: jax.lax.cond(finite, update, lambda kept: kept, before),
-            default=lambda before: jax.tree.map(lambda new, old: jnp.where(finite, new, old), update(before), before),
-        )
-        metrics = {
-            "loss": loss,
-            "grad_norm": norm,
-            "learning_rate": rate(state.step - state.skipped),
-            "finite": finite,
-        }
+        before = (params, state.opt_state, state.ema)
+        after_params, opt_state, ema = update_if(finite, update, before)
+        metrics = {"loss": loss, "grad_norm": norm, "finite": finite}
+        metrics |= learning_rates(optimizer, params, state.updates)
         if objective.action_ids is not None:
-            metrics["action_accuracy"] = (parts.action_hits, counts.action_hits)
+            metrics["action_accuracy"] = (means.action_hits, counts.action_hits)
         # A loss that the run does not have is left out: 0 would read as a perfect one.
-        for loss, measured in (("cross_entropy", batch.labels.shape[-1] > 0), ("flow", objective.use_flow)):
+        for name, measured in (("cross_entropy", batch.labels.shape[-1] > 0), ("flow", objective.use_flow)):
             if measured:
-                metrics[f"{loss}_loss"] = getattr(parts, loss)
-                for i, name in enumerate(objective.datasets):
-                    metrics[f"{loss}_loss/{name}"] = (getattr(apart, loss)[i], getattr(counts_apart, loss)[i])
+                metrics[f"{name}_loss"] = getattr(means, name)
+                for i, dataset in enumerate(objective.datasets):
+                    sum_and_count = (getattr(dataset_sums, name)[i], getattr(dataset_counts, name)[i])
+                    metrics[f"{name}_loss/{dataset}"] = sum_and_count
         new_state = TrainState(
             step=state.step + 1,
             skipped=state.skipped + ~finite,
-            params=tree.merge(params, frozen),
+            params=tree.merge(after_params, frozen),
             opt_state=opt_state,
             ema=ema,
             gradients=None if state.gradients is None else grads,
@@ -215,6 +204,23 @@ def make_train_step(
         return new_state, metrics
 
     return train_step
+
+
+def learning_rates(optimizer: Optimizer, trained: tree.Tree, updates: jax.Array) -> dict[str, jax.Array]:
+    """Return the rates of an update: "learning_rate" of the first group, "learning_rate/GROUP" of each other one.
+
+    The first is "vlm", unless all of its parameters are frozen or have rules.
+
+    Args:
+        optimizer: the run's optimizer.
+        trained: the trainable parameters.
+        updates: int32 [], updates before this one.
+    """
+    groups = optimizer.groups(trained)
+    return {
+        "learning_rate" if group == groups[0] else f"learning_rate/{group}": optimizer.schedules[group](updates)
+        for group in groups
+    }
 
 
 def compile_train_step(

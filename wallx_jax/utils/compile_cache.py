@@ -29,11 +29,11 @@ def enable(where: str = "auto") -> Path | None:
         The local cache directory; None if the cache is off, not writable, or a bucket that JAX writes to itself.
     """
     compilation_cache.reset_cache()  # JAX reads these settings only at its first compilation, which may have happened
-    if where == "off" or not jax.config.jax_enable_compilation_cache:
+    if where == "off" or not jax.config.values["jax_enable_compilation_cache"]:
         jax.config.update("jax_compilation_cache_dir", None)
         return None
     environment = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    given = (jax.config.jax_compilation_cache_dir or environment) if where == "auto" else where
+    given = (jax.config.values["jax_compilation_cache_dir"] or environment) if where == "auto" else where
     if given and "://" in given:  # a bucket, which JAX writes to itself
         jax.config.update("jax_compilation_cache_dir", given)
         return None

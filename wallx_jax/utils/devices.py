@@ -34,7 +34,7 @@ def require(platform: str | None) -> str:
     Raises:
         DeviceError: JAX uses another platform or cannot start this one; the message gives the cause and the remedy.
     """
-    named = jax.config.jax_platforms or ""
+    named = jax.config.values["jax_platforms"] or ""
     if platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
     asked = platform or named.split(",")[0]

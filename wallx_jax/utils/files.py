@@ -67,7 +67,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         what = "it is cut off" if is_cut_off else f"unexpected text at column {error.colno}"
         raise ValueError(f"{path} is not valid JSON (line {error.lineno}: {what}); copy it again") from None
     except (ValueError, RecursionError) as error:  # ValueError: from the hook, or a huge integer
-        what = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        what = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ValueError(f"{path} is malformed ({what}); copy it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {_JSON_TYPES[type(content)]}; expected an object, copy it again")

@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
+from typing import Any, Self
 
 EXIT_CODE = os.EX_TEMPFAIL  # 75: temporary failure, try again later
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -28,11 +29,11 @@ class Watch:
 
     def __init__(self, react: Callable[[signal.Signals], None]):
         self._react = react
-        self._previous: dict[signal.Signals, object] = {}
+        self._previous: dict[signal.Signals, Any] = {}
         self._earlier_pipe = -1
         self._pipe: int | None = None
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
             return self
         read, self._pipe = os.pipe()

@@ -210,7 +210,7 @@ def _resized(
 ) -> tuple[dict[str, np.ndarray], WallXConfig]:
     """Return the parameters to be resized, {path: array}, and the config after all changes."""
     specs = tree.flatten(abstract_params(config))
-    changing = init.VOCABULARY if vocab_size is not None else ()
+    changing: tuple[str, ...] = init.VOCABULARY if vocab_size is not None else ()
     widen = not names.is_qwen(config) and (action_dim > config.action.action_dim or state_dim > config.action.state_dim)
     changing += init.CHANNELS if widen else ()
     params = tree.unflatten({path: read(path) for path in changing if path in specs})
