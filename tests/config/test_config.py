@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from ml_collections import ConfigDict
+from helpers.usable_config import usable
 
 from wallx_jax.config import default_config, flatten, resolve, robots
 from wallx_jax.config.command_line import render
@@ -29,18 +29,6 @@ GUIDE = {  # the training guide's keys and, where it gives one, defaults
     "predict_action_keys": (), "repo_id": None, "download_videos": True, "resume.ckpt": None,
     "resume.load_ckpt_only": False, "freeze_vlm": False, "action_expert_learning_rate": None, "flow_loss_weight": 1.0,
 }  # fmt: skip
-
-
-def usable(**changes) -> ConfigDict:
-    c = default_config()
-    c.pretrained_wallx_path, c.repo_id, c.save_path = "model", "lerobot/aloha_mobile_cabinet", "out"
-    for key, value in changes.items():
-        *parents, last = key.split("__")
-        section = c
-        for parent in parents:
-            section = section[parent]
-        section[last] = value
-    return c
 
 
 def dataset(**changes) -> DatasetInfo:

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from test_config import usable
+from helpers.usable_config import usable
 
 from wallx_jax.config import default_config, document, flatten, resolve
 from wallx_jax.config.defaults import SETTINGS, TABLES

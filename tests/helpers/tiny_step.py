@@ -1,10 +1,12 @@
 """The smallest model, optimizer and batch that a train step takes."""
 
+import jax
 import numpy as np
 
 from wallx_jax.config.schema import OptimConfig
 from wallx_jax.data.batch import Batch
 from wallx_jax.models.config import TINY
+from wallx_jax.utils import tree
 
 OPTIM = OptimConfig(
     learning_rate=1e-3,
@@ -40,3 +42,7 @@ def random_batch(leading: tuple[int, ...], seed: int = 0, labels: int = 0) -> Ba
         action_mask=channels,
         action_is_pad=np.zeros((*leading, HORIZON), bool),
     )
+
+
+def leaves(params):
+    return tree.flatten(jax.device_get(params))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import tiny_run
-from test_step import random_batch
+from helpers.tiny_step import random_batch
 
 from wallx_jax.config import resolve
 from wallx_jax.config.schema import MeshConfig

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_step import OPTIM, SMALL, leaves
+from helpers.tiny_step import OPTIM, SMALL, leaves
 
 from wallx_jax.models.config import PRESETS, LoraConfig
 from wallx_jax.models.params import abstract_params, init_params

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_step import OPTIM, SMALL
+from helpers.tiny_step import OPTIM, SMALL
 
 from wallx_jax.models.params import init_params
 from wallx_jax.training.optimizer import make_optimizer

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.tiny_step import HORIZON, OPTIM, SMALL, random_batch
+from helpers.tiny_step import HORIZON, OPTIM, SMALL, leaves, random_batch
 
 from wallx_jax.config.schema import MeshConfig
 from wallx_jax.data.batch import Batch, EvalBatch
@@ -35,10 +35,6 @@ def step():
 @pytest.fixture(scope="module")
 def state():
     return create_state(init_params(SMALL, 0), make_optimizer(OPTIM, 10))
-
-
-def leaves(params):
-    return tree.flatten(jax.device_get(params))
 
 
 @pytest.mark.medium
