@@ -204,7 +204,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _qwen_backend(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
     """Build a byte-level BPE tokenizer with Qwen2's normalizer, pre-tokenizer and decoder."""
     lines = [line.rstrip("\r") for line in read_text(merges).split("\n")]
-    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    # Pairs, unless the file is damaged, which the library reports.
+    pairs: list[Any] = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     try:
         backend = tokenizers.Tokenizer(models.BPE(read_json_object(vocab), pairs))
     except Exception as error:  # the library raises bare Exception
