@@ -14,7 +14,7 @@ from wallx_jax.data.frame_cache import CachedSource
 from wallx_jax.data.images import resize, target_size
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.metadata import read_info
-from wallx_jax.data.pipeline import samples
+from wallx_jax.data.pipeline import training_dataset
 from wallx_jax.data.processor import ProcessorConfig
 from wallx_jax.data.unreadable import SkipUnreadable
 
@@ -39,7 +39,7 @@ def source(dataset_info):
 def test_an_empty_split_is_named(source, tmp_path, wrap):
     cached = CachedSource(source.select([]), CONFIG, tmp_path)
     with pytest.raises(ValueError, match=f"{source.info.repo_id}: the training split has no frames"):
-        samples(wrap(cached), None, seed=0)
+        training_dataset(wrap(cached), None, seed=0)
 
 
 def test_gives_what_resizing_the_source_gives(source, tmp_path, monkeypatch):
