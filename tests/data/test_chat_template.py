@@ -82,9 +82,9 @@ def test_the_built_in_template_is_qwens():
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ raise_exception('roles must alternate') }}", "refuses this conversation: roles must alternate"),
-        ("{% for m in messages %}", "refuses this conversation: .*endfor"),
-        ("{{ messages[0].nothing.more }}", "refuses this conversation: .*nothing"),
+        ("{{ raise_exception('roles must alternate') }}", "rejects this conversation: roles must alternate"),
+        ("{% for m in messages %}", "rejects this conversation: .*endfor"),
+        ("{{ messages[0].nothing.more }}", "rejects this conversation: .*nothing"),
         ("{{ messages[0].content + 'text' }}", r"cannot render this conversation \(TypeError: can only concatenate"),
         ("{{ 1 / 0 }}", r"cannot render this conversation \(ZeroDivisionError"),
         ("{{ range(1000000000) }}", r"cannot render this conversation \(OverflowError"),
@@ -105,13 +105,13 @@ def test_a_template_that_fails_is_one_error(template, message):
     ],
 )
 def test_templates_are_confined(template):
-    with pytest.raises(ValueError, match="refuses this conversation"):
+    with pytest.raises(ValueError, match="rejects this conversation"):
         chat_template.render(template, MESSAGES)
 
 
 @pytest.mark.parametrize("attribute", ["tofile('x')", "dump('x')", "save('x')", "shape", "size"])
 def test_a_template_does_not_reach_the_pixels(attribute):
-    with pytest.raises(ValueError, match="refuses this conversation: .* has no attribute"):
+    with pytest.raises(ValueError, match="rejects this conversation: .* has no attribute"):
         chat_template.render(
             "{% for p in messages[1].content %}{{ p.image." + attribute + " + 1 }}{% endfor %}", MESSAGES
         )

@@ -39,7 +39,7 @@ def render(template: str, messages: Sequence[Mapping[str, Any]]) -> str:
     try:
         return _compiled(template).render(messages=seen, tools=None, documents=None, add_generation_prompt=True)
     except TemplateError as error:
-        raise ValueError(f"the tokenizer's chat template refuses this conversation: {error}") from None
+        raise ValueError(f"the tokenizer's chat template rejects this conversation: {error}") from None
     except Exception as error:  # a template is a program, which fails as programs do
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"the tokenizer's chat template cannot render this conversation ({reason})") from error
