@@ -215,8 +215,9 @@ def plan_run(
     """
     settings = specs[0].settings
     loop, save_path = settings.loop, Path(settings.loop.save_path).expanduser().absolute()
-    continues = source.resumes and source.checkpoint.parent == save_path / FOLDER
-    if source.resumes:
+    continues = False
+    if source.checkpoint is not None and source.resumes:
+        continues = source.checkpoint.parent == save_path / FOLDER
         resume.log_changes(config, source.checkpoint)
     if not continues:
         refuse_overwrite(save_path)

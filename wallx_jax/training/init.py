@@ -206,7 +206,7 @@ def plan_datasets(specs: Sequence[DatasetSpec]) -> tuple[InitSource, tuple[Proce
     state_dim = max(spec.info.dims(spec.settings.data.state_key) for spec in specs)
     action_dim = max(spec.info.dims(spec.settings.data.action_key) for spec in specs)
     origin = find(settings, state_dim, action_dim, fast)
-    if origin.resumes:
+    if origin.checkpoint is not None and origin.resumes:
         names, stored = [spec.name for spec in specs], processors.robots(origin.files)
         if sorted(names if len(specs) > 1 else []) != stored:
             raise ConfigError(
@@ -271,7 +271,7 @@ def check_same_order(origin: InitSource, order: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: the global batch size differs: the position in the data is counted in batches of that size.
     """
-    stored = metadata_of(origin.checkpoint).get("data_order") if origin.resumes else None
+    stored = metadata_of(origin.checkpoint).get("data_order") if origin.checkpoint and origin.resumes else None
     if stored is None:
         return
     then = {name: stored.get(name) for name in order}
@@ -356,7 +356,7 @@ def restack_like(state: TrainState, like: TrainState) -> TrainState:
 
     A state whose layers are already arranged like that is returned as is. Otherwise both copies are briefly in memory.
     """
-    if jax.tree.structure(state) == jax.tree.structure(like):
+    if jax.tree_util.tree_structure(state) == jax.tree.structure(like):
         return state
     out = jax.tree.map(lambda x: x.sharding, like)
     return jax.jit(lambda state: scan.restack_like(state, like), out_shardings=out)(state)

@@ -101,7 +101,7 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
         ValueError: two processes have some but not all of their rows in common.
     """
     rows = mesh.devices.reshape(-1, mesh.shape["tensor"])
-    held = {device.process_index: set() for device in mesh.devices.flat}
+    held: dict[int, set[int]] = {device.process_index: set() for device in mesh.devices.flat}
     for row, devices in enumerate(rows):
         for device in devices:
             held[device.process_index].add(row)
