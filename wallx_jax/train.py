@@ -320,7 +320,7 @@ def open_data(setup: Setup) -> Iterator[RunData]:
 def initial_state(setup: Setup, batches: DataLoader) -> TrainState:
     """Restore the state and the position of `batches` from a checkpoint, or create a new state from a model."""
     settings, source, optimizer, mesh = setup.settings, setup.source, setup.optimizer, setup.mesh
-    if source.resumes:
+    if source.resumes and settings.loop.resume_ckpt is not None:
         state, _ = restore_state(settings.loop.resume_ckpt, setup.stored, batches, setup.save_path)
     else:
         state = init.load_state(source, optimizer, mesh, settings.loop.seed)
@@ -370,7 +370,11 @@ def make_objective(setup: Setup) -> Objective:
     """Return what to train and measure: flow matching, or FAST tokens as text with their accuracy."""
     loop, tokenizer = setup.settings.loop, setup.datasets[0].processor.tokenizer
     use_flow = not setup.settings.model.use_fast_tokenizer
-    ids = None if use_flow else (tokenizer.fast_start, tokenizer.fast_start + tokenizer.fast_size)
+    ids = None
+    if not use_flow:
+        if tokenizer.fast_start is None:
+            raise ConfigError("use_fast_tokenizer=True, but the vocabulary has no FAST tokens; set action_tokenizer_path")
+        ids = (tokenizer.fast_start, tokenizer.fast_start + tokenizer.fast_size)
     names = tuple(dataset.name for dataset in setup.datasets) if len(setup.datasets) > 1 else ()
     return Objective(use_flow, loop.flow_loss_weight, loop.mask_padded_actions, ids, names)
 

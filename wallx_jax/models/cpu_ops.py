@@ -65,7 +65,7 @@ class CpuRMSNorm(RMSNorm):
         return rms_norm(x.astype(jnp.float32), self.scale[...].astype(jnp.float32), self.eps).astype(x.dtype)
 
 
-_CPU_CLASSES = {Linear: CpuLinear, RMSNorm: CpuRMSNorm}
+_CPU_CLASSES: dict[type, Any] = {Linear: CpuLinear, RMSNorm: CpuRMSNorm}
 
 
 @jax.custom_vjp

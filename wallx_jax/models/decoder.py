@@ -59,6 +59,16 @@ class DecoderOutput(NamedTuple):
     kv: AllKV | None
     hidden_states: jax.Array | None
 
+    def cached(self) -> AllKV:
+        """Return the keys and values of a call with a cache.
+
+        Raises:
+            ValueError: the call had none.
+        """
+        if self.kv is None:
+            raise ValueError("the decoder was called without a cache; give it cache=KVCache()")
+        return self.kv
+
 
 class LayerInputs(NamedTuple):
     """Inputs of a layer besides x and its own keys and values.
@@ -216,7 +226,8 @@ class Decoder(nnx.Module):
         if scan.is_stacked(self.layers):
             x, outputs = scan.run(body, x, self.layers, remat, (past.kv, None))
             return DecoderOutput(self.norm(x[:, -keep:]), *outputs)
-        extra = zip(past.kv or [None] * count, [length] * (count - 1) + [keep], strict=True)
+        empty: list[None] = [None] * count
+        extra = zip(past.kv or empty, [length] * (count - 1) + [keep], strict=True)
         x, outputs = scan.run(body, x, self.layers, remat, list(extra))
         kv = None if cache is None else [kv for kv, _ in outputs]
         hidden_states = jnp.stack([x for _, x in outputs]) if output_hidden_states else None

@@ -95,7 +95,7 @@ def generate(
             (prefix_mask | ((indices >= length) & (indices <= index)))[:, None],
             cache=KVCache(state.kv, index),
         )
-        return _State(state.step + 1, tokens, out.kv, net.logits(out.hidden[:, 0]), done, keys)
+        return _State(state.step + 1, tokens, out.cached(), net.logits(out.hidden[:, 0]), done, keys)
 
     start = _State(
         jnp.int32(0),

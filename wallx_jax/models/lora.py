@@ -51,7 +51,7 @@ def merge_params(params: tree.Tree, config: LoraConfig) -> tree.Tree:
     for path in merged:
         if (pair := adapter_paths(path)) and pair[0] in flat:
             adapter = (flat[path], flat[pair[0]], flat[pair[1]])
-            merge_stack = functools.partial(jax.lax.map, lambda layer: merge(*layer, config.scale))
+            merge_stack = functools.partial(jax.lax.map, lambda layer: merge(layer[0], layer[1], layer[2], config.scale))
             merged[path] = jax.jit(merge_stack)(adapter) if adapter[0].ndim == 3 else merge(*adapter, config.scale)
     return tree.unflatten(merged)
 

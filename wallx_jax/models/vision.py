@@ -21,7 +21,7 @@ from wallx_jax.models.vision_plan import FrameRun, Grid, frame_runs, plan_frame
 _Groups = Sequence[tuple[int, int]]  # (count, size) of the groups of consecutive patches in a frame that attend
 
 
-def visual_grid(pixels: jax.Array, config: VisionConfig) -> Grid:
+def visual_grid(pixels: jax.Array | np.ndarray, config: VisionConfig) -> Grid:
     """Return the patch grid of a still image [B, h, w, 3] or a video [B, F, h, w, 3]."""
     frames = pixels.shape[1] if pixels.ndim == 5 else 1
     height, width = pixels.shape[-3:-1]

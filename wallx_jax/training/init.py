@@ -5,7 +5,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from wallx_jax.training.sharding import param_spec, shardings
 from wallx_jax.training.state import TrainState, create_state
 from wallx_jax.utils import tree
 from wallx_jax.utils.errors import ConfigError
-from wallx_jax.weights.load import Put, assemble, load_params, open_weights
+from wallx_jax.weights.load import Put, assemble, open_weights
 
 logger = logging.getLogger(__name__)
 
@@ -330,21 +330,26 @@ def load_origin(origin: InitSource, seed: int, put: Put | None = None) -> tree.T
         put: places each parameter, see `load_params`.
     """
     numerics = dataclasses.asdict(origin.config.numerics)
-    changes = {
-        "action": origin.config.action,
-        "vocab_size": origin.config.text.vocab_size,
-        "action_dim": origin.config.action.action_dim,
-        "state_dim": origin.config.action.state_dim,
-        "lora": origin.config.lora,
-        "seed": seed,
-        "put": put,
-    }
+    read: Callable[[str], np.ndarray]
     if origin.checkpoint is None:
-        return load_params(origin.files, numerics=numerics, **changes)[1]
-    stored = ModelReader(origin.checkpoint)
-    config = stored.config.replace(numerics=numerics)
-    specs = tree.flatten(abstract_params(config))
-    return assemble(config, lambda path: stored.read(path, specs[path].dtype), **changes)[1]
+        weights = open_weights(origin.files, numerics)
+        config, read = weights.config, weights.read
+    else:
+        stored = ModelReader(origin.checkpoint)
+        config = stored.config.replace(numerics=numerics)
+        specs = tree.flatten(abstract_params(config))
+        read = lambda path: stored.read(path, specs[path].dtype)  # noqa: E731
+    return assemble(
+        config,
+        read,
+        action=origin.config.action,
+        vocab_size=origin.config.text.vocab_size,
+        action_dim=origin.config.action.action_dim,
+        state_dim=origin.config.action.state_dim,
+        lora=origin.config.lora,
+        seed=seed,
+        put=put,
+    )[1]
 
 
 def _same_shapes(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:

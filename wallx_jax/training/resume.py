@@ -162,7 +162,7 @@ def _of_samples(settings: RunConfig, stored: Sequence[Processor]) -> Pairs:
 def _of_dataset(settings: RunConfig, stored: Processor) -> Pairs:
     data, robot, layout = settings.data, settings.robot, stored.config
     resolutions = dict(zip(layout.views, layout.resolutions, strict=True))
-    pairs = {
+    pairs: dict[str, tuple[Any, Any]] = {
         "camera_views": (
             tuple(f"{camera.view}: {camera.key}" for camera in data.cameras),
             tuple(f"{view}: {key}" for view, key in zip(layout.views, layout.camera_keys, strict=True)),
@@ -184,7 +184,7 @@ def _of_dataset(settings: RunConfig, stored: Processor) -> Pairs:
     ):
         pairs[f"dims of {table}"] = (len(now), len(then))
         if len(now) == len(then):
-            pairs[name] = (_names(groups, now), _names(groups, then))
+            pairs[name] = (_names(sizes(groups), now), _names(sizes(groups), then))
     return pairs
 
 
@@ -192,7 +192,7 @@ def _relative_dims(relative_to: Sequence[int]) -> dict[int, int]:
     return {action: state for action, state in enumerate(relative_to) if state >= 0}
 
 
-def _names(table: Sequence[tuple[str, int]], flags: Sequence[bool]) -> tuple[str, ...]:
+def _names(table: Sequence[tuple[str, int]], flags: Sequence[bool] | np.ndarray) -> tuple[str, ...]:
     """Return the enabled groups of dims, with indices where a group is partly enabled: ("arm", "gripper[0]")."""
     names, start = [], 0
     for name, dims in table:
