@@ -15,6 +15,7 @@ Exit codes:
 
 # ruff: noqa: E402
 from wallx_jax.utils import signals
+from wallx_jax.utils.errors import ConfigError
 
 if __name__ == "__main__":  # the imports below take seconds; Ctrl-C must not print a traceback during them
     signals.Watch(signals.end_at_once).__enter__()
@@ -373,7 +374,9 @@ def make_objective(setup: Setup) -> Objective:
     ids = None
     if not use_flow:
         if tokenizer.fast_start is None:
-            raise ConfigError("use_fast_tokenizer=True, but the vocabulary has no FAST tokens; set action_tokenizer_path")
+            raise ConfigError(
+                "use_fast_tokenizer=True, but the vocabulary has no FAST tokens; set action_tokenizer_path"
+            )
         ids = (tokenizer.fast_start, tokenizer.fast_start + tokenizer.fast_size)
     names = tuple(dataset.name for dataset in setup.datasets) if len(setup.datasets) > 1 else ()
     return Objective(use_flow, loop.flow_loss_weight, loop.mask_padded_actions, ids, names)

@@ -230,7 +230,7 @@ class Numerics:
         "elsewhere",
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for option in dataclasses.fields(self):
             value = getattr(self, option.name)
             kind: Any = option.type

@@ -6,7 +6,7 @@ of expert "action". The start of the suffix is static, so routing is a slice.
 Legend: B batch, T tokens of this call, S keys, N query heads, K key heads, H head dim, D width, L layers.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -218,7 +218,7 @@ class Decoder(nnx.Module):
         past = cache or KVCache()
         inputs = LayerInputs(cos, sin, mask, num_actions, past.start, length)
 
-        def body(x, layer_and_extra):
+        def body(x: jax.Array, layer_and_extra: tuple[Any, Any]) -> tuple[jax.Array, Any]:
             layer, (kv, layer_keep) = layer_and_extra
             x, kv = layer(x, inputs._replace(tokens_to_keep=layer_keep or length), kv)
             return x, (None if cache is None else kv, x if output_hidden_states else None)

@@ -34,7 +34,9 @@ def is_stacked(layers: nnx.Module) -> bool:
     return not isinstance(layers, nnx.List)
 
 
-def run(body: Callable[[Any, tuple[Any, Any]], tuple[Any, Any]], x: Any, layers: Any, remat: str, extra: Any):
+def run(
+    body: Callable[[Any, tuple[Any, Any]], tuple[Any, Any]], x: Any, layers: Any, remat: str, extra: Any
+) -> tuple[Any, Any]:
     """Apply `body` to all layers in order.
 
     Args:

@@ -8,7 +8,7 @@ Legend: B batch, T prefix tokens, M visual tokens, A horizon, C model channels, 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -173,7 +173,7 @@ class WallX(nnx.Module):
         ids = position_ids(tokens, token_mask, grids, self.config.vision, self.config.tokens, seconds_per_frame)
         return Prefix(x, token_mask, ids)
 
-    def embed_batch(self, batch, seconds_per_frame: Sequence[float] | None = None) -> Prefix:
+    def embed_batch(self, batch: Any, seconds_per_frame: Sequence[float] | None = None) -> Prefix:
         """Embed the prompt of a data.batch.Batch; a model without action heads ignores the state."""
         features, grids = self.encode_images(batch.images) if batch.images else (None, ())
         state, state_mask = (batch.state, batch.state_mask) if self.config.has_action_head else (None, None)
@@ -324,7 +324,7 @@ class WallX(nnx.Module):
         cache, _ = self.encode_prefix(prefix, cache_length=prefix.mask.shape[1] + noise.shape[1])
         times = flow.euler_times(steps)
 
-        def velocity(x, time_emb, kv):
+        def velocity(x: jax.Array, time_emb: jax.Array, kv: AllKV) -> tuple[jax.Array, AllKV]:
             return self.suffix_velocity(cache._replace(kv=kv), x, action_mask, time_emb[None])
 
         time_embs = self.action.embed_time(times[:-1])

@@ -361,7 +361,7 @@ def restack_like(state: TrainState, like: TrainState) -> TrainState:
 
     A state whose layers are already arranged like that is returned as is. Otherwise both copies are briefly in memory.
     """
-    if jax.tree_util.tree_structure(state) == jax.tree.structure(like):
+    if jax.tree.structure(state) == jax.tree.structure(like):  # type: ignore[operator]  # jaxlib types no __eq__
         return state
     out = jax.tree.map(lambda x: x.sharding, like)
     return jax.jit(lambda state: scan.restack_like(state, like), out_shardings=out)(state)

@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from wallx_jax.checkpoints.layout import metadata_of
 from wallx_jax.config import flatten, recorded
 from wallx_jax.config.schema import RunConfig
+from wallx_jax.config.schema.robot import sizes
 from wallx_jax.data import processor as processors
 from wallx_jax.data.build import dataset_stats, load_stats
 from wallx_jax.data.datasets import DatasetSpec
