@@ -55,7 +55,7 @@ def look_at_packages(report: CheckpointReport) -> None:
             report.problems.append(f"{requirement.name} is not installed: pip install '{requirement.name}'")
         elif here is None:
             for extra in known:
-                if requirement.marker.evaluate({"extra": extra}):
+                if requirement.marker is not None and requirement.marker.evaluate({"extra": extra}):
                     missing.setdefault(extra, []).append(requirement.name)
         elif not requirement.specifier.contains(here, prereleases=True):
             wants = f"{requirement.name}{requirement.specifier}"

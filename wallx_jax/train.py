@@ -15,6 +15,7 @@ Exit codes:
 
 # ruff: noqa: E402
 from wallx_jax.utils import signals
+from wallx_jax.utils.errors import ConfigError
 
 if __name__ == "__main__":  # the imports below take seconds; Ctrl-C must not print a traceback during them
     signals.Watch(signals.end_at_once).__enter__()
@@ -215,8 +216,9 @@ def plan_run(
     """
     settings = specs[0].settings
     loop, save_path = settings.loop, Path(settings.loop.save_path).expanduser().absolute()
-    continues = source.resumes and source.checkpoint.parent == save_path / FOLDER
-    if source.resumes:
+    continues = False
+    if source.checkpoint is not None and source.resumes:
+        continues = source.checkpoint.parent == save_path / FOLDER
         resume.log_changes(config, source.checkpoint)
     if not continues:
         refuse_overwrite(save_path)
@@ -319,7 +321,7 @@ def open_data(setup: Setup) -> Iterator[RunData]:
 def initial_state(setup: Setup, batches: DataLoader) -> TrainState:
     """Restore the state and the position of `batches` from a checkpoint, or create a new state from a model."""
     settings, source, optimizer, mesh = setup.settings, setup.source, setup.optimizer, setup.mesh
-    if source.resumes:
+    if source.resumes and settings.loop.resume_ckpt is not None:
         state, _ = restore_state(settings.loop.resume_ckpt, setup.stored, batches, setup.save_path)
     else:
         state = init.load_state(source, optimizer, mesh, settings.loop.seed)
@@ -369,7 +371,13 @@ def make_objective(setup: Setup) -> Objective:
     """Return what to train and measure: flow matching, or FAST tokens as text with their accuracy."""
     loop, tokenizer = setup.settings.loop, setup.datasets[0].processor.tokenizer
     use_flow = not setup.settings.model.use_fast_tokenizer
-    ids = None if use_flow else (tokenizer.fast_start, tokenizer.fast_start + tokenizer.fast_size)
+    ids = None
+    if not use_flow:
+        if tokenizer.fast_start is None:
+            raise ConfigError(
+                "use_fast_tokenizer=True, but the vocabulary has no FAST tokens; set action_tokenizer_path"
+            )
+        ids = (tokenizer.fast_start, tokenizer.fast_start + tokenizer.fast_size)
     names = tuple(dataset.name for dataset in setup.datasets) if len(setup.datasets) > 1 else ()
     return Objective(use_flow, loop.flow_loss_weight, loop.mask_padded_actions, ids, names)
 

@@ -221,6 +221,7 @@ def test_wrong_arguments_end_with_one_line(run, wallx_dir, run_dir, tmp_path, na
         (("--checkpoint", tmp_path), "error: no complete checkpoint"),
         (("--checkpoint", run_dir, "--dataset", tmp_path), "error: .*is not a LeRobot dataset"),
         (("--checkpoint", wallx_dir, "--config", tmp_path / "no.py"), "error: no such configuration file"),
+        (("--checkpoint", wallx_dir, "--config", ROOT / "README.md"), "error: .*README.md: not a Python file"),
     ):
         code, _ = run(name, *arguments)
         assert isinstance(code, str) and "\n" not in code and re.search(message, code), f"{arguments}: {code}"

@@ -24,7 +24,8 @@ def run(main: Callable[[], None]) -> None:
 @contextlib.contextmanager
 def _setup() -> Iterator[None]:
     """Select the CPU and print warnings in one line within the `with` block."""
-    absl, platforms = logging.getLogger("absl"), jax.config.jax_platforms
+    absl = logging.getLogger("absl")
+    platforms = jax.config.jax_platforms  # type: ignore[attr-defined]  # JAX adds its options when it is imported
     level = absl.level
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)

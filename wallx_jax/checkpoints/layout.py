@@ -226,17 +226,18 @@ def first_readable(
     """
     failures = []
     for step in find_checkpoints(path, save_path):
+        loaded: list[T] = []  # empty if this process cannot read it
         why = "another process of the run cannot read it"
         try:
-            loaded, success = load(step), True
+            loaded.append(load(step))
         except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
             raise  # out-of-memory and device errors are not caused by the files
         except Exception as error:  # Orbax and TensorStore report damage as many exception types
             if any(isinstance(cause, KeyboardInterrupt | asyncio.CancelledError) for cause in causes(error)):
                 raise KeyboardInterrupt from error
-            loaded, success, why = None, False, root_cause(error)
-        if agree(success):
-            return loaded
+            why = root_cause(error)
+        if agree(bool(loaded)):
+            return loaded[0]
         failures.append(f"{step}: {why}")
         logger.warning("the checkpoint %s is damaged and passed over (%s)", step, why)
     raise CheckpointError(f"no readable checkpoint: {'; '.join(failures)}")

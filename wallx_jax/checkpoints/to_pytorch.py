@@ -151,6 +151,6 @@ def _config_json(config: WallXConfig, assets: Path, specs: Mapping[str, Any]) ->
     if not (assets / "config.json").is_file():
         return ours
     theirs = read_json_object(assets / "config.json")
-    update = {name: ours[name] for name in ("vocab_size", "torch_dtype", "wallx_jax") if name in ours}
+    update: dict[str, Any] = {name: ours[name] for name in ("vocab_size", "torch_dtype", "wallx_jax") if name in ours}
     same = WallXConfig.from_hf({**theirs, **update}) == WallXConfig.from_hf(ours)
     return {**theirs, **update} if same else ours

@@ -137,28 +137,28 @@ def _table(key: str) -> str | None:
     return next((table for table in TABLES if f"{key}.".startswith(f"{table}.")), None)
 
 
-def _without_tables(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str, str]]]:
+def _without_tables(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str, str, str]]]:
     """Split off settings in tables, which may add names to the configuration; ml_collections only accepts known keys.
 
     Returns:
-        The remaining command line, and (argument, key, value as text) for each setting in a table.
+        The remaining command line, and (argument, table, key, value as text) for each setting in a table.
     """
     ordinary, in_tables, rest = [], [], list(argv)
     while rest:
         argument = rest.pop(0)
         match = re.fullmatch(r"--?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
-        if match is None or _table(match[1]) is None:
+        table = _table(match[1]) if match else None
+        if match is None or table is None:
             ordinary.append(argument)
             continue
         if match[2] is None and (not rest or rest[0].startswith("-")):
             raise CommandLineError(f"{argument}: the value is missing; write {argument}=VALUE")
-        in_tables.append((argument, match[1], rest.pop(0) if match[2] is None else match[2]))
+        in_tables.append((argument, table, match[1], rest.pop(0) if match[2] is None else match[2]))
     return ordinary, in_tables
 
 
-def _set_in_table(config: ConfigDict, argument: str, key: str, text: str) -> None:
+def _set_in_table(config: ConfigDict, argument: str, table: str, key: str, text: str) -> None:
     """Replace a whole table, or set one of its entries, which may be new."""
-    table = _table(key)
     inside = key[len(table) + 1 :]
     names = inside.split(".") if table == "datasets" else [inside]
     value = text if _takes_text(table, names) else _literal(text)

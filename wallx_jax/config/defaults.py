@@ -28,7 +28,9 @@ PER_DATASET = tuple(key for key, setting in SETTINGS.items() if setting.per_data
 class OrderedConfig(ConfigDict):
     """A ConfigDict that preserves insertion order, because the order of joints and cameras matters."""
 
-    def __init__(self, initial_dictionary=None, type_safe=True, convert_dict=True, **options):
+    def __init__(
+        self, initial_dictionary: Any = None, type_safe: bool = True, convert_dict: bool = True, **options: Any
+    ) -> None:
         if type(initial_dictionary) is dict:  # nested tables too
             initial_dictionary = {
                 key: OrderedConfig(value) if type(value) is dict else value for key, value in initial_dictionary.items()

@@ -56,7 +56,7 @@ class PromptTemplate:
         "user turn that asks for the next subtask as text",
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         names = VIEW_NAMES | dict(self.view_names)
         object.__setattr__(self, "view_names", tuple(sorted(names.items())))
         if errors := template_errors(**dataclasses.asdict(self) | {"view_names": names}):

@@ -181,7 +181,7 @@ def _report(path: Path, notes: Mapping[str, str]) -> str:
 class _StrictLoader(yaml.SafeLoader):
     """YAML loader that rejects duplicate keys."""
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:

@@ -140,7 +140,7 @@ def _video(part: Mapping[str, Any], where: str) -> np.ndarray:
 
 def _fps(part: Mapping[str, Any], where: str) -> float:
     fps, (least, most) = part.get("fps"), FPS_RANGE
-    if not isinstance(fps, Real) or not least <= fps <= most:
+    if not isinstance(fps, Real) or not least <= fps <= most:  # type: ignore[operator]  # typeshed has no Real <= float
         raise ValueError(f"{where}: fps is {fps!r}; expected frames per second, between {least:g} and {most:g}")
     return float(fps)
 

@@ -301,6 +301,8 @@ class Processor:
             return self._prompts.fit(instruction, self.config, task)
         config = self.config
         # Without padding and masked dims, whose zeros would change the tokens.
+        if self.fast is None:
+            raise ValueError('this processor has no FAST tokenizer, which the objective "fast" encodes actions with')
         answer = self.fast.encode(actions[:, : self.action.dims][:, self.predicted])
         encoded = _encode(self.tokenizer, instruction, config, answer=answer)
         return prompt.fit(encoded, config.prompt_length, config.label_window)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
@@ -133,7 +134,7 @@ class Tokenizer:
         """Return the token ids of a text, without adding special tokens."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = False) -> str:
         """Return the text of token ids, optionally without special tokens."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
 

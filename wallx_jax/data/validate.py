@@ -4,14 +4,13 @@ import dataclasses
 
 from wallx_jax.config import feature_slices
 from wallx_jax.config.schema import Camera, RunConfig
+from wallx_jax.config.schema.robot import Groups, Table, sizes
 from wallx_jax.data import naming
 from wallx_jax.data.metadata import DatasetInfo, is_depth
 from wallx_jax.data.prompt import FAST_CLOSING_TOKENS
 from wallx_jax.utils.errors import ConfigError, nearest
 
 IMAGE_PREFIX = "observation.images."
-Table = tuple[tuple[str, int | str], ...]  # (name, number of dims) of each group, or (name, feature slice) of each
-Groups = tuple[tuple[str, int], ...]
 Slices = tuple[tuple[str, str], ...]
 
 
@@ -170,11 +169,6 @@ def _placed(setting: str, slices: Slices, info: DatasetInfo, errors: list[str]) 
         groups.append((name, len(dims)))
         parts.append(part)
     return tuple(groups), feature_slices.join(parts, info.features)
-
-
-def sizes(table: Table) -> Groups:
-    """Return the groups of a table whose entries are numbers of dims, as all are after `check_dataset`."""
-    return tuple((name, value) for name, value in table if isinstance(value, int))
 
 
 def _slices(table: Table) -> Slices:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from wallx_jax.config.schema.robot import sizes
 from wallx_jax.data.build import load_stats
 from wallx_jax.data.datasets import DatasetSpec
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.metadata import DatasetInfo
 from wallx_jax.data.normalize import Stats
-from wallx_jax.data.validate import sizes
 from wallx_jax.dataset_check import findings, frames, signals
 from wallx_jax.dataset_check.findings import Finding, Vector
 from wallx_jax.dataset_check.frames import FrameScan

@@ -136,6 +136,8 @@ def _read_config(argument: str) -> ConfigDict:
     if not Path(file).is_file():
         raise FileNotFoundError(f"no such configuration file: {file}")
     spec = importlib.util.spec_from_file_location("configuration", file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{file}: not a Python file; give a configuration file that ends in .py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(*([option] if option else []))

@@ -217,7 +217,12 @@ class Policy:
         ]
 
     def _flow_actions(
-        self, groups, states: np.ndarray, steps: int, seeds: Sequence[int], noise: np.ndarray | None
+        self,
+        groups: Sequence[tuple[list[int], Batch]],
+        states: np.ndarray,
+        steps: int,
+        seeds: Sequence[int],
+        noise: np.ndarray | None,
     ) -> np.ndarray:
         """Return actions [B, A, D] in robot units, by flow matching."""
         shape = (len(seeds), *groups[0][1].actions.shape[1:])
@@ -239,7 +244,12 @@ class Policy:
         return actions
 
     def _say_actions(
-        self, groups, states: np.ndarray, budget: int, temperature: float, seeds: Sequence[int]
+        self,
+        groups: Sequence[tuple[list[int], Batch]],
+        states: np.ndarray,
+        budget: int,
+        temperature: float,
+        seeds: Sequence[int],
     ) -> np.ndarray:
         """Return actions [B, A, D] in robot units, decoded from the tokens of a FAST checkpoint."""
         config, names, failures = self.processor.config, self.processor.names, {}

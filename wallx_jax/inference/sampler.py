@@ -75,7 +75,15 @@ class Sampler:
             raise LogitsError("the model's logits are not finite: its weights are damaged, or training has diverged")
         return truncate_at_eos(tokens, self.ends)
 
-    def _generate(self, max_tokens, seconds_per_frame, params, batch, temperature, seeds) -> jax.Array:
+    def _generate(
+        self,
+        max_tokens: int,
+        seconds_per_frame: Sequence[float] | None,
+        params: tree.Tree,
+        batch: Batch,
+        temperature: jax.Array | None,
+        seeds: jax.Array,
+    ) -> jax.Array:
         net = from_params(self.config, params)
         return generate(
             net,

@@ -60,6 +60,6 @@ def warmth(temperature: Any) -> np.float32 | None:
     Raises:
         ValueError: the temperature is not a finite number of at least 0.
     """
-    if not isinstance(temperature, Real) or not 0 <= temperature <= HOTTEST:
+    if not isinstance(temperature, Real) or not 0 <= temperature <= HOTTEST:  # type: ignore[operator]  # typeshed has no Real <= float
         raise ValueError(f"temperature is {temperature!r}; give 0 (the likeliest token) or more")
     return np.float32(temperature) or None

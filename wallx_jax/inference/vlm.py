@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -67,6 +67,21 @@ class VLM:
         content = [{"type": "image", "image": image} for image in images]
         return self.chat([{"role": "user", "content": [*content, {"type": "text", "text": question}]}], **options)
 
+    @overload
+    def chat(
+        self, conversation: Conversation, *, max_tokens: int = ..., temperature: float = ..., seed: int = ...
+    ) -> Answer: ...
+
+    @overload
+    def chat(
+        self,
+        conversation: Sequence[Conversation],
+        *,
+        max_tokens: int = ...,
+        temperature: float = ...,
+        seed: int | Sequence[int] = ...,
+    ) -> list[Answer]: ...
+
     def chat(
         self,
         conversation: Conversation | Sequence[Conversation],
@@ -91,31 +106,31 @@ class VLM:
         start = time.perf_counter()
         # Anything that is not a list of messages is rejected as a malformed conversation.
         single = not isinstance(conversation, Sequence) or not len(conversation) or isinstance(conversation[0], Mapping)
-        conversations = [conversation] if single else conversation
+        conversations: Sequence[Any] = [conversation] if single else conversation
         seeds = settings.seeds(seed, len(conversations))
         prompts = []
         for row, each in enumerate(conversations):
             with settings.naming("conversation", row, len(conversations)):
                 prompts.append(encode_chat(self.tokenizer, each, self.limits))
         encoded = time.perf_counter()
-        said: list[np.ndarray | None] = [None] * len(prompts)
+        said: dict[int, np.ndarray] = {}
         for rows, batch, seconds in self._batches(prompts):
-            answers = self._sampler(batch, max_tokens, temperature, [seeds[row] for row in rows], seconds)
-            for row, tokens in zip(rows, answers, strict=True):
+            sampled = self._sampler(batch, max_tokens, temperature, [seeds[row] for row in rows], seconds)
+            for row, tokens in zip(rows, sampled, strict=True):
                 said[row] = tokens
         end = time.perf_counter()
         timings = {"preprocess": encoded - start, "model": end - encoded, "total": end - start}
         answers = []
-        for row, tokens in enumerate(said):
+        for row in range(len(conversations)):
             with settings.naming("conversation", row, len(conversations)):
-                answers.append(self._answer(tokens, {name: 1e3 * s for name, s in timings.items()}))
+                answers.append(self._answer(said[row], {name: 1e3 * s for name, s in timings.items()}))
         return answers[0] if single else answers
 
     def _answer(self, tokens: np.ndarray, timings_ms: dict[str, float]) -> Answer:
-        ids = self._sampler.answer(tokens)
-        finished = ids is not None
-        ids = (ids if finished else tokens).tolist()
-        return Answer(self.tokenizer.decode(ids, skip_special=True).strip(), ids, finished, timings_ms)
+        before_end = self._sampler.answer(tokens)
+        ids = (tokens if before_end is None else before_end).tolist()
+        text = self.tokenizer.decode(ids, skip_special=True).strip()
+        return Answer(text, ids, before_end is not None, timings_ms)
 
     def _batches(self, prompts: Sequence[ChatPrompt]) -> list[tuple[list[int], Batch, tuple[float, ...]]]:
         """Group prompts whose images have the same sizes: (row numbers, their batch, seconds per frame) per group."""

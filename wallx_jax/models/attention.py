@@ -39,7 +39,7 @@ def dot_product_attention(
             k.swapaxes(1, 2),
             v.swapaxes(1, 2),
             mask=None if mask is None else mask[:, None],
-            implementation=kernels.value,
+            implementation="cudnn" if kernels == Kernels.CUDNN else "xla",
         )
     except NotImplementedError as error:
         raise ValueError(f"numerics.kernels is 'cudnn', but cuDNN reports: {error} Set 'xla'") from error

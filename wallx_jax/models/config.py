@@ -230,13 +230,14 @@ class Numerics:
         "elsewhere",
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for option in dataclasses.fields(self):
             value = getattr(self, option.name)
-            allowed = (True, False) if option.type is bool else tuple(option.type)
-            if value not in allowed or (option.type is bool and not isinstance(value, bool)):
+            kind: Any = option.type
+            allowed = (True, False) if kind is bool else tuple(kind)
+            if value not in allowed or (kind is bool and not isinstance(value, bool)):
                 raise ValueError(f"numerics.{option.name} is {value!r}; choose one of {list(allowed)}")
-            object.__setattr__(self, option.name, option.type(value))
+            object.__setattr__(self, option.name, kind(value))
 
 
 @dataclass(frozen=True)
@@ -410,7 +411,7 @@ def _expert_widths(experts: Any, errors: list[str]) -> list[int]:
     if experts is None:
         return []
     given = experts if isinstance(experts, list) else []
-    widths = [expert.get("intermediate_size") if isinstance(expert, Mapping) else None for expert in given]
+    widths: list[Any] = [expert.get("intermediate_size") if isinstance(expert, Mapping) else None for expert in given]
     if len(widths) < 2 or any(mismatch(width, int) for width in widths):
         errors.append("experts: expected a list of two objects with an intermediate_size of at least 1")
     return widths
@@ -438,7 +439,7 @@ def _action(text_json: Mapping[str, Any], widths: list[int], errors: list[str]) 
 
 def _token_ids(text_json: Mapping[str, Any], errors: list[str]) -> TokenIds:
     """Parse the special token ids; of a list of ids, which Hugging Face allows, use the first."""
-    ids = {}
+    ids: dict[str, Any] = {}
     for name, theirs in (("image", "image_token_id"), ("video", "video_token_id"), ("eos", "eos_token_id"),
                          ("vision_start", "vision_start_token_id"), ("pad", "pad_token_id")):  # fmt: skip
         value = text_json.get(theirs)

@@ -65,7 +65,7 @@ class CpuRMSNorm(RMSNorm):
         return rms_norm(x.astype(jnp.float32), self.scale[...].astype(jnp.float32), self.eps).astype(x.dtype)
 
 
-_CPU_CLASSES = {Linear: CpuLinear, RMSNorm: CpuRMSNorm}
+_CPU_CLASSES: dict[type, Any] = {Linear: CpuLinear, RMSNorm: CpuRMSNorm}
 
 
 @jax.custom_vjp
@@ -78,11 +78,11 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return x @ kernel
 
 
-def _matmul_forward(x, kernel):
+def _matmul_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return x @ kernel, (x, kernel)
 
 
-def _matmul_backward(saved, dy):
+def _matmul_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     return dy @ kernel.T, _rows(x).T @ _rows(dy)
 
@@ -99,7 +99,7 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     return x + bias
 
 
-def _add_bias_backward(_, dy):
+def _add_bias_backward(_: None, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     dy_rows = _rows(dy)
     return dy, jnp.ones(len(dy_rows), dy.dtype) @ dy_rows
 
@@ -116,12 +116,16 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return _rms_norm_forward(x, scale, eps)[0]
 
 
-def _rms_norm_forward(x, scale, eps):
+def _rms_norm_forward(
+    x: jax.Array, scale: jax.Array, eps: float
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
     return x * inverse * scale, (x, scale, inverse)
 
 
-def _rms_norm_backward(saved, dy):
+def _rms_norm_backward(
+    saved: tuple[jax.Array, jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
     # d inverse / dx = -inverse^3 x / D. Both sums, over rows and within each row, share the array dy * x.
     x, scale, inverse = saved
     product = _rows(dy * x)

@@ -6,7 +6,7 @@ of expert "action". The start of the suffix is static, so routing is a slice.
 Legend: B batch, T tokens of this call, S keys, N query heads, K key heads, H head dim, D width, L layers.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,16 @@ class DecoderOutput(NamedTuple):
     hidden: jax.Array
     kv: AllKV | None
     hidden_states: jax.Array | None
+
+    def cached(self) -> AllKV:
+        """Return the keys and values of a call with a cache.
+
+        Raises:
+            ValueError: the call had none.
+        """
+        if self.kv is None:
+            raise ValueError("the decoder was called without a cache; give it cache=KVCache()")
+        return self.kv
 
 
 class LayerInputs(NamedTuple):
@@ -208,7 +218,7 @@ class Decoder(nnx.Module):
         past = cache or KVCache()
         inputs = LayerInputs(cos, sin, mask, num_actions, past.start, length)
 
-        def body(x, layer_and_extra):
+        def body(x: jax.Array, layer_and_extra: tuple[Any, Any]) -> tuple[jax.Array, Any]:
             layer, (kv, layer_keep) = layer_and_extra
             x, kv = layer(x, inputs._replace(tokens_to_keep=layer_keep or length), kv)
             return x, (None if cache is None else kv, x if output_hidden_states else None)
@@ -216,7 +226,8 @@ class Decoder(nnx.Module):
         if scan.is_stacked(self.layers):
             x, outputs = scan.run(body, x, self.layers, remat, (past.kv, None))
             return DecoderOutput(self.norm(x[:, -keep:]), *outputs)
-        extra = zip(past.kv or [None] * count, [length] * (count - 1) + [keep], strict=True)
+        empty: list[None] = [None] * count
+        extra = zip(past.kv or empty, [length] * (count - 1) + [keep], strict=True)
         x, outputs = scan.run(body, x, self.layers, remat, list(extra))
         kv = None if cache is None else [kv for kv, _ in outputs]
         hidden_states = jnp.stack([x for _, x in outputs]) if output_hidden_states else None

@@ -66,7 +66,7 @@ def integrate(
         float32 [B, A, C].
     """
 
-    def step(carry, span):
+    def step(carry: tuple[jax.Array, Any], span: tuple[jax.Array, Any]) -> tuple[tuple[jax.Array, Any], None]:
         (x, state), (duration, part) = carry, span
         v, state = velocity(x, part, state)
         if masked_dims == "held":

@@ -70,7 +70,7 @@ def generate(
 
     def next_token(logits: jax.Array, sample_keys: jax.Array | None) -> jax.Array:
         logits = logits.astype(jnp.float32)
-        if temperature is None:
+        if temperature is None or sample_keys is None:
             token = jnp.argmax(logits, axis=-1)
         else:  # subtract the maximum, so that no temperature makes the logits infinite
             scaled = (logits - logits.max(axis=-1, keepdims=True)) / temperature
@@ -82,7 +82,7 @@ def generate(
 
     def one_token(state: _State) -> _State:
         keys = sample_keys = None
-        if temperature is not None:
+        if state.keys is not None:
             keys, sample_keys = jnp.moveaxis(jax.vmap(jax.random.split)(state.keys), 1, 0)
         token = jnp.where(state.done, fill_token, next_token(state.logits, sample_keys))
         tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1)
@@ -95,7 +95,7 @@ def generate(
             (prefix_mask | ((indices >= length) & (indices <= index)))[:, None],
             cache=KVCache(state.kv, index),
         )
-        return _State(state.step + 1, tokens, out.kv, net.logits(out.hidden[:, 0]), done, keys)
+        return _State(state.step + 1, tokens, out.cached(), net.logits(out.hidden[:, 0]), done, keys)
 
     start = _State(
         jnp.int32(0),

@@ -19,6 +19,8 @@ class Linear(nnx.Module):
     """
 
     lora_a: nnx.Param | None = None
+    lora_b: nnx.Param
+    lora_scale: float
 
     def __init__(self, d_in: int, d_out: int, *, bias: bool, rngs: nnx.Rngs):
         self.kernel = nnx.Param(INIT(rngs.params(), (d_in, d_out)))
@@ -32,6 +34,7 @@ class Linear(nnx.Module):
 
     def adapter(self, x: jax.Array) -> jax.Array:
         """Return the output of the adapter, [..., D] -> [..., O]."""
+        assert self.lora_a is not None, "no adapter is attached"
         return (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype) * self.lora_scale
 
 

@@ -7,6 +7,7 @@ Legend: D input width, O output width, R rank; stacked layers have a leading axi
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,9 @@ def merge_params(params: tree.Tree, config: LoraConfig) -> tree.Tree:
     for path in merged:
         if (pair := adapter_paths(path)) and pair[0] in flat:
             adapter = (flat[path], flat[pair[0]], flat[pair[1]])
-            merge_stack = functools.partial(jax.lax.map, lambda layer: merge(*layer, config.scale))
+            merge_stack = functools.partial(
+                jax.lax.map, lambda layer: merge(layer[0], layer[1], layer[2], config.scale)
+            )
             merged[path] = jax.jit(merge_stack)(adapter) if adapter[0].ndim == 3 else merge(*adapter, config.scale)
     return tree.unflatten(merged)
 
@@ -68,7 +71,7 @@ def rescale(params: tree.Tree, stored: LoraConfig, wanted: LoraConfig) -> tree.T
     return tree.map_with_path(leaf, params)
 
 
-def merge(kernel, a, b, scale: float):
+def merge(kernel: Any, a: Any, b: Any, scale: float) -> Any:
     """Return kernel + A B scale, [..., D, O], computed in float32 and returned in the kernel's dtype (NumPy or JAX)."""
     added = (a.astype("float32") @ b.astype("float32")) * scale
     return (kernel.astype("float32") + added).astype(kernel.dtype)

@@ -34,7 +34,9 @@ def is_stacked(layers: nnx.Module) -> bool:
     return not isinstance(layers, nnx.List)
 
 
-def run(body: Callable[[Any, tuple[Any, Any]], tuple[Any, Any]], x: Any, layers: nnx.Module, remat: str, extra: Any):
+def run(
+    body: Callable[[Any, tuple[Any, Any]], tuple[Any, Any]], x: Any, layers: Any, remat: str, extra: Any
+) -> tuple[Any, Any]:
     """Apply `body` to all layers in order.
 
     Args:
@@ -104,14 +106,16 @@ def restack_like(state: Any, like: Any) -> Any:
         if match := _LAYER.search(path):
             layers.setdefault(stacked_path(path), {})[int(match[2])] = leaf
 
-    def leaf(path: str) -> Any:
+    def wanted(path: str) -> Any:
         if path in have:
             return have[path]
         if path in layers:
             return jnp.stack([layers[path][layer] for layer in range(len(layers[path]))])
-        return have[stacked_path(path)][int(_LAYER.search(path)[2])]
+        if match := _LAYER.search(path):
+            return have[stacked_path(path)][int(match[2])]
+        raise KeyError(path)
 
-    return jax.tree.unflatten(jax.tree.structure(like), map(leaf, tree.leaves_by_path(like)))
+    return jax.tree.unflatten(jax.tree.structure(like), map(wanted, tree.leaves_by_path(like)))
 
 
 def rematted(body: Callable, remat: str, in_scan: bool) -> Callable:

@@ -5,6 +5,7 @@ Legend: B batch, P patches of all frames of a sample, D width, N heads, H head d
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from wallx_jax.models.vision_plan import FrameRun, Grid, frame_runs, plan_frame
 _Groups = Sequence[tuple[int, int]]  # (count, size) of the groups of consecutive patches in a frame that attend
 
 
-def visual_grid(pixels: jax.Array, config: VisionConfig) -> Grid:
+def visual_grid(pixels: jax.Array | np.ndarray, config: VisionConfig) -> Grid:
     """Return the patch grid of a still image [B, h, w, 3] or a video [B, F, h, w, 3]."""
     frames = pixels.shape[1] if pixels.ndim == 5 else 1
     height, width = pixels.shape[-3:-1]
@@ -97,7 +98,12 @@ class VisionAttention(nnx.Module):
         return self.proj(jax.lax.cond(full, *branches, q, k, v))
 
     def _attend_frames(
-        self, q, k, v, runs: Sequence[FrameRun], groups: Sequence[Sequence[tuple[int, int]]]
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        runs: Sequence[FrameRun],
+        groups: Sequence[Sequence[tuple[int, int]]],
     ) -> jax.Array:
         """Attend within groups of consecutive patches of each frame: q, k, v [B, P, N, H] -> [B, P, D].
 
@@ -110,7 +116,7 @@ class VisionAttention(nnx.Module):
             start = part.stop
         return jnp.concatenate(out, axis=1)
 
-    def _attend_groups(self, q, k, v, run: FrameRun, groups: _Groups) -> jax.Array:
+    def _attend_groups(self, q: jax.Array, k: jax.Array, v: jax.Array, run: FrameRun, groups: _Groups) -> jax.Array:
         """Attend within groups of patches, in all frames of one run: q, k, v [B, R*P, N, H] -> [B, R*P, D].
 
         P is the number of patches of one frame here.
@@ -196,7 +202,7 @@ class VisionTower(nnx.Module):
 
         full = [index in self.config.fullatt_block_indexes for index in range(self.config.depth)]
 
-        def body(x, block_and_kind):
+        def body(x: jax.Array, block_and_kind: tuple[Any, Any]) -> tuple[jax.Array, None]:
             block, full = block_and_kind
             return block(x, runs, full), None
 

@@ -8,7 +8,7 @@ Legend: B batch, T prefix tokens, M visual tokens, A horizon, C model channels, 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -166,17 +166,20 @@ class WallX(nnx.Module):
             placed = jnp.take_along_axis(features, jnp.minimum(index, features.shape[1] - 1)[..., None], axis=1)
             x = jnp.where(visual[..., None], placed.astype(x.dtype), x)
         if state is not None:
+            if state_mask is None:
+                raise ValueError("a state was given without its state_mask; give both")
             embedded = self.action.embed_state(state, state_mask).astype(x.dtype)
             x = jnp.where((tokens == self.config.tokens.propri)[..., None], embedded[:, None], x)
         ids = position_ids(tokens, token_mask, grids, self.config.vision, self.config.tokens, seconds_per_frame)
         return Prefix(x, token_mask, ids)
 
-    def embed_batch(self, batch, seconds_per_frame: Sequence[float] | None = None) -> Prefix:
+    def embed_batch(self, batch: Any, seconds_per_frame: Sequence[float] | None = None) -> Prefix:
         """Embed the prompt of a data.batch.Batch; a model without action heads ignores the state."""
         features, grids = self.encode_images(batch.images) if batch.images else (None, ())
-        acts = self.config.has_action_head
-        state = (batch.state, batch.state_mask) if acts else (None, None)
-        return self.embed_prefix(batch.tokens, batch.token_mask, features, grids, *state, seconds_per_frame)
+        state, state_mask = (batch.state, batch.state_mask) if self.config.has_action_head else (None, None)
+        return self.embed_prefix(
+            batch.tokens, batch.token_mask, features, grids, state, state_mask, seconds_per_frame=seconds_per_frame
+        )
 
     # Forward passes
 
@@ -232,7 +235,7 @@ class WallX(nnx.Module):
         """
         out = self.decoder(prefix.embeddings, prefix.positions, prefix_mask(prefix.mask), cache=KVCache())
         delta = rope_delta(prefix.positions, prefix.mask)
-        return PrefixCache(pad_cache(out.kv, cache_length), prefix.mask, delta), out.hidden
+        return PrefixCache(pad_cache(out.cached(), cache_length), prefix.mask, delta), out.hidden
 
     def suffix_velocity(
         self, cache: PrefixCache, noisy: jax.Array, mask: jax.Array, time_emb: jax.Array
@@ -258,7 +261,7 @@ class WallX(nnx.Module):
             num_actions=horizon,
             cache=KVCache(cache.kv, start),
         )
-        return self.action.velocity(out.hidden), out.kv
+        return self.action.velocity(out.hidden), out.cached()
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Project hidden states [..., D] to logits [..., V] in the same dtype."""
@@ -321,7 +324,7 @@ class WallX(nnx.Module):
         cache, _ = self.encode_prefix(prefix, cache_length=prefix.mask.shape[1] + noise.shape[1])
         times = flow.euler_times(steps)
 
-        def velocity(x, time_emb, kv):
+        def velocity(x: jax.Array, time_emb: jax.Array, kv: AllKV) -> tuple[jax.Array, AllKV]:
             return self.suffix_velocity(cache._replace(kv=kv), x, action_mask, time_emb[None])
 
         time_embs = self.action.embed_time(times[:-1])

@@ -112,13 +112,13 @@ def update_flops(model: WallXConfig, sample: Batch, trainable: Callable[[str], b
     for path in filter(trainable, tree.flatten(abstract_params(model))):
         trained[path.split("/")[0]] = True
     total = 0
-    for part, path, flops in products(model, sample, use_flow):
+    for part, matrix, flops in products(model, sample, use_flow):
         # Gradients always pass through the decoder, whatever is trained: each of its layers has an action expert.
-        passes = trained.get(part, True) or path == "action/proj_back/kernel"
-        if path is None:
+        passes = trained.get(part, True) or matrix == "action/proj_back/kernel"
+        if matrix is None:
             total += flops * (3 if passes else 1)
         else:
-            total += flops * (1 + (passes and not path.startswith(READ_DATA)) + trainable(path))
+            total += flops * (1 + (passes and not matrix.startswith(READ_DATA)) + trainable(matrix))
     return total
 
 

@@ -5,7 +5,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from wallx_jax.training.sharding import param_spec, shardings
 from wallx_jax.training.state import TrainState, create_state
 from wallx_jax.utils import tree
 from wallx_jax.utils.errors import ConfigError
-from wallx_jax.weights.load import Put, assemble, load_params, open_weights
+from wallx_jax.weights.load import Put, assemble, open_weights
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +206,7 @@ def plan_datasets(specs: Sequence[DatasetSpec]) -> tuple[InitSource, tuple[Proce
     state_dim = max(spec.info.dims(spec.settings.data.state_key) for spec in specs)
     action_dim = max(spec.info.dims(spec.settings.data.action_key) for spec in specs)
     origin = find(settings, state_dim, action_dim, fast)
-    if origin.resumes:
+    if origin.checkpoint is not None and origin.resumes:
         names, stored = [spec.name for spec in specs], processors.robots(origin.files)
         if sorted(names if len(specs) > 1 else []) != stored:
             raise ConfigError(
@@ -271,7 +271,7 @@ def check_same_order(origin: InitSource, order: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: the global batch size differs: the position in the data is counted in batches of that size.
     """
-    stored = metadata_of(origin.checkpoint).get("data_order") if origin.resumes else None
+    stored = metadata_of(origin.checkpoint).get("data_order") if origin.checkpoint and origin.resumes else None
     if stored is None:
         return
     then = {name: stored.get(name) for name in order}
@@ -330,21 +330,26 @@ def load_origin(origin: InitSource, seed: int, put: Put | None = None) -> tree.T
         put: places each parameter, see `load_params`.
     """
     numerics = dataclasses.asdict(origin.config.numerics)
-    changes = {
-        "action": origin.config.action,
-        "vocab_size": origin.config.text.vocab_size,
-        "action_dim": origin.config.action.action_dim,
-        "state_dim": origin.config.action.state_dim,
-        "lora": origin.config.lora,
-        "seed": seed,
-        "put": put,
-    }
+    read: Callable[[str], np.ndarray]
     if origin.checkpoint is None:
-        return load_params(origin.files, numerics=numerics, **changes)[1]
-    stored = ModelReader(origin.checkpoint)
-    config = stored.config.replace(numerics=numerics)
-    specs = tree.flatten(abstract_params(config))
-    return assemble(config, lambda path: stored.read(path, specs[path].dtype), **changes)[1]
+        weights = open_weights(origin.files, numerics)
+        config, read = weights.config, weights.read
+    else:
+        stored = ModelReader(origin.checkpoint)
+        config = stored.config.replace(numerics=numerics)
+        specs = tree.flatten(abstract_params(config))
+        read = lambda path: stored.read(path, specs[path].dtype)  # noqa: E731
+    return assemble(
+        config,
+        read,
+        action=origin.config.action,
+        vocab_size=origin.config.text.vocab_size,
+        action_dim=origin.config.action.action_dim,
+        state_dim=origin.config.action.state_dim,
+        lora=origin.config.lora,
+        seed=seed,
+        put=put,
+    )[1]
 
 
 def _same_shapes(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
@@ -356,7 +361,7 @@ def restack_like(state: TrainState, like: TrainState) -> TrainState:
 
     A state whose layers are already arranged like that is returned as is. Otherwise both copies are briefly in memory.
     """
-    if jax.tree.structure(state) == jax.tree.structure(like):
+    if jax.tree.structure(state) == jax.tree.structure(like):  # type: ignore[operator]  # jaxlib types no __eq__
         return state
     out = jax.tree.map(lambda x: x.sharding, like)
     return jax.jit(lambda state: scan.restack_like(state, like), out_shardings=out)(state)

@@ -107,7 +107,7 @@ class RunOutputs:
 
 def abstract_batch(sample: T, size: int, mesh: Mesh, micro_batches: int | None = None) -> T:
     """Return the shapes, dtypes and shardings of `put_batch` for `size` samples like this one (no batch axis)."""
-    leading = (size,) if micro_batches is None else (micro_batches, size // micro_batches)
+    leading: tuple[int, ...] = (size,) if micro_batches is None else (micro_batches, size // micro_batches)
     sharding = batch_sharding(mesh, len(leading) - 1)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*leading, *x.shape), x.dtype, sharding=sharding), sample)
 
@@ -305,7 +305,10 @@ def validate(
     Returns:
         {metric name: value}.
     """
-    totals = [jax.device_get(steps.evaluate(params, put_batch(batch, steps.mesh))) for batch in batches]
+    evaluate = steps.evaluate
+    if evaluate is None:
+        raise ValueError("there is no evaluation step: the run was compiled without held-out data")
+    totals = [jax.device_get(evaluate(params, put_batch(batch, steps.mesh))) for batch in batches]
     sums, counts = jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *totals)
     scalars = {"val_loss": 0.0}
     for loss, weight in (("cross_entropy", 1.0), ("flow", flow_loss_weight)):

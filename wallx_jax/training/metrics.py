@@ -78,7 +78,7 @@ class MetricWriter:
         if self._lines is None:
             return
         values = {key: float(value) for key, value in scalars.items()}
-        line = {"step": step, "time": round(time.time(), 3)}
+        line: dict[str, float | None] = {"step": step, "time": round(time.time(), 3)}
         line |= {key: value if math.isfinite(value) else None for key, value in values.items()}
         with self._unless_full("metrics.jsonl"):
             self._lines.write(json.dumps(line) + "\n")

@@ -56,6 +56,6 @@ class ProfileWindow:
     def __enter__(self) -> "ProfileWindow":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._running:
             self._stop()

@@ -76,7 +76,7 @@ class Progress:
         On a terminal, a timer runs meanwhile.
         """
         start, done = time.perf_counter(), threading.Event()
-        ticker = threading.Thread(target=self._count_seconds, args=(f"compiling {what}", done), daemon=True)
+        ticker = threading.Thread(target=_count_seconds, args=(self._bar, f"compiling {what}", done), daemon=True)
         if self._bar is not None:
             ticker.start()
         else:
@@ -96,11 +96,12 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def _count_seconds(self, text: str, done: threading.Event) -> None:
-        start = time.perf_counter()
-        while not done.is_set():
-            self._bar.set_description_str(f"{text} ... {time.perf_counter() - start:.0f} s")
-            done.wait(1.0)
+
+def _count_seconds(bar: tqdm, text: str, done: threading.Event) -> None:
+    start = time.perf_counter()
+    while not done.is_set():
+        bar.set_description_str(f"{text} ... {time.perf_counter() - start:.0f} s")
+        done.wait(1.0)
 
 
 _BAR = "{desc}{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}] {postfix}"

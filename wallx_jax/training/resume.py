@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from wallx_jax.checkpoints.layout import metadata_of
 from wallx_jax.config import flatten, recorded
 from wallx_jax.config.schema import RunConfig
+from wallx_jax.config.schema.robot import sizes
 from wallx_jax.data import processor as processors
 from wallx_jax.data.build import dataset_stats, load_stats
 from wallx_jax.data.datasets import DatasetSpec
@@ -162,7 +164,7 @@ def _of_samples(settings: RunConfig, stored: Sequence[Processor]) -> Pairs:
 def _of_dataset(settings: RunConfig, stored: Processor) -> Pairs:
     data, robot, layout = settings.data, settings.robot, stored.config
     resolutions = dict(zip(layout.views, layout.resolutions, strict=True))
-    pairs = {
+    pairs: dict[str, tuple[Any, Any]] = {
         "camera_views": (
             tuple(f"{camera.view}: {camera.key}" for camera in data.cameras),
             tuple(f"{view}: {key}" for view, key in zip(layout.views, layout.camera_keys, strict=True)),
@@ -184,7 +186,7 @@ def _of_dataset(settings: RunConfig, stored: Processor) -> Pairs:
     ):
         pairs[f"dims of {table}"] = (len(now), len(then))
         if len(now) == len(then):
-            pairs[name] = (_names(groups, now), _names(groups, then))
+            pairs[name] = (_names(sizes(groups), now), _names(sizes(groups), then))
     return pairs
 
 
@@ -192,7 +194,7 @@ def _relative_dims(relative_to: Sequence[int]) -> dict[int, int]:
     return {action: state for action, state in enumerate(relative_to) if state >= 0}
 
 
-def _names(table: Sequence[tuple[str, int]], flags: Sequence[bool]) -> tuple[str, ...]:
+def _names(table: Sequence[tuple[str, int]], flags: Sequence[bool] | np.ndarray) -> tuple[str, ...]:
     """Return the enabled groups of dims, with indices where a group is partly enabled: ("arm", "gripper[0]")."""
     names, start = [], 0
     for name, dims in table:

@@ -6,6 +6,7 @@ role, which is derived from their path; the layer axis is never sharded.
 """
 
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -63,14 +64,14 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     raise ValueError(f"no sharding rule for parameter {path}; add one to training/sharding.py")
 
 
-def shardings(abstract, mesh: Mesh):
+def shardings(abstract: Any, mesh: Mesh) -> Any:
     """Return a tree with the NamedSharding of every leaf of a parameter tree, optimizer state or TrainState.
 
     Optimizer moments are sharded like their parameters: the rule is chosen by the parameter path at the end of a leaf's
     path.
     """
 
-    def of(path, leaf):
+    def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         if leaf.ndim == 0:
             return replicated(mesh)
         name = "/".join(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
@@ -101,7 +102,7 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
         ValueError: two processes have some but not all of their rows in common.
     """
     rows = mesh.devices.reshape(-1, mesh.shape["tensor"])
-    held = {device.process_index: set() for device in mesh.devices.flat}
+    held: dict[int, set[int]] = {device.process_index: set() for device in mesh.devices.flat}
     for row, devices in enumerate(rows):
         for device in devices:
             held[device.process_index].add(row)

@@ -91,14 +91,14 @@ def _end(code: int, note: dict[str, Any] | None = None) -> NoReturn:
     """Notify the other processes and end this one; process 0, which hosts the store, ends last."""
     if global_state.client is not None:
         # In a thread: a store that does not respond must not keep the process from ending.
-        telling = threading.Thread(target=_tell, args=(note,), daemon=True)
+        telling = threading.Thread(target=_tell, args=(global_state.client, note), daemon=True)
         telling.start()
         telling.join(_PATIENCE_S)
     os._exit(code)
 
 
-def _tell(note: dict[str, Any] | None) -> None:
-    client, me = global_state.client, global_state.process_id
+def _tell(client: Any, note: dict[str, Any] | None) -> None:
+    me = global_state.process_id
     if note is not None:
         for process in range(global_state.num_processes):
             with contextlib.suppress(Exception):  # another process was first

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -152,7 +153,9 @@ def make_train_step(
         counts = overall(dataset_counts)
         noise, time = _noise_and_time(jax.random.fold_in(jax.random.key(seed), state.step), batch, model)
 
-        def micro_loss(params, micro: Batch, noise, time) -> tuple[jax.Array, tuple[LossTotals, LossTotals]]:
+        def micro_loss(
+            params: tree.Tree, micro: Batch, noise: jax.Array, time: jax.Array
+        ) -> tuple[jax.Array, tuple[LossTotals, LossTotals]]:
             several = bool(objective.datasets)
             dataset_sums = batch_sums(tree.merge(params, frozen), micro, noise, time, model, objective, several)
             if several:
@@ -172,7 +175,7 @@ def make_train_step(
         norm = optax.tree.norm(to_float32(grads))
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-        def update(before):
+        def update(before: Any) -> Any:
             wide, moments, ema = to_float32(before)
             updates, moments = optimizer.tx.update(clip(to_float32(grads), norm, optim.max_grad_norm), moments, wide)
             wide = optax.apply_updates(wide, updates)
@@ -287,10 +290,10 @@ def _noise_and_time(key: jax.Array, batch: Batch, model: WallXConfig) -> tuple[j
     return noise.reshape(shape), time.reshape(shape[:-2])
 
 
-def _accumulate(loss_and_grads, params, micro_batches):
+def _accumulate(loss_and_grads: Callable[..., Any], params: tree.Tree, micro_batches: Any) -> Any:
     """Sum losses and gradients over the leading axis of `micro_batches`, in float32."""
 
-    def add(total, micro):
+    def add(total: Any, micro: Any) -> tuple[Any, None]:
         return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, loss_and_grads(params, *micro)), None
 
     shapes = jax.eval_shape(loss_and_grads, params, *jax.tree.map(lambda x: x[0], micro_batches))

@@ -8,6 +8,9 @@ from wallx_jax.config.feature_slices import parse_slice
 from wallx_jax.utils.errors import nearest
 from wallx_jax.utils.settings import setting
 
+Table = tuple[tuple[str, int | str], ...]  # (name, number of dims or feature slice)
+Groups = tuple[tuple[str, int], ...]  # (name, number of dims)
+
 
 def _is_group(dims: Any) -> bool:
     """Return whether a value is a number of dims or a feature slice."""
@@ -40,7 +43,7 @@ class RobotConfig:
     robot_name: ClassVar[str | None] = setting(
         None, "upstream's customized_robot_config.name; if set, it must equal repo_id", derived=True, inherited=False
     )
-    dof: tuple[tuple[str, int | str], ...] = setting(
+    dof: Table = setting(
         {},
         "{name: dims} of the action groups, in order: numbers of dims of action_key, or slices that reorder, drop or "
         'join dims, as in {"arm": "action[0:6]", "gripper": "action.gripper"}; empty: one group of all dims',
@@ -49,7 +52,7 @@ class RobotConfig:
         entry=GROUPS,
         per_dataset=True,
     )
-    agent_pos: tuple[tuple[str, int | str], ...] = setting(
+    agent_pos: Table = setting(
         {},
         "the same for the state groups, with state_key; empty: as dof_config if that fits",
         key="agent_pos_config",
@@ -80,21 +83,24 @@ class RobotConfig:
 
     def predicted(self) -> tuple[bool, ...]:
         """Return one flag per action dim: True if it is predicted, False if it is masked."""
-        return _used(self.dof, self.predict_keys)
+        return _used(sizes(self.dof), self.predict_keys)
 
     def observed(self) -> tuple[bool, ...]:
         """Return one flag per state dim: True if the policy observes it, False if it is masked."""
-        return _used(self.agent_pos, self.obs_keys)
+        return _used(sizes(self.agent_pos), self.obs_keys)
 
     def relative_to(self) -> tuple[int, ...]:
         """Return, per action dim, the state dim that it is relative to, or -1; empty if no action is relative."""
         if not self.relative_keys:
             return ()
-        first_of, first = {}, 0
-        for name, dims in self.agent_pos:
+        first_of: dict[str, int] = {}
+        first = 0
+        for name, dims in sizes(self.agent_pos):
             first_of[name], first = first, first + dims
         return tuple(
-            first_of[name] + dim if name in self.relative_keys else -1 for name, dims in self.dof for dim in range(dims)
+            first_of[name] + dim if name in self.relative_keys else -1
+            for name, dims in sizes(self.dof)
+            for dim in range(dims)
         )
 
     @staticmethod
@@ -123,5 +129,10 @@ class RobotConfig:
         return errors
 
 
-def _used(table: tuple[tuple[str, int], ...], keys: tuple[str, ...]) -> tuple[bool, ...]:
+def sizes(table: Table) -> Groups:
+    """Return the groups of a table whose entries are numbers of dims, as all are after `check_dataset`."""
+    return tuple((name, value) for name, value in table if isinstance(value, int))
+
+
+def _used(table: Groups, keys: tuple[str, ...]) -> tuple[bool, ...]:
     return tuple(not keys or name in keys for name, dims in table for _ in range(dims))
