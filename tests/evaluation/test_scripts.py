@@ -115,7 +115,7 @@ def test_ablate(run, run_dir, tmp_path):
     replaced = result["replaced"]
     # One held-out episode: there is no other to take images from.
     assert list(replaced) == ["nothing", "images noise", "instruction swapped", "state zeroed"]
-    assert replaced["nothing"]["ratio"] == 1 and replaced["state zeroed"]["moved"] > 0
+    assert replaced["nothing"]["ratio"] == 1 and replaced["state zeroed"]["action_change"] > 0
     assert len(replaced["images noise"]["mae_per_dim"]) == 14 and len(replaced["images noise"]["mae_per_step"]) == 4
     width, height = png(out / "ablation.png")
     assert width > height

@@ -355,12 +355,12 @@ def _items(flat: Mapping[str, Any]) -> dict[str, Tree]:
 
 def _from_items(items: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
     """Return the leaves `wanted` of a flattened state; the inverse of `_items`."""
-    acting, rest = leaves_by_path(items["params"]), leaves_by_path(items["state"])
+    inference, rest = leaves_by_path(items["params"]), leaves_by_path(items["state"])
 
     def leaf(path: str) -> Any:
         kind, _, name = path.partition("/")
         if kind == "ema" or (kind == "params" and path not in rest):
-            return acting[name]
+            return inference[name]
         return rest[path]
 
     return {path: leaf(path) for path in wanted}

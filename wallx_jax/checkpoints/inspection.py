@@ -110,8 +110,8 @@ def _check_step(report: CheckpointReport, source: ModelSource) -> None:
 
 
 def _describe_model(report: CheckpointReport, model: WallXConfig) -> None:
-    acts = model.has_action_head
-    side = f"{model.action.action_dim} action channels" if acts else "no action side (Qwen2.5-VL)"
+    has_actions = model.has_action_head
+    side = f"{model.action.action_dim} action channels" if has_actions else "no action side (Qwen2.5-VL)"
     adapters = f", adapters of rank {model.lora.rank}" if model.lora.rank else ""
     report.add(
         "shapes",

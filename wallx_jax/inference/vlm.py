@@ -98,15 +98,15 @@ class VLM:
             with settings.naming("conversation", row, len(conversations)):
                 prompts.append(encode_chat(self.tokenizer, each, self.limits))
         encoded = time.perf_counter()
-        said: list[np.ndarray | None] = [None] * len(prompts)
+        generated: list[np.ndarray | None] = [None] * len(prompts)
         for rows, batch, seconds in self._batches(prompts):
             answers = self._sampler(batch, max_tokens, temperature, [seeds[row] for row in rows], seconds)
             for row, tokens in zip(rows, answers, strict=True):
-                said[row] = tokens
+                generated[row] = tokens
         end = time.perf_counter()
         timings = {"preprocess": encoded - start, "model": end - encoded, "total": end - start}
         answers = []
-        for row, tokens in enumerate(said):
+        for row, tokens in enumerate(generated):
             with settings.naming("conversation", row, len(conversations)):
                 answers.append(self._answer(tokens, {name: 1e3 * s for name, s in timings.items()}))
         return answers[0] if single else answers
