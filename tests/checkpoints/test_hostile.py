@@ -102,7 +102,7 @@ def test_nan_and_infinity(wallx, tmp_path, name, dtype, value):
     bad = wallx.tensors[name].astype(dtype, order="C")
     bad.reshape(-1)[-1] = value
     wallx.tensors[name] = bad
-    with pytest.raises(WeightsError, match=f"{name} holds NaN or infinity"):
+    with pytest.raises(WeightsError, match=f"{name} contains NaN or infinity"):
         convert_model(wallx.write(), tmp_path / "checkpoint", has_action_head=True)
     assert left_behind(tmp_path) == []
 

@@ -182,8 +182,8 @@ def test_what_has_shaped_the_run_is_refused(adapted, name):
         resumed(adapted[0], **{name.replace(".", "__"): now})
     (error,) = caught.value.errors
     assert error == (
-        f"{name} = {now!r}, but the run of resume.ckpt has {then!r}: use that, or start anew from its weights with "
-        "resume.load_ckpt_only=True"
+        f"{name} = {now!r}, but the run of resume.ckpt has {then!r}: use that, or start a new run from its weights "
+        "with resume.load_ckpt_only=True"
     )
 
 
@@ -265,8 +265,8 @@ def test_settings_that_act_from_here_on_are_told(adapted, caplog):
     )  # fmt: skip
     (told,) = [record.getMessage() for record in caplog.records if "other settings" in record.getMessage()]
     assert told == (
-        "the run goes on with other settings: numerics.remat was None, is 'none'; learning_rate was 0.001, is 0.0005; "
-        "learning_rates was (), is ('attn/=1e-5',)"
+        "the run continues with other settings: numerics.remat was None, is 'none'; learning_rate was 0.001, is "
+        "0.0005; learning_rates was (), is ('attn/=1e-5',)"
     )
     (unused,) = [record.getMessage() for record in caplog.records if "not used" in record.getMessage()]
     assert unused.startswith("pretrained_wallx_path = 'gone' is not used: ")

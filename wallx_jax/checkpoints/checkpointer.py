@@ -331,7 +331,7 @@ def _restore_iterator(step: Path, data_iterator: DataIterator) -> None:
         data_iterator.set_state(state)
     except Exception as error:
         raise CheckpointError(
-            f"{file} holds no position that this version understands ({root_cause(error)}); {remedy}"
+            f"{file} contains no position that this version understands ({root_cause(error)}); {remedy}"
         ) from error
 
 

@@ -149,7 +149,7 @@ def _check_files(report: CheckpointReport, source: ModelSource) -> None:
 def _check_resumable(report: CheckpointReport, step: Path) -> None:
     present = [item for item in ("state", "data") if (step / item).is_dir()]
     if len(present) < 2:
-        has = f"has {present[0]}/ alone" if present else "holds weights alone"
+        has = f"has {present[0]}/ alone" if present else "contains only weights"
         report.add("resume", f"no, it {has}; runs can start from it (pretrained_wallx_path, resume.load_ckpt_only)")
         return
     state = report.try_step("its optimizer state cannot be read", stored, step, "state")

@@ -132,7 +132,7 @@ class Weights:
             ops.copy(target, view if stacked else view[rows])
             self._tensors.release(name)
             if not is_finite(target):
-                raise WeightsError(f"{self.directory}: {name} holds NaN or infinity; fetch or train it again")
+                raise WeightsError(f"{self.directory}: {name} contains NaN or infinity; fetch or train it again")
         return out
 
     def dtypes(self) -> dict[str, tuple[np.dtype, np.dtype]]:
@@ -340,7 +340,7 @@ def _config(
             **hf,
         }:  # transformers omits it if it is false
             warnings.warn(
-                f"{directory}: config.json says tie_word_embeddings, but {names.HEAD} differs from the embedding; "
+                f"{directory}: config.json sets tie_word_embeddings, but {names.HEAD} differs from the embedding; "
                 "both are kept and the model is untied",
                 stacklevel=3,
             )
