@@ -164,7 +164,7 @@ def test_shards_are_read_together(tmp_path):
     [
         ({"a": "s1", "b": "s2", "c": "gone", "d": "lost"}, "not there: gone, lost"),
         ({"a": "s1", "b": "s2", "c": "s2"}, "c is not in s2"),
-        ({"a": "s1", "b": "s1", "x": "s2"}, "b is in s2, the index says s1"),
+        ({"a": "s1", "b": "s1", "x": "s2"}, "b is in s2, the index has s1"),
         ({"a": "s1", "x": "s2"}, "b is in s2, the index has no entry"),
         ({"a": "../s1"}, "outside its folder"),
         ({"a": 1}, "malformed"),
