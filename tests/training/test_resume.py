@@ -129,7 +129,7 @@ def test_the_same_configuration_goes_on(name, model_dir, qwen_dir, fast_dirs, da
     save(config)
     caplog.clear()
     resumed(config)
-    assert not [record for record in caplog.records if "goes on" in record.getMessage() or "not used" in record.msg]
+    assert not [record for record in caplog.records if "continues" in record.getMessage() or "not used" in record.msg]
 
 
 FIRST = {"lora__rank": 2, "lora__alpha": 8.0, "ema_decay": None, "predict_action_keys": ("arm",)}
@@ -240,7 +240,7 @@ def test_the_same_said_otherwise_goes_on(adapted, caplog):
     resumed(config, numerics=dataclasses.asdict(Numerics(param_dtype="float32", compute_dtype="float32")))
     caplog.clear()
     resumed(config, numerics=dict.fromkeys(config.numerics))
-    assert "goes on" not in caplog.text
+    assert "continues" not in caplog.text
 
 
 def test_numerics_that_came_with_the_weights_stay(dataset_dir, tmp_path):
