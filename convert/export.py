@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument(
         "--shard-gb",
         type=float,
-        help="begin a new file after so many GB, with an index; default: one file, which Wall-X's loaders ask for",
+        help="maximum shard size in GB, with an index; default: one file, as Wall-X's loaders require",
     )
     arguments = parser.parse_args()
     shard_bytes = None if arguments.shard_gb is None else int(arguments.shard_gb * 1e9)

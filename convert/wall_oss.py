@@ -20,7 +20,8 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="checkpoint directory to make")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     arguments = parser.parse_args()
-    print(f"wrote {convert_model(arguments.model, arguments.output, acts=True, revision=arguments.revision)}")
+    checkpoint = convert_model(arguments.model, arguments.output, has_action_head=True, revision=arguments.revision)
+    print(f"wrote {checkpoint}")
 
 
 if __name__ == "__main__":

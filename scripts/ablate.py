@@ -23,7 +23,7 @@ def main() -> None:
     target.add_arguments(parser)
     parser.add_argument("--frames", type=int, default=64, help="held-out frames, spread evenly")
     parser.add_argument("--steps", type=int, default=10, help="Euler steps")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise, of the policy's and of the pictures")
+    parser.add_argument("--seed", type=int, default=0, help="seed for noise and ablations")
     parser.add_argument("--out", type=target.output_folder, default="runs/ablation")
     arguments = parser.parse_args()
 
@@ -44,11 +44,11 @@ def main() -> None:
     result = {"checkpoint": str(tested.folder), "dataset": tested.info.repo_id, "frames": len(recorded)}
     result |= {"dims": names, "predicted": predicted.tolist(), "replaced": {}}
     for name, effect in found.items():
-        row = effect.errors.as_json() | {"moved": effect.moved, "ratio": effect.ratio}
+        row = effect.errors.as_json() | {"action_change": effect.action_change, "ratio": effect.ratio}
         result["replaced"][name] = row | ({} if name == "nothing" else {"verdict": ablation.verdict(effect)})
     write_text(arguments.out / "ablation.json", json.dumps(result, indent=2) + "\n")
     print(ablation.table(found))
-    print(f"{len(recorded)} held-out frames; picture and numbers in {arguments.out}")
+    print(f"{len(recorded)} held-out frames; plot and metrics in {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from bench import aot
 
 ACTIONS, TOKENS, IMAGE, CAMERAS, STEPS = 32, 285, (196, 252), 3, 10
 WHAT = ("train", "chunk", "parts")
-SAID = 32  # generated tokens of text, or of FAST actions
+GENERATED = 32  # generated tokens of text, or of FAST actions
 
 
 def random_batch(model, batch: int):
@@ -137,11 +137,11 @@ def time_parts(model, params, batch, repeats: int) -> dict:
             model.numerics.masked_dims,
         )
 
-    def say(count, params, batch):
+    def generate_text(count, params, batch):
         net = from_params(model, params)
         return generate(net, net.embed_batch(batch), count)
 
-    say_one, say_more = (jax.jit(functools.partial(say, count)) for count in (1, 1 + SAID))
+    generate_one, generate_more = (jax.jit(functools.partial(generate_text, count)) for count in (1, 1 + GENERATED))
     vision, prefix, denoise = map(jax.jit, (vision, prefix, denoise))
     features = vision(params, batch)
     cache = prefix(params, batch, features)
@@ -150,9 +150,11 @@ def time_parts(model, params, batch, repeats: int) -> dict:
         "prefix_ms": median_ms(lambda: prefix(params, batch, features), repeats),
         "denoise_step_ms": median_ms(lambda: denoise(params, cache, noise, batch.action_mask), repeats) / STEPS,
     }
-    one, more = (median_ms(lambda program=program: program(params, batch), repeats) for program in (say_one, say_more))
+    one, more = (
+        median_ms(lambda program=program: program(params, batch), repeats) for program in (generate_one, generate_more)
+    )
     return times | {
-        "token_ms": (more - one) / SAID,
+        "token_ms": (more - one) / GENERATED,
         "denoise_step_over_prefix": times["denoise_step_ms"] / times["prefix_ms"],
     }
 
@@ -380,7 +382,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
-    if arguments.aot:  # before JAX is initialised
+    if arguments.aot:  # before JAX is initialized
         aot.prepare(arguments.target, arguments.devices)
 
     import jax

@@ -322,11 +322,13 @@ def measure(dataset: DatasetRun, cache: Path, batch: int, workers: list[int], se
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compare-lerobot", action="store_true", help="beside a torch DataLoader over LeRobotDataset")
+    parser.add_argument(
+        "--compare-lerobot", action="store_true", help="also measure LeRobotDataset in a torch DataLoader"
+    )
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4], help="numbers of worker processes")
     parser.add_argument("--episodes", type=int, default=6)
     parser.add_argument("--frames", type=int, default=100, help="frames per episode")
-    parser.add_argument("--repeat", type=int, default=1, help="make the files so many times as long; 25: about 190 MB")
+    parser.add_argument("--repeat", type=int, default=1, help="lengthen the files by this factor; 25: about 190 MB")
     parser.add_argument("--size", type=int, nargs=2, default=[480, 640], metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--codec", default="libsvtav1", help="of the videos: libsvtav1, h264 or hevc")
     parser.add_argument("--batch", type=int, default=8)

@@ -42,7 +42,7 @@ from wallx_jax.utils.files import write_text
 # Scripts may define a flag of the same name and be imported into one program.
 define = functools.partial(flags.DEFINE_string, allow_override=True)
 define("dataset", None, "LeRobot dataset: directory or repo id; replaces that of --config")
-define("output", "runs/check_dataset", "directory for report.json and the pictures")
+define("output", "runs/check_dataset", "directory for report.json and the images")
 define("decode", "200", 'about how many frames to decode, or "all"')
 
 
@@ -106,7 +106,7 @@ def _write(report: check.Report, folder: Path) -> None:
     title = textwrap.shorten(f"episode {episode}: {report.instruction(episode)}", 100)
     plots.trace(folder / "trace.png", state, action, report.tables.pairs, info.frames_of(episode), title)
     if look.shown:
-        plots.pictures(folder / "contact_sheet.png", _contact_rows(report))
+        plots.image_grid(folder / "contact_sheet.png", _contact_rows(report))
 
 
 def _contact_rows(report: check.Report) -> list[list[tuple[str, np.ndarray]]]:

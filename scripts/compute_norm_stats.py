@@ -1,4 +1,4 @@
-"""Compute exact normalisation statistics of a LeRobot dataset, from its table files only, without reading any video.
+"""Compute exact normalization statistics of a LeRobot dataset, from its table files only, without reading any video.
 
     python scripts/compute_norm_stats.py --dataset DIR_OR_REPO [--state_key KEY] [--action_key KEY] [--output OUT]
     python scripts/compute_norm_stats.py --config=configs/aloha.py [--config.key=value ...] [--output OUT]
@@ -48,7 +48,7 @@ def of_dataset(config: ConfigDict | None) -> Iterator[tuple[Path, DatasetInfo, N
     """Yield the output file, metadata and statistics of --dataset."""
     values = flags.FLAGS
     if config is not None:
-        raise CommandLineError("--config and --dataset are two ways to say it: give one of them")
+        raise CommandLineError("--config and --dataset are mutually exclusive: give one of them")
     _, state_key, action_key = KEY_MAPPINGS.get(values.dataset, ({}, "observation.state", "action"))
     info = read_info(values.dataset)
     keys = (values.state_key or state_key, values.action_key or action_key)

@@ -56,9 +56,9 @@ def smoke(arguments: argparse.Namespace) -> dict:
     source = open_source(arguments.model)
     folder = source.folder
     start = time.perf_counter()
-    acts = source.read_config().has_action_head
-    policy = _policy(source, arguments.horizon) if acts else None
-    vlm = VLM(policy.config, policy.params, policy.processor.tokenizer) if acts else load_vlm(folder)
+    has_actions = source.read_config().has_action_head
+    policy = _policy(source, arguments.horizon) if has_actions else None
+    vlm = VLM(policy.config, policy.params, policy.processor.tokenizer) if has_actions else load_vlm(folder)
     loaded = time.perf_counter() - start
     figures = {"model": str(folder), "device": jax.devices()[0].device_kind, "load_s": loaded}
     figures |= {
@@ -66,11 +66,11 @@ def smoke(arguments: argparse.Namespace) -> dict:
         "finite": True,
     }  # weights that are not finite are rejected when they are loaded
     try:
-        if acts and policy.processor.config.objective == "flow":
+        if has_actions and policy.processor.config.objective == "flow":
             figures |= _act(policy, arguments)
-        picture = np.random.default_rng(0).integers(0, 256, (*CAMERA, 3), np.uint8)
+        image = np.random.default_rng(0).integers(0, 256, (*CAMERA, 3), np.uint8)
         answer, figures["text_ms"] = _timed(
-            lambda: vlm.ask("What is in the picture?", picture, max_tokens=arguments.max_tokens), arguments.repeats
+            lambda: vlm.ask("What is in the image?", image, max_tokens=arguments.max_tokens), arguments.repeats
         )
         figures |= {"text_tokens": len(answer.tokens), "text": answer.text}
     except (ActionNotFiniteError, LogitsError) as error:
@@ -99,7 +99,7 @@ def _policy(source: ModelSource, horizon: int) -> Policy:
 
 
 def _unit(dims: int) -> Stats:
-    """Return statistics under which normalisation is the identity."""
+    """Return statistics under which normalization is the identity."""
     one = np.ones(dims)
     return Stats(mean=0 * one, std=one, q01=-one, q99=one, min=-one, max=one)
 

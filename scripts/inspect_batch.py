@@ -3,7 +3,7 @@
     python scripts/inspect_batch.py --config=configs/aloha.py --workdir=runs/inspect [--samples=4]
 
 Takes the same settings as `python -m wallx_jax.train`. Writes batch.txt (prompt with placeholders collapsed, labels,
-state and actions before and after normalisation, masks) and batch.png (the resized images of each camera, in order).
+state and actions before and after normalization, masks) and batch.png (the resized images of each camera, in order).
 No weights are read.
 """
 
@@ -57,7 +57,7 @@ def main(config: ConfigDict) -> None:
     out.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(f"{seen}\n{done}" for seen, done in zip(inputs, actions, strict=True))
     write_text(out / "batch.txt", text + "\n")
-    plots.pictures(out / "batch.png", rows)
+    plots.image_grid(out / "batch.png", rows)
     print("\n\n".join(inputs))
     print(f"\n{len(inputs)} samples, with their actions, in {out / 'batch.txt'} and {out / 'batch.png'}")
 

@@ -54,9 +54,7 @@ def main() -> None:
         print(
             f"{failed} of {len(recorded)} frames have no prediction: what the policy gave is no chunk of finite actions"
         )
-    print(
-        f"{len(recorded)} chunks of {len(result['episodes'])} episodes; pictures and openloop.json in {arguments.out}"
-    )
+    print(f"{len(recorded)} chunks of {len(result['episodes'])} episodes; plots and openloop.json in {arguments.out}")
 
 
 if __name__ == "__main__":

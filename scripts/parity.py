@@ -252,8 +252,8 @@ class Case:
 
     def generated(self, count: int, semantics: str) -> np.ndarray:
         """Generate a greedy continuation, int [B, count], ignoring end tokens."""
-        said = self.run(lambda net, group, arrays: generate(net, self.prefix(net, group, arrays), count), semantics)
-        return self.scatter(said)
+        tokens = self.run(lambda net, group, arrays: generate(net, self.prefix(net, group, arrays), count), semantics)
+        return self.scatter(tokens)
 
     @functools.cache  # noqa: B019
     def adamw(self, semantics: str, updates: int) -> dict[str, object]:
@@ -357,7 +357,7 @@ def run(model_dir: Path, golden: Path, kernels: str = "auto") -> list[Comparison
         inputs = {key.removeprefix("in."): file[key] for key in file.files if key.startswith("in.")}
         expected = {key.removeprefix("out."): file[key] for key in file.files if key.startswith("out.")}
     if not expected:
-        raise SystemExit(f"{golden} holds no out.* arrays")
+        raise SystemExit(f"{golden} contains no out.* arrays")
     config, params = load_params(model_dir, numerics=FLOAT32 | {"kernels": kernels})
     ids = {"propri": meta.get("propri_token_id"), "action": meta.get("action_token_id")}
     config = config.replace(tokens={name: number for name, number in ids.items() if number is not None})

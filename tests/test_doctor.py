@@ -131,7 +131,7 @@ BREAKS = {
     "metadata a list": (
         lambda step: (step / "metadata/metadata.json").write_text("[]"),
         "",
-        "metadata.json holds a JSON array; expected an object",
+        "metadata.json contains a JSON array; expected an object",
     ),
     "metadata an LFS pointer": (
         lambda step: (step / "metadata/metadata.json").write_text("version https://git-lfs.github.com/spec/v1"),
@@ -167,7 +167,7 @@ BREAKS = {
     ),
     "weights alone": (
         lambda step: [shutil.rmtree(step / item) for item in ("state", "data")],
-        "resume       no, it holds weights alone",
+        "resume       no, it contains only weights",
         None,
     ),
 }

@@ -67,7 +67,7 @@ def test_a_second_signal_says_what_is_lost(save_interval, lost, monkeypatch, dat
         if len(updates) == 3:
             while save_interval == 2 and latest_step(tmp_path / "run") is None:
                 time.sleep(0.01)  # saved in the background
-            self._give_up(signal.SIGTERM)
+            self._on_second_signal(signal.SIGTERM)
 
     tiny_run.use_devices(monkeypatch, 1)
     monkeypatch.setattr(wallx_jax.train.shutdown, "leave", leave)

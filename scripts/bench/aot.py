@@ -31,7 +31,7 @@ device_description_str: "{name}"
 
 
 def prepare(target: str, devices: int) -> None:
-    """Set up the environment to compile for `devices` devices of a target; call before JAX is initialised."""
+    """Set up the environment to compile for `devices` devices of a target; call before JAX is initialized."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     if target == "cpu":
         flag = f"--xla_force_host_platform_device_count={devices}"

@@ -68,7 +68,7 @@ def test_mistakes_end_in_one_line(wallx_dir, tmp_path, command, message):
 def test_revision_reaches_the_hub(wallx_dir, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(hub, "resolve", lambda *args, **options: asked.append((args, options)) or wallx_dir)
-    convert_model("acme/wall", tmp_path / "checkpoint", acts=True, revision="v1")
+    convert_model("acme/wall", tmp_path / "checkpoint", has_action_head=True, revision="v1")
     assert asked == [(("acme/wall",), {"kind": "model", "revision": "v1"})]
     metadata = json.loads((tmp_path / "checkpoint" / "metadata" / "metadata.json").read_text())
     assert (metadata["source"]["model"], metadata["source"]["revision"]) == ("acme/wall", "v1")

@@ -63,7 +63,7 @@ def test_nan_equals_itself(wallx, other):
 
 
 def test_spellings_and_checkpoints_are_compared_as_one(qwen, tmp_path):
-    checkpoint = convert_model(qwen.write(), tmp_path / "checkpoint", acts=False)
+    checkpoint = convert_model(qwen.write(), tmp_path / "checkpoint", has_action_head=False)
     newer = Directory(tmp_path / "newer", qwen.config, random_params(qwen.config))
     newer.tensors = {
         f"model.language_model.{name.removeprefix('model.')}" if name.startswith("model.") else f"model.{name}": x
@@ -75,7 +75,7 @@ def test_spellings_and_checkpoints_are_compared_as_one(qwen, tmp_path):
 
 
 def test_checkpoints_differ_where_their_models_do(wallx, other, tmp_path):
-    a = convert_model(wallx.write(), tmp_path / "a", acts=True)
+    a = convert_model(wallx.write(), tmp_path / "a", has_action_head=True)
     other.tensors["model.layers.2.self_attn.k_proj.weight"][1, 2] += 1
-    b = convert_model(other.write(), tmp_path / "b", acts=True)
+    b = convert_model(other.write(), tmp_path / "b", has_action_head=True)
     assert list(compare(a, b).values) == ["model.layers.2.self_attn.k_proj.weight"]

@@ -90,7 +90,7 @@ def test_damaged_directory(wallx, tmp_path, damage):
     damage(folder)
     before = digest(folder)
     with pytest.raises(WeightsError, match=DAMAGE[damage]):
-        convert_model(folder, tmp_path / "checkpoint", acts=True)
+        convert_model(folder, tmp_path / "checkpoint", has_action_head=True)
     assert digest(folder) == before
     assert left_behind(tmp_path) == []
 
@@ -102,8 +102,8 @@ def test_nan_and_infinity(wallx, tmp_path, name, dtype, value):
     bad = wallx.tensors[name].astype(dtype, order="C")
     bad.reshape(-1)[-1] = value
     wallx.tensors[name] = bad
-    with pytest.raises(WeightsError, match=f"{name} holds NaN or infinity"):
-        convert_model(wallx.write(), tmp_path / "checkpoint", acts=True)
+    with pytest.raises(WeightsError, match=f"{name} contains NaN or infinity"):
+        convert_model(wallx.write(), tmp_path / "checkpoint", has_action_head=True)
     assert left_behind(tmp_path) == []
 
 
@@ -111,7 +111,7 @@ def test_links_inside_a_folder_and_in_the_hubs_cache_are_fine(wallx, tmp_path):
     folder = wallx.write()
     (folder / SINGLE).rename(folder / "weights")
     (folder / SINGLE).symlink_to("weights")
-    convert_model(folder, tmp_path / "inside", acts=True)
+    convert_model(folder, tmp_path / "inside", has_action_head=True)
 
     repository = tmp_path / "models--acme--wall"
     (repository / "blobs").mkdir(parents=True)
@@ -120,7 +120,7 @@ def test_links_inside_a_folder_and_in_the_hubs_cache_are_fine(wallx, tmp_path):
     for number, name in enumerate(("config.json", "weights")):
         shutil.move(folder / name, repository / "blobs" / str(number))
         (snapshot / name.replace("weights", SINGLE)).symlink_to(f"../../blobs/{number}")
-    convert_model(snapshot, tmp_path / "cached", acts=True)
+    convert_model(snapshot, tmp_path / "cached", has_action_head=True)
     assert compare(tmp_path / "inside", tmp_path / "cached").identical
 
 
@@ -128,8 +128,8 @@ def test_existing_output_is_kept(wallx, tmp_path):
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "mine").write_text("precious")
     for attempt in (
-        lambda: convert_model(wallx.write(), tmp_path / "checkpoint", acts=True),
-        lambda: export_model(convert_model(wallx.path, tmp_path / "c", acts=True), tmp_path / "checkpoint"),
+        lambda: convert_model(wallx.write(), tmp_path / "checkpoint", has_action_head=True),
+        lambda: export_model(convert_model(wallx.path, tmp_path / "c", has_action_head=True), tmp_path / "checkpoint"),
     ):
         with pytest.raises(FileExistsError, match="exists already; choose another output"):
             attempt()
@@ -138,14 +138,14 @@ def test_existing_output_is_kept(wallx, tmp_path):
 
 def test_an_empty_output_folder_may_be_there(wallx, tmp_path):
     (tmp_path / "checkpoint").mkdir()
-    convert_model(wallx.write(), tmp_path / "checkpoint", acts=True)
+    convert_model(wallx.write(), tmp_path / "checkpoint", has_action_head=True)
     assert compare(wallx.path, tmp_path / "checkpoint").identical
 
 
 def test_a_disk_that_is_too_small_is_refused_before_writing(wallx, tmp_path, monkeypatch):
     monkeypatch.setattr(from_pytorch.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 19))
     with pytest.raises(CheckpointError, match=r"needs 0\.0 GiB, but .* has 0\.0 GiB free; make room"):
-        convert_model(wallx.write(), tmp_path / "checkpoint", acts=True)
+        convert_model(wallx.write(), tmp_path / "checkpoint", has_action_head=True)
     assert left_behind(tmp_path) == []
 
 
@@ -170,7 +170,7 @@ def command(script: str, *arguments, prefix: tuple = ()) -> subprocess.Completed
 @pytest.mark.parametrize("limit", [40_000, 100], ids=["tensors", "small files"])
 def test_a_disk_that_fills_up(wallx, tmp_path, limit):
     folder, limited = wallx.write(), ("-c", LIMITED, limit)
-    convert_model(folder, tmp_path / "checkpoint", acts=True)
+    convert_model(folder, tmp_path / "checkpoint", has_action_head=True)
     for script, option, source in (
         ("wall_oss.py", "--model", folder),
         ("export.py", "--checkpoint", tmp_path / "checkpoint"),
@@ -237,7 +237,7 @@ def test_any_bytes_in_the_header_end_in_an_error_or_in_a_whole_checkpoint(wallx,
     (folder / SINGLE).write_bytes(content[: data.draw(st.sampled_from([len(content), header, header // 2]))])
     shutil.rmtree(tmp_path / "checkpoint", ignore_errors=True)
     try:
-        convert_model(folder, tmp_path / "checkpoint", acts=True)
+        convert_model(folder, tmp_path / "checkpoint", has_action_head=True)
     except WeightsError:
         assert left_behind(tmp_path) == []
     else:

@@ -37,7 +37,7 @@ def test_transformers_loads_an_exported_qwen(tmp_path, tied, shard_bytes):
     config = torch_qwen.qwen_config(heads=4, kv_heads=2, depth=2, full=[1], layers=2)
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
     theirs = torch_qwen.random_model(config, tmp_path / "theirs", seed=3)
-    checkpoint = convert_model(tmp_path / "theirs", tmp_path / "checkpoint", acts=False)
+    checkpoint = convert_model(tmp_path / "theirs", tmp_path / "checkpoint", has_action_head=False)
     exported = export_model(checkpoint, tmp_path / "out", layout="qwen2_5_vl", shard_bytes=shard_bytes)
     ours = load(exported)
     for name, x in theirs.state_dict().items():
@@ -52,7 +52,7 @@ def test_transformers_loads_an_exported_qwen(tmp_path, tied, shard_bytes):
 
 @pytest.mark.medium
 def test_transformers_loads_the_vlm_part_of_a_wall_x(wallx_dir, tmp_path):
-    checkpoint = convert_model(wallx_dir, tmp_path / "checkpoint", acts=True)
+    checkpoint = convert_model(wallx_dir, tmp_path / "checkpoint", has_action_head=True)
     model = load(export_model(checkpoint, tmp_path / "vlm", layout="qwen2_5_vl"))
     ids = np.arange(3, 20)[None]
     vlm = load_model(checkpoint, numerics=FLOAT32)
@@ -77,7 +77,7 @@ def _last_logits(model, ids):
 @pytest.mark.parametrize("dtype", ["keep", "bfloat16"])
 def test_lerobot_loads_an_exported_wall_x(wallx_dir, tmp_path, dtype):
     """Its own from_pretrained, with the tokenizer and processor files; then a chunk from the same noise."""
-    checkpoint = convert_model(wallx_dir, tmp_path / "checkpoint", acts=True)
+    checkpoint = convert_model(wallx_dir, tmp_path / "checkpoint", has_action_head=True)
     exported = export_model(checkpoint, tmp_path / "out", dtype=dtype)
     unit = tiny_run.unit_stats(20)
     policy = load_policy(exported, norm_stats=unit, views=("face_view",), resolution=84, horizon=6, numerics=FLOAT32)

@@ -90,7 +90,7 @@ def test_comes_back_bit_for_bit(tmp_path, monkeypatch, case, pieces):
     directory = Directory(tmp_path / "model", config, random_params(config))
     change(directory)
     acts = config.has_action_head
-    checkpoint = convert_model(directory.write(), tmp_path / "checkpoint", acts=acts)
+    checkpoint = convert_model(directory.write(), tmp_path / "checkpoint", has_action_head=acts)
     exported = export_model(checkpoint, tmp_path / "out", layout="wall_x" if acts else "qwen2_5_vl")
     assert (exported / SINGLE).read_bytes() == (directory.path / SINGLE).read_bytes()
     assert load_params(exported)[0].text == load_params(directory.path)[0].text
@@ -102,7 +102,7 @@ def test_comes_back_bit_for_bit(tmp_path, monkeypatch, case, pieces):
 
 
 def test_checkpoint_holds_what_import_gives(wallx, tmp_path):
-    checkpoint = convert_model(wallx.write(), tmp_path / "checkpoint", acts=True)
+    checkpoint = convert_model(wallx.write(), tmp_path / "checkpoint", has_action_head=True)
     config, params = load_params(wallx.path)
     assert read_model_config(checkpoint) == config
     mesh = jax.make_mesh((1, 2, 2), sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:4])
@@ -122,7 +122,7 @@ def test_checkpoint_holds_what_import_gives(wallx, tmp_path):
 
 @pytest.mark.parametrize(("dtype", "kind"), [("bfloat16", BF16), ("float16", np.float16), ("float32", np.float32)])
 def test_dtype_can_be_chosen(wallx, tmp_path, dtype, kind):
-    checkpoint = convert_model(wallx.write(), tmp_path / "checkpoint", acts=True)
+    checkpoint = convert_model(wallx.write(), tmp_path / "checkpoint", has_action_head=True)
     exported = export_model(checkpoint, tmp_path / "out", dtype=dtype)
     tensors = open_tensors(exported)
     assert set(tensors) == set(wallx.tensors)
@@ -135,7 +135,7 @@ def test_dtype_can_be_chosen(wallx, tmp_path, dtype, kind):
 
 def test_values_beyond_a_dtype_are_refused(wallx, tmp_path):
     wallx.tensors["model.norm.weight"] = np.full(64, 1e6, np.float32)
-    checkpoint = convert_model(wallx.write(), tmp_path / "checkpoint", acts=True)
+    checkpoint = convert_model(wallx.write(), tmp_path / "checkpoint", has_action_head=True)
     with pytest.raises(WeightsError, match=r"model\.norm\.weight has values beyond the range of float16"):
         export_model(checkpoint, tmp_path / "out", dtype="float16")
     assert not list(tmp_path.glob("*out*"))
@@ -143,7 +143,7 @@ def test_values_beyond_a_dtype_are_refused(wallx, tmp_path):
 
 @pytest.mark.medium
 def test_shards(wallx, tmp_path):
-    checkpoint = convert_model(wallx.write(), tmp_path / "checkpoint", acts=True)
+    checkpoint = convert_model(wallx.write(), tmp_path / "checkpoint", has_action_head=True)
     exported = export_model(checkpoint, tmp_path / "out", shard_bytes=250_000)
     index = json.loads((exported / INDEX).read_text())
     files = sorted(set(index["weight_map"].values()))
@@ -154,12 +154,12 @@ def test_shards(wallx, tmp_path):
     assert set(tensors) == set(wallx.tensors)
     for name, x in wallx.tensors.items():
         np.testing.assert_array_equal(tensors[name], x)
-    again = convert_model(exported, tmp_path / "again", acts=True)
+    again = convert_model(exported, tmp_path / "again", has_action_head=True)
     assert (export_model(again, tmp_path / "single") / SINGLE).read_bytes() == (wallx.path / SINGLE).read_bytes()
 
 
 def test_vlm_part_of_a_wall_x(wallx, tmp_path):
-    checkpoint = convert_model(wallx.write(), tmp_path / "checkpoint", acts=True)
+    checkpoint = convert_model(wallx.write(), tmp_path / "checkpoint", has_action_head=True)
     exported = export_model(checkpoint, tmp_path / "vlm", layout="qwen2_5_vl")
     config, params = load_params(exported)
     assert not config.has_action_head
@@ -171,7 +171,7 @@ def test_vlm_part_of_a_wall_x(wallx, tmp_path):
 
 
 def test_a_wall_x_is_not_made_of_a_qwen(qwen, tmp_path):
-    checkpoint = convert_model(qwen.write(), tmp_path / "checkpoint", acts=False)
+    checkpoint = convert_model(qwen.write(), tmp_path / "checkpoint", has_action_head=False)
     with pytest.raises(WeightsError, match="without an action side: export it with layout qwen2_5_vl"):
         export_model(checkpoint, tmp_path / "out")
 
@@ -182,21 +182,21 @@ def test_newer_spelling_comes_back_in_the_hubs(qwen, tmp_path):
         f"model.language_model.{name.removeprefix('model.')}" if name.startswith("model.") else f"model.{name}": x
         for name, x in older.items()
     }
-    checkpoint = convert_model(qwen.write(), tmp_path / "checkpoint", acts=False)
+    checkpoint = convert_model(qwen.write(), tmp_path / "checkpoint", has_action_head=False)
     tensors = open_tensors(export_model(checkpoint, tmp_path / "out", layout="qwen2_5_vl"))
     assert set(tensors) == set(older)
 
 
 def test_statistics_among_the_weights_stay_readable(wallx, tmp_path):
     flow(wallx)
-    checkpoint = convert_model(wallx.write(), tmp_path / "checkpoint", acts=True)
+    checkpoint = convert_model(wallx.write(), tmp_path / "checkpoint", has_action_head=True)
     expected, found = read_normalizers(wallx.path), read_normalizers(checkpoint / "assets")
     assert set(found) == set(expected) == {"x2_normal", "physical-intelligence/libero"}
     np.testing.assert_array_equal(found["x2_normal"]["action"]["min"], expected["x2_normal"]["action"]["min"])
 
 
 def test_small_files_travel(wallx_dir, tmp_path):
-    exported = export_model(convert_model(wallx_dir, tmp_path / "checkpoint", acts=True), tmp_path / "out")
+    exported = export_model(convert_model(wallx_dir, tmp_path / "checkpoint", has_action_head=True), tmp_path / "out")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (exported / name).read_bytes() == (wallx_dir / name).read_bytes()
     assert json.loads((exported / "preprocessor_config.json").read_text())["image_processor_type"]
@@ -206,21 +206,21 @@ def test_small_files_travel(wallx_dir, tmp_path):
 def test_float64_is_refused(wallx, tmp_path):
     wallx.tensors["model.norm.weight"] = wallx.tensors["model.norm.weight"].astype(np.float64)
     with pytest.raises(WeightsError, match=r"no parameter can hold float64.*model\.norm\.weight"):
-        convert_model(wallx.write(), tmp_path / "checkpoint", acts=True)
+        convert_model(wallx.write(), tmp_path / "checkpoint", has_action_head=True)
 
 
 @pytest.mark.parametrize(("kind", "acts", "script"), [("wallx", False, "wall_oss"), ("qwen", True, "qwen2_5_vl")])
 def test_the_wrong_converter_names_the_right_one(request, tmp_path, kind, acts, script):
     directory = request.getfixturevalue(kind).write()
     with pytest.raises(WeightsError, match=f"use convert/{script}.py"):
-        convert_model(directory, tmp_path / "checkpoint", acts=acts)
+        convert_model(directory, tmp_path / "checkpoint", has_action_head=acts)
     assert not (tmp_path / "checkpoint").exists()
 
 
 def test_a_piece_that_reads_back_otherwise_is_noticed(wallx, tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "_same_bytes", lambda a, b: a.size < 1000)
     with pytest.raises(CheckpointError, match="reads back otherwise than it was written"):
-        convert_model(wallx.write(), tmp_path / "checkpoint", acts=True)
+        convert_model(wallx.write(), tmp_path / "checkpoint", has_action_head=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["wallx"]
 
 
@@ -228,7 +228,7 @@ def test_a_piece_that_reads_back_otherwise_is_noticed(wallx, tmp_path, monkeypat
 def test_another_version_of_orbax_is_refused(wallx, tmp_path, monkeypatch, version):
     monkeypatch.setattr(stream.importlib.metadata, "version", lambda package: version)
     with pytest.raises(CheckpointError, match=f"orbax-checkpoint {version} is installed, .* install such a version"):
-        convert_model(wallx.write(), tmp_path / "checkpoint", acts=True)
+        convert_model(wallx.write(), tmp_path / "checkpoint", has_action_head=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["wallx"]
 
 
@@ -242,7 +242,7 @@ def test_another_layout_of_orbax_is_refused(wallx, tmp_path, monkeypatch, lost):
 
     monkeypatch.setattr(stream.ocp, "save_checkpointables", otherwise)
     with pytest.raises(CheckpointError, match=f"lays out .* otherwise than is known: there is no {lost}; install"):
-        convert_model(wallx.write(), tmp_path / "checkpoint", acts=True)
+        convert_model(wallx.write(), tmp_path / "checkpoint", has_action_head=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["wallx"]
 
 
@@ -267,5 +267,5 @@ def test_many_pieces_are_in_flight_but_not_all(wallx, tmp_path, monkeypatch):
         return out
 
     monkeypatch.setattr(from_pytorch.Weights, "read", counted)
-    convert_model(wallx.write(), tmp_path / "checkpoint", acts=True)
+    convert_model(wallx.write(), tmp_path / "checkpoint", has_action_head=True)
     assert most <= from_pytorch.THREADS

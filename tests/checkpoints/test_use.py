@@ -42,7 +42,7 @@ def pair(request, tmp_path_factory):
     """(model directory, its conversion, whether it acts)."""
     folder, acts = tmp_path_factory.mktemp("pair"), request.param == "wallx"
     model = tiny_run.write_model(folder / "model", qwen=not acts)
-    return model, convert_model(model, folder / "checkpoint", acts=acts), acts
+    return model, convert_model(model, folder / "checkpoint", has_action_head=acts), acts
 
 
 @pytest.mark.medium
@@ -93,7 +93,7 @@ def test_the_prompt_travels_beside_the_numerics(wallx_dir, tmp_path, words):
     processor = wallx_jax.load_policy(model, **robot()).processor
     layout = dataclasses.replace(processor.config, prompt=words)
     Processor(layout, processor.tokenizer, processor.stats).save(model)
-    checkpoint = convert_model(model, tmp_path / "checkpoint", acts=True)
+    checkpoint = convert_model(model, tmp_path / "checkpoint", has_action_head=True)
     own = words != PromptTemplate()
     with pytest.warns(UserWarning, match="a prompt of its own") if own else contextlib.nullcontext():
         exported = export_model(checkpoint, tmp_path / "exported")
@@ -106,7 +106,7 @@ def test_the_prompt_travels_beside_the_numerics(wallx_dir, tmp_path, words):
 
 @pytest.mark.slow
 def test_a_run_exports_and_its_export_acts_alike(wallx_dir, dataset_dir, tmp_path):
-    checkpoint = convert_model(wallx_dir, tmp_path / "checkpoint", acts=True)
+    checkpoint = convert_model(wallx_dir, tmp_path / "checkpoint", has_action_head=True)
     run = tmp_path / "run"
     wallx_jax.train.run(
         tiny_run.run_config(checkpoint, dataset_dir, run, num_training_steps=2, eval_interval=0, mesh__fsdp=-1)

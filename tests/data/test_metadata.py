@@ -98,8 +98,8 @@ def test_not_a_dataset(tmp_path):
 DAMAGES = {
     "cut off": (lambda text: text[: len(text) // 2], "is not valid JSON \\(line [0-9]+: .*copy it again"),
     "empty": (lambda text: "  \n", "info.json is empty; copy it again"),
-    "a list": (lambda text: "[1]", "holds a JSON array; expected an object"),
-    "null": (lambda text: "null", "holds a JSON null; expected an object"),
+    "a list": (lambda text: "[1]", "contains a JSON array; expected an object"),
+    "null": (lambda text: "null", "contains a JSON null; expected an object"),
     "git-lfs": (lambda text: "version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer.*git lfs pull"),
 }
 

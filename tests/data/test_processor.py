@@ -16,7 +16,7 @@ from wallx_jax.data.fast import FastTokenizer
 from wallx_jax.data.lerobot import LeRobotSource
 from wallx_jax.data.normalize import NormStats, Stats
 from wallx_jax.data.pipeline import DataLoader, training_dataset
-from wallx_jax.data.processor import Processor, ProcessorConfig, acts_relatively, required_prompt_length
+from wallx_jax.data.processor import Processor, ProcessorConfig, has_relative_actions, required_prompt_length
 from wallx_jax.data.stats import compute_stats
 from wallx_jax.data.tokenizer import Tokenizer
 
@@ -184,7 +184,7 @@ def test_relative_actions_are_saved(tokenizer, stats, observation, actions, tmp_
     before = relative(tokenizer, stats)
     before.save(tmp_path)
     after = Processor.from_dir(tmp_path)
-    assert after.config == before.config and acts_relatively(tmp_path)
+    assert after.config == before.config and has_relative_actions(tmp_path)
     sample = after.encode(**observation, actions=actions)
     assert_equal(before.encode(**observation, actions=actions), sample)
     np.testing.assert_array_equal(*(p.decode_actions(sample.actions, observation["state"]) for p in (before, after)))
@@ -195,7 +195,7 @@ def test_a_directory_from_before_relative_actions(flow, tmp_path):
     fields = json.loads((tmp_path / "processor.json").read_text())
     del fields["relative_to"]
     (tmp_path / "processor.json").write_text(json.dumps(fields))
-    assert Processor.from_dir(tmp_path).config == flow.config and not acts_relatively(tmp_path)
+    assert Processor.from_dir(tmp_path).config == flow.config and not has_relative_actions(tmp_path)
 
 
 @pytest.mark.parametrize("missing", [np.nan, np.inf, -np.inf])

@@ -194,7 +194,7 @@ def test_errors_name_the_file_and_the_remedy(small, tmp_path):
         Tokenizer.from_dir(tmp_path)
     for text, message in (
         ("{}", "tokenizer.json cannot be read as a tokenizer"),
-        ("[]", "tokenizer.json holds a JSON array"),
+        ("[]", "tokenizer.json contains a JSON array"),
         ('{"version": "1.0", "mod', "tokenizer.json is not valid JSON .*cut off"),
         ("version https://git-lfs.github.com/spec/v1\n", "tokenizer.json is a Git LFS pointer"),
     ):
@@ -232,7 +232,7 @@ def test_added_tokens_of_a_wrong_type_are_named(small, tmp_path, name, content):
     ("name", "text", "message"),
     [
         ("vocab.json", "", "vocab.json is empty"),
-        ("vocab.json", "[]", "vocab.json holds a JSON array"),
+        ("vocab.json", "[]", "vocab.json contains a JSON array"),
         ("vocab.json", '{"a": "0"}', "vocab.json and merges.txt cannot be read as a tokenizer"),
         ("merges.txt", "", "merges.txt is empty"),
         ("merges.txt", "version https://git-lfs.github.com/spec/v1\n", "merges.txt is a Git LFS pointer"),

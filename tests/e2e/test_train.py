@@ -365,7 +365,7 @@ def test_command_line(model_dir, dataset_dir, tmp_path):
     assert "compiled the train step in" in ok.stderr and "Traceback" not in ok.stderr
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
     again = command()
-    assert again.returncode == 1 and "already holds checkpoints" in again.stderr and "Traceback" not in again.stderr
+    assert again.returncode == 1 and "already contains checkpoints" in again.stderr and "Traceback" not in again.stderr
     wrong = command("--config.learning_rat=1")
     assert wrong.returncode == 2 and "learning_rate" in wrong.stderr and len(wrong.stderr.strip().splitlines()) == 1
     offline = command(config="configs/aloha.py")

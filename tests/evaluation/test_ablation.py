@@ -102,5 +102,5 @@ def test_verdict_names_the_input_that_is_ignored(recorded, ignored):
 def test_a_small_effect_is_hardly_any():
     stats = Stats(*np.zeros((2, DIMS)), *np.zeros((2, DIMS)), *np.zeros((2, DIMS)))
     assert NormStats(stats, stats, "s", "a")
-    assert ablation.verdict(ablation.Effect(None, moved=0.1, ratio=1.01)) == "hardly used"
-    assert ablation.verdict(ablation.Effect(None, moved=0.1, ratio=1.2)) == "used"
+    assert ablation.verdict(ablation.Effect(None, action_change=0.1, ratio=1.01)) == "hardly used"
+    assert ablation.verdict(ablation.Effect(None, action_change=0.1, ratio=1.2)) == "used"

@@ -115,7 +115,7 @@ def test_ablate(run, run_dir, tmp_path):
     replaced = result["replaced"]
     # One held-out episode: there is no other to take images from.
     assert list(replaced) == ["nothing", "images noise", "instruction swapped", "state zeroed"]
-    assert replaced["nothing"]["ratio"] == 1 and replaced["state zeroed"]["moved"] > 0
+    assert replaced["nothing"]["ratio"] == 1 and replaced["state zeroed"]["action_change"] > 0
     assert len(replaced["images noise"]["mae_per_dim"]) == 14 and len(replaced["images noise"]["mae_per_step"]) == 4
     width, height = png(out / "ablation.png")
     assert width > height
@@ -185,7 +185,7 @@ def test_fake_inference_finds_what_is_not_finite(run, tmp_path, factor):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     code, text = run("fake_inference", "--model", folder, "--steps", 2, "--max-tokens", 1, "--repeats", 0)
     if np.isnan(factor):
-        assert "action_proj_back.weight holds NaN or infinity" in code
+        assert "action_proj_back.weight contains NaN or infinity" in code
     else:
         figures = json.loads(text)
         assert code == 1 and not figures["finite"] and "the actions are not finite at dims 0, 1" in figures["error"]

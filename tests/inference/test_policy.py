@@ -395,7 +395,7 @@ def test_acts_on_the_subtask_it_has_set_itself(policy, monkeypatch):
     np.testing.assert_array_equal(prediction.actions, direct)
     assert policy.predict([observation()] * 2, subtask=True).subtask == ["pick up the red block"] * 2
     said[:] = [ids.eos]
-    with pytest.raises(ValueError, match="the model said nothing"):
+    with pytest.raises(ValueError, match="the model generated nothing"):
         policy.subtask(observation())
     said[:] = [5, 5]
     with pytest.raises(ValueError, match="no end within 3 tokens"):

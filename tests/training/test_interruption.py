@@ -40,7 +40,7 @@ def becomes_true(condition) -> bool:
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_remembered_and_handlers_are_put_back(mesh, number, capfd):
-    with StopRequest(mesh, give_up=pytest.fail) as stop:
+    with StopRequest(mesh, on_second_signal=pytest.fail) as stop:
         assert not stop.reached() and not stop.stopped
         signal.raise_signal(number)
         assert becomes_true(stop.reached) and stop.stopped
@@ -50,7 +50,7 @@ def test_a_signal_is_remembered_and_handlers_are_put_back(mesh, number, capfd):
 
 
 def test_handlers_are_put_back_after_an_error(mesh):
-    with pytest.raises(ZeroDivisionError), StopRequest(mesh, give_up=pytest.fail):
+    with pytest.raises(ZeroDivisionError), StopRequest(mesh, on_second_signal=pytest.fail):
         1 / 0  # noqa: B018
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -58,7 +58,7 @@ def test_handlers_are_put_back_after_an_error(mesh):
 @pytest.mark.parametrize("first, second", [SIGNALS, SIGNALS[::-1], SIGNALS[:1] * 2])
 def test_a_second_signal_gives_up_unless_it_is_the_same_request(mesh, monkeypatch, first, second):
     given_up = []
-    with StopRequest(mesh, give_up=given_up.append) as stop:
+    with StopRequest(mesh, on_second_signal=given_up.append) as stop:
         signal.raise_signal(first)
         assert becomes_true(stop.reached)
         signal.raise_signal(second)  # the same Ctrl-C, which came by another way
@@ -73,7 +73,7 @@ def test_other_threads_may_train(mesh):
     results = []
 
     def train():
-        with StopRequest(mesh, give_up=pytest.fail) as stop:
+        with StopRequest(mesh, on_second_signal=pytest.fail) as stop:
             results.append(stop.reached())
 
     thread = threading.Thread(target=train)

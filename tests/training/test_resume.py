@@ -129,7 +129,7 @@ def test_the_same_configuration_goes_on(name, model_dir, qwen_dir, fast_dirs, da
     save(config)
     caplog.clear()
     resumed(config)
-    assert not [record for record in caplog.records if "goes on" in record.getMessage() or "not used" in record.msg]
+    assert not [record for record in caplog.records if "continues" in record.getMessage() or "not used" in record.msg]
 
 
 FIRST = {"lora__rank": 2, "lora__alpha": 8.0, "ema_decay": None, "predict_action_keys": ("arm",)}
@@ -182,8 +182,8 @@ def test_what_has_shaped_the_run_is_refused(adapted, name):
         resumed(adapted[0], **{name.replace(".", "__"): now})
     (error,) = caught.value.errors
     assert error == (
-        f"{name} = {now!r}, but the run of resume.ckpt has {then!r}: use that, or start anew from its weights with "
-        "resume.load_ckpt_only=True"
+        f"{name} = {now!r}, but the run of resume.ckpt has {then!r}: use that, or start a new run from its weights "
+        "with resume.load_ckpt_only=True"
     )
 
 
@@ -240,7 +240,7 @@ def test_the_same_said_otherwise_goes_on(adapted, caplog):
     resumed(config, numerics=dataclasses.asdict(Numerics(param_dtype="float32", compute_dtype="float32")))
     caplog.clear()
     resumed(config, numerics=dict.fromkeys(config.numerics))
-    assert "goes on" not in caplog.text
+    assert "continues" not in caplog.text
 
 
 def test_numerics_that_came_with_the_weights_stay(dataset_dir, tmp_path):
@@ -265,8 +265,8 @@ def test_settings_that_act_from_here_on_are_told(adapted, caplog):
     )  # fmt: skip
     (told,) = [record.getMessage() for record in caplog.records if "other settings" in record.getMessage()]
     assert told == (
-        "the run goes on with other settings: numerics.remat was None, is 'none'; learning_rate was 0.001, is 0.0005; "
-        "learning_rates was (), is ('attn/=1e-5',)"
+        "the run continues with other settings: numerics.remat was None, is 'none'; learning_rate was 0.001, is "
+        "0.0005; learning_rates was (), is ('attn/=1e-5',)"
     )
     (unused,) = [record.getMessage() for record in caplog.records if "not used" in record.getMessage()]
     assert unused.startswith("pretrained_wallx_path = 'gone' is not used: ")

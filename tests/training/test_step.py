@@ -110,7 +110,7 @@ def test_action_accuracy_is_that_of_greedy_prediction():
     split = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[2:]), batch)
     assert step(state, split)[1]["action_accuracy"] == (hits, count)
     sums, counts = jax.jit(make_eval_step(SMALL, objective, seed=0))(state.params, held_out(rows))
-    assert (sums.action_hits, counts.action_hits) == (hits, count)
+    assert (sums.action_correct, counts.action_correct) == (hits, count)
 
     window = [jax.device_get(step(state, b)[1]) for b in (batch, fast_batch(action_labels=False))]
     assert averages(window)["action_accuracy"] == pytest.approx(float(hits) / 16)

@@ -32,11 +32,11 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
         (b"\0" * 40, r"is not valid JSON \(line 1: unexpected text at column 1\); copy it again"),
         (b'{"a": ' * 100_000, "is malformed \\(it is nested too deeply\\); copy it again"),
         (b'{"a": ' + b"9" * 5000 + b"}", "is malformed \\(.*digits.*; copy it again"),
-        (b"[1]", "holds a JSON array; expected an object, copy it again"),
-        (b'"a"', "holds a JSON string; expected an object, copy it again"),
-        (b"3", "holds a JSON number; expected an object, copy it again"),
-        (b"true", "holds a JSON boolean; expected an object, copy it again"),
-        (b"null", "holds a JSON null; expected an object, copy it again"),
+        (b"[1]", "contains a JSON array; expected an object, copy it again"),
+        (b'"a"', "contains a JSON string; expected an object, copy it again"),
+        (b"3", "contains a JSON number; expected an object, copy it again"),
+        (b"true", "contains a JSON boolean; expected an object, copy it again"),
+        (b"null", "contains a JSON null; expected an object, copy it again"),
     ],
 )
 def test_a_damaged_json_file_is_named_with_the_remedy(tmp_path, content, message):

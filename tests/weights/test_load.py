@@ -172,7 +172,7 @@ def test_vocabularies_in_the_wild(qwen, rows):
 
 
 def test_widths_are_changed_while_loading(wallx):
-    with pytest.warns(UserWarning, match="freshly initialised"):
+    with pytest.warns(UserWarning, match="freshly initialized"):
         config, params = load_params(wallx.write(), vocab_size=80, action_dim=26, state_dim=20)
     assert (config.text.vocab_size, config.action.action_dim, config.action.state_dim) == (80, 26, 20)
     assert shapes(params) == shapes(abstract_params(config))

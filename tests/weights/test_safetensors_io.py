@@ -164,8 +164,8 @@ def test_shards_are_read_together(tmp_path):
     [
         ({"a": "s1", "b": "s2", "c": "gone", "d": "lost"}, "not there: gone, lost"),
         ({"a": "s1", "b": "s2", "c": "s2"}, "c is not in s2"),
-        ({"a": "s1", "b": "s1", "x": "s2"}, "b is in s2, the index says s1"),
-        ({"a": "s1", "x": "s2"}, "b is in s2, the index says nothing of it"),
+        ({"a": "s1", "b": "s1", "x": "s2"}, "b is in s2, the index has s1"),
+        ({"a": "s1", "x": "s2"}, "b is in s2, the index has no entry"),
         ({"a": "../s1"}, "outside its folder"),
         ({"a": 1}, "malformed"),
         ({}, "malformed"),
@@ -186,7 +186,7 @@ def test_a_tensor_in_two_shards(tmp_path):
     [
         ("", "is empty"),
         ("{", "cut off"),
-        ("[]", "holds a JSON array"),
+        ("[]", "contains a JSON array"),
         ("version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         ('{"weight_map": null}', "malformed: its weight_map"),
         ('{"weight_map": ["a"]}', "malformed: its weight_map"),
@@ -203,7 +203,7 @@ def test_a_malformed_index(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([], "holds no weights: expected model.safetensors"),
+        ([], "contains no weights: expected model.safetensors"),
         (["pytorch_model.bin", "config.json"], r"pickled weights only \(pytorch_model.bin\).*safe_serialization"),
         (["adapter_model.safetensors"], "LoRA adapter"),
         (["model-00001-of-00002.safetensors"], "neither model.safetensors nor model.safetensors.index.json"),

@@ -331,7 +331,7 @@ def _restore_iterator(step: Path, data_iterator: DataIterator) -> None:
         data_iterator.set_state(state)
     except Exception as error:
         raise CheckpointError(
-            f"{file} holds no position that this version understands ({root_cause(error)}); {remedy}"
+            f"{file} contains no position that this version understands ({root_cause(error)}); {remedy}"
         ) from error
 
 
@@ -355,12 +355,12 @@ def _items(flat: Mapping[str, Any]) -> dict[str, Tree]:
 
 def _from_items(items: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
     """Return the leaves `wanted` of a flattened state; the inverse of `_items`."""
-    acting, rest = leaves_by_path(items["params"]), leaves_by_path(items["state"])
+    inference, rest = leaves_by_path(items["params"]), leaves_by_path(items["state"])
 
     def leaf(path: str) -> Any:
         kind, _, name = path.partition("/")
         if kind == "ema" or (kind == "params" and path not in rest):
-            return acting[name]
+            return inference[name]
         return rest[path]
 
     return {path: leaf(path) for path in wanted}

@@ -105,9 +105,9 @@ def _difference(a: Iterator[np.ndarray], b: Iterator[np.ndarray], round_a: bool)
             continue
         x, y = x.astype(np.float64), y.astype(np.float64)
         with np.errstate(invalid="ignore"):
-            apart = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, np.abs(x - y))
-        count += int(np.count_nonzero(apart))
-        largest = max(largest, float(np.nan_to_num(apart, nan=math.inf).max(initial=0.0)))
+            difference = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, np.abs(x - y))
+        count += int(np.count_nonzero(difference))
+        largest = max(largest, float(np.nan_to_num(difference, nan=math.inf).max(initial=0.0)))
     return largest, count
 
 

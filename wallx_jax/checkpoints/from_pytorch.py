@@ -27,7 +27,9 @@ THREADS = 4
 SMALL_FILE = 64 << 20  # bytes; tokenizer, configuration and template files are smaller
 
 
-def convert_model(path_or_repo: str | Path, output: str | Path, *, acts: bool, revision: str | None = None) -> Path:
+def convert_model(
+    path_or_repo: str | Path, output: str | Path, *, has_action_head: bool, revision: str | None = None
+) -> Path:
     """Write the weights of a model directory and the small files next to them as a checkpoint.
 
     Nothing is rounded: if any tensor is wider than bfloat16, all parameters are kept in float32, as those that always
@@ -37,7 +39,7 @@ def convert_model(path_or_repo: str | Path, output: str | Path, *, acts: bool, r
     Args:
         path_or_repo: folder with config.json and safetensors files, or a hub repo id.
         output: step directory to create; it appears once it is complete.
-        acts: whether a Wall-X model (True) or a Qwen2.5-VL (False) is expected.
+        has_action_head: whether a Wall-X model (True) or a Qwen2.5-VL (False) is expected.
         revision: git revision on the hub.
 
     Returns:
@@ -53,7 +55,7 @@ def convert_model(path_or_repo: str | Path, output: str | Path, *, acts: bool, r
     folder = hub.resolve(path_or_repo, kind="model", revision=revision)
     files = _small_files(folder)
     weights = _open_exact(folder)
-    config = _with_tokens(_expected(weights, acts), folder)
+    config = _with_tokens(_expected(weights, has_action_head), folder)
     if normalizers := weights.normalizers():
         files[NORMALIZERS] = save(normalizers, metadata={"format": "pt"})
     source = {
@@ -109,10 +111,10 @@ def _open_exact(folder: Path) -> Weights:
     raise WeightsError(f"{folder}: no parameter can hold float64 as it is; save these as float32: {rounded[:5]}")
 
 
-def _expected(weights: Weights, acts: bool) -> WallXConfig:
-    if acts == weights.config.has_action_head:
+def _expected(weights: Weights, has_action_head: bool) -> WallXConfig:
+    if has_action_head == weights.config.has_action_head:
         return weights.config
-    if acts:
+    if has_action_head:
         raise WeightsError(
             f"{weights.directory} is a Qwen2.5-VL without an action side: use convert/qwen2_5_vl.py for it"
         )

@@ -110,8 +110,8 @@ def _check_step(report: CheckpointReport, source: ModelSource) -> None:
 
 
 def _describe_model(report: CheckpointReport, model: WallXConfig) -> None:
-    acts = model.has_action_head
-    side = f"{model.action.action_dim} action channels" if acts else "no action side (Qwen2.5-VL)"
+    has_actions = model.has_action_head
+    side = f"{model.action.action_dim} action channels" if has_actions else "no action side (Qwen2.5-VL)"
     adapters = f", adapters of rank {model.lora.rank}" if model.lora.rank else ""
     report.add(
         "shapes",
@@ -149,7 +149,7 @@ def _check_files(report: CheckpointReport, source: ModelSource) -> None:
 def _check_resumable(report: CheckpointReport, step: Path) -> None:
     present = [item for item in ("state", "data") if (step / item).is_dir()]
     if len(present) < 2:
-        has = f"has {present[0]}/ alone" if present else "holds weights alone"
+        has = f"has {present[0]}/ alone" if present else "contains only weights"
         report.add("resume", f"no, it {has}; runs can start from it (pretrained_wallx_path, resume.load_ckpt_only)")
         return
     state = report.try_step("its optimizer state cannot be read", stored, step, "state")

@@ -109,7 +109,7 @@ def refuse_overwrite(save_path: str | Path) -> None:
     step = latest_step(save_path)
     if step is not None:
         raise CheckpointError(
-            f"save_path {save_path} already holds checkpoints (the newest is step {step}): continue that run with "
+            f"save_path {save_path} already contains checkpoints (the newest is step {step}): continue that run with "
             f"resume.ckpt=latest, or choose another save_path"
         )
 

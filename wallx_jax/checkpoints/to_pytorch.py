@@ -106,7 +106,7 @@ def export_model(
         with tqdm(total=size, unit="B", unit_scale=True, unit_divisor=1024, desc=f"to {output.name}") as progress:
             write_weights(folder, config, model.read, specs, extra, shard_bytes, progress.update)
         config_json = _config_json(config, assets, specs)
-        if whole and processors.acts_relatively(assets):
+        if whole and processors.has_relative_actions(assets):
             config_json.setdefault("wallx_jax", {})["relative_actions"] = True
             warnings.warn(RELATIVE_ACTIONS.format(output), stacklevel=2)
         write_json(folder / "config.json", config_json)

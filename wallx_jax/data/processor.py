@@ -430,7 +430,7 @@ def _check_fields(file: Path, given: dict[str, Any], kind: type, prefix: str = "
         raise ValueError(f"{file}: {prefix}unknown fields {unknown}, missing fields {missing}")
 
 
-def acts_relatively(directory: str | Path) -> bool:
+def has_relative_actions(directory: str | Path) -> bool:
     """Return whether a processor directory contains a robot whose actions are relative to the state."""
     own = [Path(directory), *(Path(directory) / ROBOTS / name for name in robots(directory))]
     return any(read_config(folder).relative_to for folder in own if (folder / FILE_NAME).is_file())

@@ -17,7 +17,6 @@ from wallx_jax.data.tokenizer import Tokenizer, check_unicode, fast_token
 from wallx_jax.models.config import IGNORE
 
 FAST_CLOSING_TOKENS = 2  # <|im_end|> and the newline after a FAST answer
-"""Label of a position that is not a target."""
 
 Task = Literal["action", "language"]
 WALLX = PromptTemplate()

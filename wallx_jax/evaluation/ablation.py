@@ -87,12 +87,12 @@ class Effect:
 
     Attributes:
         errors: errors of the predictions with this input replaced.
-        moved: mean absolute change of the predicted actions over predicted dims, in robot units.
+        action_change: mean absolute change of the predicted actions over predicted dims, in robot units.
         ratio: mean error divided by the mean error with nothing replaced.
     """
 
     errors: Errors
-    moved: float
+    action_change: float
     ratio: float
 
 
@@ -109,14 +109,14 @@ def effects(recorded: Recorded, chunks: dict[str, np.ndarray], predicted: np.nda
     found = {}
     for name, each in chunks.items():
         error = errors(each, recorded, predicted)
-        moved = float(np.nanmean(np.abs(each - intact)[..., predicted]))
-        found[name] = Effect(error, moved, error.mean / base.mean if base.mean else float("nan"))
+        action_change = float(np.nanmean(np.abs(each - intact)[..., predicted]))
+        found[name] = Effect(error, action_change, error.mean / base.mean if base.mean else float("nan"))
     return found
 
 
 def verdict(effect: Effect, threshold: float = 1.05) -> str:
     """Describe whether the policy uses an input, i.e. whether replacing it makes predictions worse."""
-    if effect.moved == 0:
+    if effect.action_change == 0:
         return "no effect"
     return "used" if effect.ratio >= threshold else "hardly used"
 
@@ -126,6 +126,6 @@ def table(found: dict[str, Effect]) -> str:
     width = max(map(len, found))
     lines = [f"{'replaced':{width}}  {'error':>10}  {'x intact':>9}  {'action change':>15}"]
     for name, effect in found.items():
-        line = f"{name:{width}}  {effect.errors.mean:10.4g}  {effect.ratio:9.2f}  {effect.moved:15.4g}"
+        line = f"{name:{width}}  {effect.errors.mean:10.4g}  {effect.ratio:9.2f}  {effect.action_change:15.4g}"
         lines.append(line if name == "nothing" else f"{line}  {verdict(effect)}")
     return "\n".join(lines)

@@ -83,7 +83,7 @@ def ablation(file: Path, found: dict[str, Effect], names: Sequence[str], shown: 
     _save(figure, file)
 
 
-def pictures(file: Path, rows: Sequence[Sequence[tuple[str, np.ndarray]]]) -> None:
+def image_grid(file: Path, rows: Sequence[Sequence[tuple[str, np.ndarray]]]) -> None:
     """Plot rows of (title, image [h, w, 3]), one row per sample, without interpolation."""
     count = max(map(len, rows))
     figure, axes = plt.subplots(

@@ -147,7 +147,7 @@ def load_policy(
     if source.has_processor:
         known = source.robots
         if known and robot not in known:
-            raise ValueError(f"robot = {robot!r}: {folder} was trained on several; say which one it drives: {known}")
+            raise ValueError(f"robot = {robot!r}: {folder} was trained on several; name the one to control: {known}")
         given = {"norm_stats": norm_stats, "robot": None if known else robot, "views": views, "resolution": resolution,
                  "horizon": horizon, "action_tokenizer": action_tokenizer}  # fmt: skip
         if surplus := [name for name, value in given.items() if value is not None]:
@@ -209,7 +209,7 @@ def _new_processor(
         raise ValueError(f"horizon = {horizon!r}: give the actions per chunk, 1 or more")
     if resolution == -1:
         raise ValueError(
-            "resolution is -1: a model directory does not say how large its images were in training; give the pixels "
+            "resolution is -1: a model directory does not record the image size used in training; give the pixels "
             "of their longer side"
         )
     sizes = (images.target_size(*CAMERA, resolution),) * len(views)
@@ -248,7 +248,7 @@ def _robot_stats(folder: Path, norm_stats: NormStats | str | Path | None, robot:
         return load_norm_stats(norm_stats)
     robots = read_normalizers(folder)
     if robot not in robots:
-        raise ValueError(f"robot {robot!r}: {folder} holds no statistics of it; it has {sorted(robots) or 'none'}")
+        raise ValueError(f"robot {robot!r}: {folder} contains no statistics of it; it has {sorted(robots) or 'none'}")
     parts = robots[robot]
     if missing := [kind for kind in ("propri", "action") if set(parts.get(kind, ())) != {"min", "delta"}]:
         raise WeightsError(f"{folder}: the statistics of {robot!r} lack min or delta of {missing}")

@@ -129,10 +129,10 @@ class Policy:
         settings.warmth(temperature)
         window = self.processor.config.label_window
         budget = window if max_tokens is None else settings.whole("max_tokens", max_tokens, 1)
-        said = None
+        generated = None
         if subtask:
-            said = self.subtask(observations, seed=seeds)
-            observations = [{**o, "instruction": text} for o, text in zip(observations, said, strict=True)]
+            generated = self.subtask(observations, seed=seeds)
+            observations = [{**o, "instruction": text} for o, text in zip(observations, generated, strict=True)]
         asked = time.perf_counter()
         groups = self._batches(observations)
         states = np.stack([as_numbers("state", o["state"]) for o in observations])
@@ -149,7 +149,7 @@ class Policy:
             actions[0] if single else actions,
             self.processor.names,
             {name: 1e3 * seconds for name, seconds in timings.items()},
-            said if said is None or not single else said[0],
+            generated if generated is None or not single else generated[0],
         )
 
     def subtask(
@@ -176,14 +176,14 @@ class Policy:
         seeds = settings.seeds(seed, len(observations))
         texts = [""] * len(observations)
         for rows, batch in self._batches(observations, "language"):
-            said = self._sampler(batch, max_tokens, temperature, [seeds[row] for row in rows])
-            for row, tokens in zip(rows, said, strict=True):
+            generated = self._sampler(batch, max_tokens, temperature, [seeds[row] for row in rows])
+            for row, tokens in zip(rows, generated, strict=True):
                 with settings.naming("observation", row, len(observations)):
                     ids = self._sampler.answer(tokens)
                 text = self.processor.tokenizer.decode([] if ids is None else ids, skip_special=True).strip()
                 if not text:
                     what = "nothing" if ids is not None else f"no end within {max_tokens} tokens"
-                    raise ValueError(f"observation {row}: asked for the next subtask, the model said {what}")
+                    raise ValueError(f"observation {row}: asked for the next subtask, the model generated {what}")
                 texts[row] = text
         return texts[0] if single else texts
 
@@ -196,7 +196,7 @@ class Policy:
                 raise ValueError(f"the observation has no {field!r}; it has {list(observation)}")
         given, instruction = observation["images"], observation["instruction"]
         if not isinstance(given, Mapping):
-            raise ValueError(f"images: {type(given).__name__}; expected a dict of camera view -> picture")
+            raise ValueError(f"images: {type(given).__name__}; expected a dict of camera view -> image")
         config, images = self.processor.config, []
         for view, key in zip(config.views, config.camera_keys, strict=True):
             if view not in given and key not in given:
@@ -255,8 +255,8 @@ class Policy:
         config, names, failures = self.processor.config, self.processor.names, {}
         actions = np.full((len(seeds), config.horizon, len(names)), np.nan, np.float32)
         for rows, batch in groups:
-            said = self._sampler(batch, budget, temperature, [seeds[row] for row in rows])
-            for row, tokens in zip(rows, said, strict=True):
+            generated = self._sampler(batch, budget, temperature, [seeds[row] for row in rows])
+            for row, tokens in zip(rows, generated, strict=True):
                 try:
                     if (ids := self._sampler.answer(tokens)) is None:
                         raise FastDecodeError(

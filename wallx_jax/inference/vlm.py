@@ -113,17 +113,17 @@ class VLM:
             with settings.naming("conversation", row, len(conversations)):
                 prompts.append(encode_chat(self.tokenizer, each, self.limits))
         encoded = time.perf_counter()
-        said: dict[int, np.ndarray] = {}
+        generated: dict[int, np.ndarray] = {}
         for rows, batch, seconds in self._batches(prompts):
             sampled = self._sampler(batch, max_tokens, temperature, [seeds[row] for row in rows], seconds)
             for row, tokens in zip(rows, sampled, strict=True):
-                said[row] = tokens
+                generated[row] = tokens
         end = time.perf_counter()
         timings = {"preprocess": encoded - start, "model": end - encoded, "total": end - start}
         answers = []
         for row in range(len(conversations)):
             with settings.naming("conversation", row, len(conversations)):
-                answers.append(self._answer(said[row], {name: 1e3 * s for name, s in timings.items()}))
+                answers.append(self._answer(generated[row], {name: 1e3 * s for name, s in timings.items()}))
         return answers[0] if single else answers
 
     def _answer(self, tokens: np.ndarray, timings_ms: dict[str, float]) -> Answer:

@@ -84,12 +84,12 @@ class LossTotals(NamedTuple):
     Attributes:
         cross_entropy: summed negative log-likelihood.
         flow: summed squared velocity error.
-        action_hits: number of FAST action tokens that greedy prediction gets right; None if actions are not tokens.
+        action_correct: number of FAST action tokens that greedy prediction gets right; None if actions are not tokens.
     """
 
     cross_entropy: jax.Array
     flow: jax.Array
-    action_hits: jax.Array | None = None
+    action_correct: jax.Array | None = None
 
 
 class WallX(nnx.Module):

@@ -211,7 +211,7 @@ def plan_datasets(specs: Sequence[DatasetSpec]) -> tuple[InitSource, tuple[Proce
         if sorted(names if len(specs) > 1 else []) != stored:
             raise ConfigError(
                 f"the datasets are {names}, but the run of resume.ckpt has {stored or 'a single one'}: use those, or "
-                "start anew from its weights with resume.load_ckpt_only=True"
+                "start a new run from its weights with resume.load_ckpt_only=True"
             )
         kept = tuple(Processor.from_dir(origin.files, name if stored else None) for name in names)
         resume.check(specs, kept, origin.config, origin.checkpoint, fast)
@@ -279,12 +279,10 @@ def check_same_order(origin: InitSource, order: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"an update has {order['global_batch']} samples (batch_size_per_gpu x data and fsdp devices x "
             f"gradient_accumulation_steps), but the run of resume.ckpt has {then['global_batch']}: change one of "
-            f"them so that it is the same, {resume.ANEW}"
+            f"them so that it is the same, {resume.NEW_RUN}"
         )
     if changed := [f"{name} was {then[name]}, is {order[name]}" for name in order if then[name] != order[name]]:
-        logger.warning(
-            "the run goes on with other samples than it would have met without the interruption: %s", "; ".join(changed)
-        )
+        logger.warning("the run continues with other samples than without the interruption: %s", "; ".join(changed))
 
 
 def load_state(origin: InitSource, optimizer: Optimizer, mesh: Mesh, seed: int) -> TrainState:

@@ -31,16 +31,16 @@ class StopRequest(Watch):
 
     Args:
         mesh: mesh of the run; all its processes stop together.
-        give_up: called on a second signal, more than SAME_S seconds after the first; not expected to return.
+        on_second_signal: called on a second signal, more than SAME_S seconds after the first; not expected to return.
 
     Attributes:
         stopped: the last result of `reached`.
     """
 
-    def __init__(self, mesh: Mesh, give_up: Callable[[signal.Signals], None]):
+    def __init__(self, mesh: Mesh, on_second_signal: Callable[[signal.Signals], None]):
         super().__init__(self._receive)
         self.stopped = False
-        self._give_up = give_up
+        self._on_second_signal = on_second_signal
         self._received_at: float | None = None
         self._votes: jax.Array | None = None
         self._one_per_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
@@ -52,7 +52,7 @@ class StopRequest(Watch):
             self._received_at = now
             say("interrupted: finishing the update, then saving a checkpoint; another signal ends the run at once")
         elif now - self._received_at > SAME_S:
-            self._give_up(number)
+            self._on_second_signal(number)
 
     def reached(self) -> bool:
         """Return whether to stop after this update; every process must call this once after every update.

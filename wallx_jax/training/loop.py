@@ -320,8 +320,8 @@ def validate(
         for i, name in enumerate(steps.datasets):
             if count[i]:
                 scalars[f"val_{loss}_loss/{name}"] = float(total[i] / count[i])
-    if counts.action_hits is not None and counts.action_hits.any():
-        scalars["val_action_accuracy"] = float(sums.action_hits.sum() / counts.action_hits.sum())
+    if counts.action_correct is not None and counts.action_correct.any():
+        scalars["val_action_accuracy"] = float(sums.action_correct.sum() / counts.action_correct.sum())
     return scalars
 
 

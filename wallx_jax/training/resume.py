@@ -32,7 +32,7 @@ from wallx_jax.utils.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 FREE_NUMERICS = ("remat", "masked_dims", "kernels")  # updates differ by rounding at most: memory, sampling, speed
-ANEW = "or start anew from its weights with resume.load_ckpt_only=True"
+NEW_RUN = "or start a new run from its weights with resume.load_ckpt_only=True"
 UNTOLD = ("resume.", "distributed.", "pretrained_")  # changes that are expected, or reported separately
 
 Pairs = dict[str, tuple[Any, Any]]  # {setting: (configured value, value in the checkpoint's run)}
@@ -64,7 +64,7 @@ def check(
     if fast is not None and stored[0].fast is not None and not fast.codes_like(stored[0].fast):
         errors.append(
             f"action_tokenizer_path = {settings.model.action_tokenizer_path!r} is another FAST tokenizer than the run "
-            f"of resume.ckpt has: use that, {checkpoint / 'assets' / 'fast'}, {ANEW}"
+            f"of resume.ckpt has: use that, {checkpoint / 'assets' / 'fast'}, {NEW_RUN}"
         )
     for number, (part, processor) in enumerate(zip(parts, stored, strict=True)):
         found = _differing(_of_dataset(part.settings, processor))
@@ -95,11 +95,11 @@ def log_changes(config: ConfigDict, checkpoint: Path) -> None:
         and not name.startswith(UNTOLD)
         and not (name.startswith("numerics.") and value is None)
     ]:
-        logger.warning("the run goes on with other settings: %s", "; ".join(changed))
+        logger.warning("the run continues with other settings: %s", "; ".join(changed))
     for name in ("pretrained_wallx_path", "pretrained_revision"):
         if now[name] != before[name]:
             logger.warning(
-                "%s = %r is not used: the run of resume.ckpt goes on, which started from %r",
+                "%s = %r is not used: the run of resume.ckpt continues, which started from %r",
                 name,
                 now[name],
                 before[name],
@@ -221,13 +221,13 @@ def _other_stats(part: DatasetSpec, stored: Processor, checkpoint: Path, before:
     of = "are" if path else "are computed from the dataset, which gives"
     return [
         f"norm_stats_path = {path!r}: its statistics {of} others than the run of resume.ckpt has ({difference}): use "
-        f"those, {own}, {ANEW}"
+        f"those, {own}, {NEW_RUN}"
     ]
 
 
 def _differing(pairs: Pairs) -> list[str]:
     return [
-        f"{name} = {now!r}, but the run of resume.ckpt has {then!r}: use that, {ANEW}"
+        f"{name} = {now!r}, but the run of resume.ckpt has {then!r}: use that, {NEW_RUN}"
         for name, (now, then) in pairs.items()
         if now != then
     ]

@@ -42,7 +42,9 @@ def hold(save_path: Path) -> Iterator[None]:
         except OSError:  # a file system without locks: only the entries decide
             free = not (owner and owner["host"] == socket.gethostname() and _lives(owner["pid"]))
         if free and owner and owner["host"] != socket.gethostname():
-            logger.warning("was the run of %s in %s killed? Waiting whether it goes on", owner["host"], save_path)
+            logger.warning(
+                "was the run of %s in %s killed? Waiting to see whether it continues", owner["host"], save_path
+            )
             time.sleep(2 * BEAT_S)
             free = _read(file) == owner
         if not free:

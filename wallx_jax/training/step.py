@@ -161,7 +161,7 @@ def make_train_step(
             if several:
                 dataset_sums = by_dataset(dataset_sums, micro, objective)
             sums = jax.tree.map(jnp.sum, dataset_sums)
-            means = LossTotals(sums.cross_entropy / counts.cross_entropy, sums.flow / counts.flow, sums.action_hits)
+            means = LossTotals(sums.cross_entropy / counts.cross_entropy, sums.flow / counts.flow, sums.action_correct)
             return means.cross_entropy + objective.flow_loss_weight * means.flow, (means, dataset_sums)
 
         loss_and_grads = jax.value_and_grad(micro_loss, has_aux=True)
@@ -188,7 +188,7 @@ def make_train_step(
         metrics = {"loss": loss, "grad_norm": norm, "finite": finite}
         metrics |= learning_rates(optimizer, params, state.updates)
         if objective.action_ids is not None:
-            metrics["action_accuracy"] = (means.action_hits, counts.action_hits)
+            metrics["action_accuracy"] = (means.action_correct, counts.action_correct)
         # A loss that the run does not have is left out: 0 would read as a perfect one.
         for name, measured in (("cross_entropy", batch.labels.shape[-1] > 0), ("flow", objective.use_flow)):
             if measured:

@@ -54,7 +54,7 @@ def require(platform: str | None) -> str:
     elif found == "cpu" and (gpus := nvidia_gpus()):
         raise DeviceError(
             f"this machine has {_counted(gpus)}, but JAX sees only the CPU; {_remedy('gpu', found)}. "
-            "To use the CPU on purpose say so: platform=cpu, or JAX_PLATFORMS=cpu in the environment"
+            "To use the CPU intentionally, set platform=cpu, or JAX_PLATFORMS=cpu in the environment"
         )
     return found
 

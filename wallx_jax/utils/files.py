@@ -70,7 +70,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         what = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ValueError(f"{path} is malformed ({what}); copy it again") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a JSON {_JSON_TYPES[type(content)]}; expected an object, copy it again")
+        raise ValueError(f"{path} contains a JSON {_JSON_TYPES[type(content)]}; expected an object, copy it again")
     return content
 
 

@@ -49,7 +49,7 @@ def resolve(
     if name and path.is_dir():  # Path("") is the working directory
         return path
     if path.is_file():
-        raise FileNotFoundError(f"{kind} {name!r} is a file; give the folder that holds it")
+        raise FileNotFoundError(f"{kind} {name!r} is a file; give the folder that contains it")
     if not may_be_repo(name, kind):
         raise FileNotFoundError(f"{kind} folder {name!r} does not exist{_hint(name, path, kind)}")
 
@@ -196,7 +196,7 @@ def _not_found(name: str, kind: Kind, revision: str | None, error: Exception) ->
     return FileNotFoundError(
         f"{kind} {name!r} (revision {revision or 'main'}) is neither a folder here nor in the hub's cache "
         f"{constants.HF_HUB_CACHE}, and could not be fetched from {constants.ENDPOINT} ({_reason(error)}); "
-        f"give the path of a folder that holds it, or fill the cache: {_fetch_command(name, kind, revision)}"
+        f"give the path of a folder that contains it, or fill the cache: {_fetch_command(name, kind, revision)}"
     )
 
 

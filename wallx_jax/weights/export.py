@@ -118,7 +118,7 @@ def _cast(name: str, source: np.ndarray, dtype: Any) -> np.ndarray:
     if not is_finite(out):
         if is_finite(np.ascontiguousarray(source)):
             raise WeightsError(f"{name} has values beyond the range of {np.dtype(dtype).name}; choose a wider dtype")
-        raise WeightsError(f"{name} holds NaN or infinity: this checkpoint is of no use, take an earlier one")
+        raise WeightsError(f"{name} contains NaN or infinity: export an earlier checkpoint")
     return out
 
 

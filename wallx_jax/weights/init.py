@@ -1,4 +1,4 @@
-"""Initialise parameters that the weight files lack, resize the vocabulary and widen the robot channels.
+"""Initialize parameters that the weight files lack, resize the vocabulary and widen the robot channels.
 
 Works on host arrays, as `load_params` reads them, before they are placed on devices. Leaves that keep their shape are
 returned as they are.
@@ -18,9 +18,9 @@ CHANNELS = ("action/propri_proj/kernel", "action/w1/kernel", "action/proj_back/k
 
 
 def init_param(path: str, shape: tuple[int, ...], dtype: np.dtype, config: WallXConfig, seed: int) -> np.ndarray:
-    """Initialise a parameter with normal(0, initializer_range), as upstream does for weights missing in the files.
+    """Initialize a parameter with normal(0, initializer_range), as upstream does for weights missing in the files.
 
-    Adapters are initialised as in `models.lora`. The values depend only on the arguments: the random generator is
+    Adapters are initialized as in `models.lora`. The values depend only on the arguments: the random generator is
     seeded with `seed` and `path`.
     """
     rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
@@ -40,7 +40,7 @@ def resize_vocabulary(
 
     New rows follow transformers' `resize_token_embeddings(mean_resizing=True)`: normal around the mean of the old rows
     with 1e-9 times their covariance, so that new tokens are equally likely at first but distinct. The noise consists of
-    random combinations of centred old rows, which have that covariance without a matrix decomposition.
+    random combinations of centered old rows, which have that covariance without a matrix decomposition.
 
     Returns:
         The config with the new `vocab_size`, and the parameters.
@@ -63,9 +63,9 @@ def _grow(table: np.ndarray, rows: int, seed: int, samples: int = 1024) -> np.nd
     """Append rows to a table [old rows, D], up to [rows, D]; `samples` old rows estimate the covariance."""
     rng = np.random.default_rng(seed)
     mean = table.mean(axis=0, dtype=np.float64).astype(np.float32)
-    centred = table[rng.integers(len(table), size=samples)].astype(np.float32) - mean
+    centered = table[rng.integers(len(table), size=samples)].astype(np.float32) - mean
     mixture = rng.standard_normal((rows - len(table), samples), np.float32) * np.float32((1e-9 / samples) ** 0.5)
-    return np.concatenate([table, (mean + mixture @ centred).astype(table.dtype)])
+    return np.concatenate([table, (mean + mixture @ centered).astype(table.dtype)])
 
 
 def widen_channels(
@@ -74,7 +74,7 @@ def widen_channels(
     """Widen the action heads to at least `action_dim` and `state_dim` channels, with a warning if channels are added.
 
     The heads' inputs are [values | mask]: new channels are appended to each half. Their weights are freshly
-    initialised; if the new channels of the inputs are zero, the outputs of the old channels do not change.
+    initialized; if the new channels of the inputs are zero, the outputs of the old channels do not change.
 
     Returns:
         The config with the new numbers of channels, and the parameters.
@@ -90,7 +90,7 @@ def widen_channels(
         return config, params
     warnings.warn(
         f"the robot has {action_dim} action and {state_dim} state channels, the checkpoint {old.action_dim} and "
-        f"{old.state_dim}: the projection weights of the channels it lacks are freshly initialised and must be trained",
+        f"{old.state_dim}: the projection weights of the channels it lacks are freshly initialized and must be trained",
         stacklevel=2,
     )
     flat = tree.flatten(params)

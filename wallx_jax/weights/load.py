@@ -57,13 +57,13 @@ def load_params(
         path_or_repo: directory with config.json and safetensors, or a hub repo id.
         revision: git revision on the hub.
         numerics: fields of `Numerics` that override the directory's.
-        action: action expert and heads to initialise from normal(0, 0.02), as upstream does, if the directory has none
+        action: action expert and heads to initialize from normal(0, 0.02), as upstream does, if the directory has none
             (Qwen2.5-VL). None: such a directory gives a model without them.
         vocab_size: number of rows to resize the vocabulary to, see `resize_vocabulary`; None keeps the file's.
         action_dim: action channels of the robot; a checkpoint with fewer is widened, see `widen_channels`.
         state_dim: state channels of the robot, likewise.
         lora: adapters to add.
-        seed: seed for all initialised parameters.
+        seed: seed for all initialized parameters.
         put: called with each parameter's path and host array, stacked and in its final dtype; its result replaces the
             array. With a `put` that places arrays on devices, host memory holds one parameter at a time.
 
@@ -132,7 +132,7 @@ class Weights:
             ops.copy(target, view if stacked else view[rows])
             self._tensors.release(name)
             if not is_finite(target):
-                raise WeightsError(f"{self.directory}: {name} holds NaN or infinity; fetch or train it again")
+                raise WeightsError(f"{self.directory}: {name} contains NaN or infinity; fetch or train it again")
         return out
 
     def dtypes(self) -> dict[str, tuple[np.dtype, np.dtype]]:
@@ -178,7 +178,7 @@ def assemble(
     seed: int = 0,
     put: Put | None = None,
 ) -> tuple[WallXConfig, tree.Tree]:
-    """Read the parameters of `config` one by one with `read(path)`, resize them and initialise missing ones.
+    """Read the parameters of `config` one by one with `read(path)`, resize them and initialize missing ones.
 
     The other arguments and the result are those of `load_params`.
     """
@@ -246,7 +246,7 @@ def read_config(directory: str | Path, numerics: Mapping[str, Any] | None = None
 
 
 def read_normalizers(directory: str | Path) -> dict[str, dict[str, dict[str, np.ndarray]]]:
-    """Read the normalisation statistics that upstream stores among the weights.
+    """Read the normalization statistics that upstream stores among the weights.
 
     They are not parameters: `load_params` leaves them out, as upstream's later loaders do. A checkpoint converted from
     such weights keeps them among its assets, in NORMALIZERS.
@@ -340,7 +340,7 @@ def _config(
             **hf,
         }:  # transformers omits it if it is false
             warnings.warn(
-                f"{directory}: config.json says tie_word_embeddings, but {names.HEAD} differs from the embedding; "
+                f"{directory}: config.json sets tie_word_embeddings, but {names.HEAD} differs from the embedding; "
                 "both are kept and the model is untied",
                 stacklevel=3,
             )

@@ -190,8 +190,8 @@ def open_tensors(directory: Path) -> Tensors:
         raise WeightsError(_nothing_to_read(directory))
     if others := _other_weights(directory, {SINGLE, *(info.file.name for info in tensors.values())}):
         warnings.warn(
-            f"{directory} holds several sets of weights: {read} is read, as transformers does, and {', '.join(others)} "
-            "are not; remove what does not belong to the model",
+            f"{directory} contains several sets of weights: {read} is read, as transformers does, and "
+            f"{', '.join(others)} are not; remove what does not belong to the model",
             stacklevel=2,
         )
     return Tensors(tensors)
@@ -224,7 +224,7 @@ def _read_shards(directory: Path) -> dict[str, TensorInfo]:
             if name in found:
                 problems.append(f"{name} is in both {found[name].file.name} and {shard}")
             elif weight_map.get(name) != shard:
-                problems.append(f"{name} is in {shard}, the index says {weight_map.get(name, 'nothing of it')}")
+                problems.append(f"{name} is in {shard}, the index has {weight_map.get(name, 'no entry')}")
             found[name] = info
     problems += [f"{name} is not in {shard}" for name, shard in weight_map.items() if name not in found]
     if problems:
@@ -237,16 +237,18 @@ def _nothing_to_read(directory: Path) -> str:
         return f"{directory} is not a folder"
     files = sorted(file.name for file in directory.iterdir() if file.is_file())
     if "adapter_model.safetensors" in files:
-        return f"{directory} holds a LoRA adapter, not a model; merge it into its base model first (merge_and_unload)"
+        return (
+            f"{directory} contains a LoRA adapter, not a model; merge it into its base model first (merge_and_unload)"
+        )
     if pickles := [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]:
         return (
-            f"{directory} holds pickled weights only ({', '.join(pickles)}); they are not read, since a pickle can run "
-            "any code. If you trust them, load and re-save them in PyTorch: "
+            f"{directory} contains pickled weights only ({', '.join(pickles)}); they are not read, since a pickle can "
+            "run any code. If you trust them, load and re-save them in PyTorch: "
             "model.save_pretrained(dir, safe_serialization=True)"
         )
     if shards := [name for name in files if name.endswith(".safetensors")]:
         return f"{directory} has {', '.join(shards)} but neither {SINGLE} nor {INDEX}; fetch the index too"
-    return f"{directory} holds no weights: expected {SINGLE}, or {INDEX} and its shards"
+    return f"{directory} contains no weights: expected {SINGLE}, or {INDEX} and its shards"
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
