@@ -403,15 +403,15 @@ CHILD = """
 import asyncio, sys
 import jax.numpy as jnp, numpy as np
 from wallx_jax.models.config import PRESETS
-from wallx_jax.training import checkpoint
+from wallx_jax.checkpoints import checkpointer as checkpoints
 
 run, assets = sys.argv[1:]
 big = {"params": {"x": jnp.asarray(np.random.default_rng(0).standard_normal(3_000_000))}, "step": jnp.int32(1)}
-checkpointer = checkpoint.Checkpointer(run)
+checkpointer = checkpoints.Checkpointer(run)
 checkpointer.save(1, big, None, {}, PRESETS["tiny"], assets, wait=True)
 async def never(self, directory):
     return asyncio.sleep(600)
-checkpoint.Files.save = never
+checkpoints.Files.save = never
 print("saving", flush=True)
 checkpointer.save(2, big, None, {}, PRESETS["tiny"], assets)
 checkpointer.wait()
