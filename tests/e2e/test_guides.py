@@ -135,7 +135,7 @@ def do(command: str) -> None:
 
 
 @pytest.mark.parametrize("page", guides.PAGES, ids=lambda page: page.stem)
-def test_guide(page, place, stand_ins, monkeypatch):
+def test_guide(page, place, stand_ins, monkeypatch, restored_state):
     if page.stem == "your_robot":
         pytest.importorskip("lerobot")
         monkeypatch.setattr("lerobot.robots.so_follower.SO101Follower", Robot)

@@ -12,17 +12,18 @@ from typing import Any
 import jax
 from absl import flags
 
-FOREIGN = ("PYTEST_", "TORCH", "TRITON", "SVT_")  # variables that packages set for themselves, once for all
+OURS = ("JAX_", "XLA_", "HF_", "PYTHON", "WALLX_")  # other packages set variables of their own when they are imported
 LOGGERS = ("root", "absl", "jax", "orbax", "wallx_jax")  # those of other packages get their levels when imported
 
 
 def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
 
 
 def _set_environment(values: dict[str, str]) -> None:
     for name in _environment().keys() - values.keys():
-        del os.environ[name]
+        if name.startswith(OURS):
+            del os.environ[name]
     os.environ.update(values)
 
 
@@ -97,6 +98,8 @@ def restore(before: dict[str, Any]) -> list[str]:
         now = read()
         if name == "jax.config":  # a module may bring settings of its own
             now = {key: now[key] for key in before[name]}
+        if name == "environment":
+            now = {key: value for key, value in now.items() if key in before[name] or key.startswith(OURS)}
         if now != before[name]:
             changes.append(f"{name}: {_difference(before[name], now)}")
             write(before[name])
