@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 # Programs that other tests run, or that need a launcher, a robot or much time; test_docs.py has parsed their arguments.
 NOT_HERE = ("make", "srun", "mpirun", "tensorboard", "lerobot-", "JAX_", "CUDA_", "python -m lerobot.",
-            "python scripts/parity.py", "python scripts/benchmark")  # fmt: skip
+            "python scripts/parity.py", "python scripts/benchmark", "python scripts/bench/")  # fmt: skip
 FEWER = {
     "openloop_plot": "--steps 1 --episodes 1",
     "ablate": "--steps 1 --frames 2",
