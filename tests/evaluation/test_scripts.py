@@ -216,7 +216,7 @@ def test_inspect_batch(robot_config, tmp_path):
 @pytest.mark.parametrize("name", ["openloop_plot", "ablate", "semantics"])
 def test_wrong_arguments_end_with_one_line(run, wallx_dir, run_dir, tmp_path, name):
     for arguments, message in (
-        (("--checkpoint", wallx_dir), "error: which robot.*--config=configs/NAME.py or --dataset"),
+        (("--checkpoint", wallx_dir), "error: .*does not describe a robot.*--config=configs/NAME.py or --dataset"),
         (("--checkpoint", tmp_path / "nowhere"), "error: .*nowhere"),
         (("--checkpoint", tmp_path), "error: no complete checkpoint"),
         (("--checkpoint", run_dir, "--dataset", tmp_path), "error: .*is not a LeRobot dataset"),
