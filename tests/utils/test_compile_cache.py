@@ -14,7 +14,7 @@ import sys, jax, jax.numpy as jnp
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-from wallx_jax import compile_cache
+from wallx_jax.utils import compile_cache
 jnp.ones(3).sum()  # a process that has compiled before
 print(compile_cache.enable(*sys.argv[1:]))
 hits.clear()

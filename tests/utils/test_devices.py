@@ -60,7 +60,8 @@ def test_what_was_asked_for_is_not_there(platforms, asked, monkeypatch):
 def test_the_environment_counts_as_asking(tmp_path):
     """In a process of its own, where JAX has not started: JAX's own refusal becomes one line."""
     code = (
-        "from wallx_jax import devices\ntry:\n    devices.require(None)\nexcept devices.DeviceError as e:\n    print(e)"
+        "from wallx_jax.utils import devices\n"
+        "try:\n    devices.require(None)\nexcept devices.DeviceError as e:\n    print(e)"
     )
     environment = os.environ | {"JAX_PLATFORMS": "cuda"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

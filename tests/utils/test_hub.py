@@ -13,7 +13,7 @@ from wallx_jax.utils import hub
 # Prints what each requested resolve() gave: a list of files, or the error's text.
 SCRIPT = r"""
 import json, sys
-from wallx_jax import hub
+from wallx_jax.utils import hub
 for request in json.loads(sys.argv[1]):
     try:
         path = hub.resolve(**request)

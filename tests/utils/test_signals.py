@@ -13,7 +13,7 @@ from wallx_jax.utils.signals import EXIT_CODE, SIGNALS, Watch
 BUSY = """
 import hashlib, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from wallx_jax import signals
+from wallx_jax.utils import signals
 with signals.Watch(signals.end_at_once):
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"x", b"y", 10**9)  # Python sees no signal before this returns
